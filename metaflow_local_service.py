@@ -1,0 +1,3487 @@
+"""A Metaflow metadata service for one machine, in one file, with nothing to set up.
+
+`metaflow-local-service run python flow.py run` starts a daemon when the project has none, runs the
+command against it, and the daemon goes away when nobody needs it any more. It speaks the HTTP API
+of Metaflow's metadata service and keeps every record in the files of Metaflow's own local mode, so
+both modes read and write the same runs.
+
+The file is read from top to bottom. Each layer uses only what stands above it:
+
+    Settings   names, defaults, environment variables, which root is meant
+    Store      records on disk, through LocalMetadataProvider; ids, tags, heartbeats
+    Queries    filters, cursors, derived status: pure functions over records
+    API        the route table: a method and a path, and a small handler over the store
+    Server     HTTP itself: parsing, limits, access, errors as JSON, in-flight requests
+    Registry   which service runs where: pidfile locks and leases
+    Daemon     becoming one: binding, the double fork, the log file, the idle stop
+    Commands   the command line
+
+A record is a dict, because it is JSON; the TypedDicts say which. An object is addressed by its
+`ids`, the parts of its pathspec: ("MyFlow", "1795448419531000", "start", "1").
+"""
+
+from __future__ import annotations
+
+import sys
+
+if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False):
+    # Run as a file or with `python -m`, Python looks for modules in the user's folder first, where
+    # a json.py or queue.py of theirs would be taken for the standard library's.
+    del sys.path[0]
+
+import argparse
+import base64
+import bisect
+import contextlib
+import errno
+import fcntl
+import hmac
+import http.client
+import http.server
+import importlib.util
+import io
+import itertools
+import json
+import logging
+import math
+import operator
+import os
+import re
+import secrets
+import select
+import shlex
+import signal
+import socket
+import socketserver
+import stat
+import subprocess
+import textwrap
+import threading
+import time
+import urllib.parse
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from email.message import Message
+from functools import partial
+from re import Match, Pattern
+from types import SimpleNamespace
+from typing import (
+    Any,
+    Callable,
+    Generic,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    Optional,
+    TypedDict,
+    TypeVar,
+    Union,
+    cast,
+)
+
+__version__ = "0.1.0"
+
+# ==================================================================================================
+# Settings: names, defaults, environment variables, and which root is meant
+# ==================================================================================================
+
+PROGRAM = "metaflow-local-service"
+PROTOCOL_VERSION = "2.5.0"
+"""The release of the metadata service whose API this is; Metaflow's client asks for it."""
+
+DATASTORE_DIR = ".metaflow"
+"""The folder that Metaflow's local mode keeps in the root (DATASTORE_LOCAL_DIR)."""
+
+META_DIR = "_meta"
+"""The folder that holds an object's own record there (LocalStorage.METADATA_DIR)."""
+
+TEMPORARY_DIR = f"{PROGRAM}.tmp"
+"""Beside the flows in DATASTORE_DIR: files that are being written. Emptied at every start."""
+
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_IDLE_TIMEOUT = 300.0
+
+ENV_PORT = "METAFLOW_LOCAL_SERVICE_PORT"
+ENV_IDLE_TIMEOUT = "METAFLOW_LOCAL_SERVICE_IDLE_TIMEOUT"
+ENV_DEBUG = "METAFLOW_LOCAL_SERVICE_DEBUG"
+ENV_HOME = "METAFLOW_LOCAL_SERVICE_HOME"
+ENV_SYSROOT = "METAFLOW_DATASTORE_SYSROOT_LOCAL"
+ENV_KEY = "METAFLOW_SERVICE_AUTH_KEY"
+
+log = logging.getLogger(PROGRAM)
+
+Environment = Mapping[str, str]
+
+
+class Failure(Exception):
+    """Something the user asked for that cannot be done: one sentence, and the exit code for it."""
+
+    def __init__(self, sentence: str, exit_code: int = 1) -> None:
+        super().__init__(sentence)
+        self.exit_code = exit_code
+
+
+def port_number(text: str) -> int:
+    """A TCP port from 0 (any free one) to 65535; ValueError with a sentence otherwise."""
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
+        raise ValueError(f"a port is a number from 0 to 65535, not {text!r}")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """A number of seconds, 0 or more; ValueError with a sentence otherwise."""
+    if not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,9})?", text):
+        raise ValueError(f"an idle time-out is a number of seconds, 0 or more, not {text!r}")
+    return float(text)
+
+
+def access_key(text: str) -> str:
+    """A key that can be sent as a header; ValueError with a sentence otherwise."""
+    if not re.fullmatch("[!-~]{1,1000}", text):
+        raise ValueError("a key is made of printable ASCII characters, without spaces")
+    return text
+
+
+Made = TypeVar("Made")
+
+
+def from_environment(
+    environment: Environment, name: str, convert: Callable[[str], Made]
+) -> Made | None:
+    """The converted value of a variable, None where it is unset or empty."""
+    text = environment.get(name)
+    if not text:
+        return None
+    try:
+        return convert(text)
+    except ValueError as error:
+        raise Failure(f"{name}: {error}", exit_code=2) from None
+
+
+def is_debug(environment: Environment) -> bool:
+    """Whether the log is to hold every request."""
+    return environment.get(ENV_DEBUG, "").lower() not in ("", "0", "false", "no")
+
+
+def home_folder(environment: Environment) -> str:
+    """Where the index of running services is kept."""
+    return os.path.expanduser(environment.get(ENV_HOME) or f"~/.{PROGRAM}")
+
+
+def configured_sysroot(environment: Environment) -> str | None:
+    """DATASTORE_SYSROOT_LOCAL as Metaflow would find it: the environment, else its profile file."""
+    if environment.get(ENV_SYSROOT):
+        return environment[ENV_SYSROOT]
+    home = os.path.expanduser(environment.get("METAFLOW_HOME") or "~/.metaflowconfig")
+    profile = environment.get("METAFLOW_PROFILE")
+    try:
+        with open(os.path.join(home, f"config_{profile}.json" if profile else "config.json")) as f:
+            configured = json.load(f).get(ENV_SYSROOT)
+    except (OSError, ValueError, AttributeError):
+        return None
+    return configured if isinstance(configured, str) else None
+
+
+def root_folder(option: str | None, environment: Environment, here: str) -> str:
+    """The folder whose .metaflow is meant, the one that local mode would use, as a real path.
+
+    `--root`, else Metaflow's DATASTORE_SYSROOT_LOCAL, else the nearest folder from `here` upwards
+    that has a .metaflow, else `here`.
+    """
+    named = option or configured_sysroot(environment)
+    if named:
+        return os.path.realpath(os.path.join(here, os.path.expanduser(named)))
+    above = os.path.realpath(here)
+    while not os.path.isdir(os.path.join(above, DATASTORE_DIR)):
+        if above == os.path.dirname(above):
+            return os.path.realpath(here)
+        above = os.path.dirname(above)
+    return above
+
+
+# ==================================================================================================
+# Store: records on disk, through LocalMetadataProvider; ids, tags, heartbeats
+# ==================================================================================================
+
+Ids = tuple[str, ...]
+Id = Union[int, str]
+Tags = Optional[list[str]]
+Raw = dict[str, Any]
+"""A record as its file has it: what Metaflow's versions and other clients made of it."""
+
+
+class Flow(TypedDict):
+    flow_id: str
+    user_name: str | None
+    ts_epoch: int
+    tags: Tags
+    system_tags: Tags
+
+
+class _Run(TypedDict):
+    flow_id: str
+    run_number: Id
+    user_name: str | None
+    ts_epoch: int
+    tags: Tags
+    system_tags: Tags
+    last_heartbeat_ts: int | None
+
+
+class Run(_Run, total=False):
+    status: str
+    user: str
+
+
+class Step(TypedDict):
+    flow_id: str
+    run_number: str
+    step_name: str
+    user_name: str | None
+    ts_epoch: int
+    tags: Tags
+    system_tags: Tags
+
+
+class Task(TypedDict):
+    flow_id: str
+    run_number: Id
+    step_name: str
+    task_id: Id
+    user_name: str | None
+    ts_epoch: int
+    tags: Tags
+    system_tags: Tags
+    last_heartbeat_ts: int | None
+
+
+class Metadatum(TypedDict):
+    id: int
+    flow_id: str
+    run_number: Id
+    step_name: str
+    task_id: Id
+    field_name: str
+    value: str
+    type: str
+    user_name: str | None
+    ts_epoch: int
+    tags: Tags
+    system_tags: Tags
+
+
+class Artifact(TypedDict):
+    flow_id: str
+    run_number: Id
+    step_name: str
+    task_id: Id
+    name: str
+    location: str
+    ds_type: str
+    sha: str | None
+    type: str | None
+    content_type: str | None
+    user_name: str | None
+    attempt_id: int
+    ts_epoch: int
+    tags: Tags
+    system_tags: Tags
+
+
+class TagsOfRun(TypedDict):
+    """What steps, tasks and artifacts show as their own."""
+
+    tags: Tags
+    system_tags: Tags
+
+
+class Labels(NamedTuple):
+    """Who made an object, and how it is tagged; None where the client said nothing."""
+
+    user_name: str | None
+    tags: Tags
+    system_tags: Tags
+
+
+class MetadatumToStore(NamedTuple):
+    field_name: str
+    value: str
+    type: str
+    labels: Labels
+
+
+class ArtifactToStore(NamedTuple):
+    name: str
+    location: str
+    ds_type: str
+    sha: str | None
+    type: str | None
+    content_type: str | None
+    attempt_id: int
+    labels: Labels
+
+
+class StoreError(Exception):
+    """What a client asked of the store cannot be: one sentence for it."""
+
+
+class NotThere(StoreError):
+    """There is no such record, or no parent to put one under."""
+
+
+class AlreadyThere(StoreError):
+    """There is such a record already."""
+
+
+class NotAllowed(StoreError):
+    """The name or the value cannot be stored."""
+
+
+class SystemTagsStay(StoreError):
+    """System tags cannot be removed."""
+
+
+def local_metadata_provider(root: str) -> Any:
+    """Metaflow's LocalMetadataProvider, set to the .metaflow in `root`.
+
+    The only place that knows Metaflow's versions: the class has moved in 2.12.29. Importing it
+    takes most of a second, which is why nothing else imports Metaflow.
+    """
+    try:
+        from metaflow.plugins.metadata_providers.local import LocalMetadataProvider
+    except ImportError:
+        from metaflow.plugins.metadata.local import LocalMetadataProvider
+    LocalMetadataProvider.INFO = root
+    return LocalMetadataProvider
+
+
+def wire_id(name: str) -> Id:
+    """A run or task id as the API shows it: an integer where the file name is one."""
+    if name.isascii() and name.isdigit() and (name[0] != "0" or name == "0"):
+        return int(name)
+    return name
+
+
+IdOrder = tuple[bool, Id]
+Moment = tuple[int, Any]
+"""A record's place among its siblings, oldest first: its ts_epoch, then what makes it unique."""
+
+
+def id_order(identifier: Id) -> IdOrder:
+    """Ids in a total order: numbers by value, then names by code point."""
+    return (isinstance(identifier, str), identifier)
+
+
+STAMP = 10**15
+"""Numbers from here on (16 digits) are microseconds: local mode's run ids, our metadata ids."""
+
+
+def run_moment(run: Run) -> Moment:
+    """Where a run stands in its flow.
+
+    A run of local mode's stands where its id says that it was made: this costs no look at the file,
+    and holds when local mode changes the run's tags, and with them its ts_epoch.
+    """
+    number = run["run_number"]
+    if isinstance(number, int) and number >= STAMP:
+        return (number // 1000, id_order(number))
+    return (run["ts_epoch"], id_order(number))
+
+
+def flow_moment(flow: Flow) -> Moment:
+    return (flow["ts_epoch"], id_order(flow["flow_id"]))
+
+
+def task_moment(task: Task) -> Moment:
+    return (task["ts_epoch"], id_order(task["task_id"]))
+
+
+def artifact_moment(artifact: Artifact) -> Moment:
+    return (
+        artifact["ts_epoch"],
+        (id_order(artifact["task_id"]), artifact["name"], artifact["step_name"]),
+    )
+
+
+def metadatum_moment(metadatum: Metadatum) -> Moment:
+    return (metadatum["ts_epoch"], metadatum["id"])
+
+
+def tags_of(run: Run) -> TagsOfRun:
+    return {"tags": run["tags"], "system_tags": run["system_tags"]}
+
+
+def epoch(raw: Raw) -> int:
+    """A record's ts_epoch; ValueError where it has none that can be ordered."""
+    if not isinstance(raw["ts_epoch"], int):
+        raise ValueError("its ts_epoch is not a number of milliseconds")
+    return raw["ts_epoch"]
+
+
+def _flow(ids: Ids, raw: Raw) -> Flow:
+    return {
+        "flow_id": ids[0],
+        "user_name": raw.get("user_name"),
+        "ts_epoch": epoch(raw),
+        "tags": raw.get("tags"),
+        "system_tags": raw.get("system_tags"),
+    }
+
+
+def _run(ids: Ids, raw: Raw) -> Run:
+    run: Run = {
+        "flow_id": sys.intern(ids[0]),
+        "run_number": wire_id(ids[1]),
+        "user_name": raw.get("user_name"),
+        "ts_epoch": epoch(raw),
+        "tags": raw.get("tags"),
+        "system_tags": raw.get("system_tags"),
+        "last_heartbeat_ts": None,
+    }
+    if run["user_name"] and f"user:{run['user_name']}" in (run["system_tags"] or ()):
+        run["user"] = run["user_name"]
+    return run
+
+
+def _step(ids: Ids, raw: Raw) -> Step:
+    return {
+        "flow_id": ids[0],
+        "run_number": ids[1],
+        "step_name": ids[2],
+        "user_name": raw.get("user_name"),
+        "ts_epoch": epoch(raw),
+        "tags": None,
+        "system_tags": None,
+    }
+
+
+def _task(ids: Ids, raw: Raw) -> Task:
+    return {
+        "flow_id": sys.intern(ids[0]),
+        "run_number": wire_id(ids[1]),
+        "step_name": sys.intern(ids[2]),
+        "task_id": wire_id(ids[3]),
+        "user_name": raw.get("user_name"),
+        "ts_epoch": epoch(raw),
+        "tags": None,
+        "system_tags": None,
+        "last_heartbeat_ts": None,
+    }
+
+
+def _metadatum(ids: Ids, raw: Raw) -> Metadatum:
+    return {
+        "id": metadatum_id(ids),
+        "flow_id": ids[0],
+        "run_number": wire_id(ids[1]),
+        "step_name": ids[2],
+        "task_id": wire_id(ids[3]),
+        "field_name": raw["field_name"],
+        "value": raw["value"],
+        "type": raw["type"],
+        "user_name": raw.get("user_name"),
+        "ts_epoch": epoch(raw),
+        "tags": raw.get("tags"),
+        "system_tags": raw.get("system_tags"),
+    }
+
+
+def _artifact(ids: Ids, raw: Raw) -> Artifact:
+    return {
+        "flow_id": ids[0],
+        "run_number": wire_id(ids[1]),
+        "step_name": ids[2],
+        "task_id": wire_id(ids[3]),
+        "name": raw["name"],
+        "location": raw["location"],
+        "ds_type": raw["ds_type"],
+        "sha": raw.get("sha"),
+        "type": raw.get("type"),
+        "content_type": raw.get("content_type"),
+        "user_name": raw.get("user_name"),
+        "attempt_id": int(raw["attempt_id"]),
+        "ts_epoch": epoch(raw),
+        "tags": None,
+        "system_tags": None,
+    }
+
+
+SELF_FILE = "_self.json"
+HEARTBEAT_FILE = "_heartbeat"
+"""Beside a run's or task's record; its time of modification is the last heartbeat."""
+
+METADATUM_FILE = re.compile(r"sysmeta_.*_([0-9]+)\.json", re.DOTALL)
+ARTIFACT_FILE = re.compile(r"([0-9]+)_artifact_.*\.json", re.DOTALL)
+
+RUN_DEPTH, TASK_DEPTH = 2, 4
+"""How many parts the ids of a run and of a task have."""
+
+RECORDS_IN_MEMORY = 30_000
+NAMES_IN_MEMORY = 200_000
+
+NAME_BYTES = 255
+FILE_NAME_BYTES = 200
+"""What of a field or artifact name may stand in a file name, which has 255 bytes in all."""
+
+
+def check_name(name: str) -> None:
+    """Refuse a flow, run, step or task name that cannot be a folder of its own."""
+    if name in ("", ".", "..", META_DIR) or "/" in name or "\0" in name:
+        raise NotAllowed(f"{name!r} cannot be a name: it cannot name a folder.")
+    try:
+        if len(os.fsencode(name)) > NAME_BYTES:
+            raise NotAllowed(f"A name has at most {NAME_BYTES} bytes.")
+    except UnicodeEncodeError:
+        raise NotAllowed(f"{name!r} cannot be a name: it is not valid Unicode.") from None
+
+
+def artifact_file(attempt: int, name: str) -> str:
+    return f"{attempt}_artifact_{file_name_part(name)}.json"
+
+
+def file_name_part(name: str) -> str:
+    """A field or artifact name, which may be any text, as it stands in a file name.
+
+    Itself wherever local mode could have written it, so that both find each other's files; else
+    a readable beginning and a digest, so that no two names share a file.
+    """
+    encoded = name.encode("utf-8", "surrogatepass")
+    if len(encoded) <= FILE_NAME_BYTES and "/" not in name and "\0" not in name:
+        try:
+            os.fsencode(name)
+            return name
+        except UnicodeEncodeError:
+            pass
+    return f"{urllib.parse.quote(encoded, safe='')[:80]}~{digest(encoded, 16)}"
+
+
+def digest(content: bytes, size: int) -> str:
+    """A name for the content, of twice `size` hexadecimal digits."""
+    from hashlib import blake2b
+
+    return blake2b(content, digest_size=size).hexdigest()
+
+
+def metadatum_id(ids: Ids) -> int:
+    """The API's id of the metadatum in the file `ids[4]`, a number unique in the root.
+
+    A file of ours is named after it, the microsecond of its making; that of a file of local mode's
+    (named after a millisecond that several may share) is made of its path, and always smaller.
+    """
+    match = METADATUM_FILE.fullmatch(ids[4])
+    if match and len(match.group(1)) >= 16:
+        return int(match.group(1))
+    return int(digest("/".join(ids).encode("utf-8", "surrogatepass"), 6), 16)
+
+
+UNREADABLE: Any = object()
+"""The record of a file that nothing can be made of."""
+
+
+class Cached(Generic[Made]):
+    """A record in memory, with the version of the file that it was read from."""
+
+    __slots__ = ("heartbeat", "record", "version")
+
+    def __init__(self, version: Version, record: Made) -> None:
+        self.version = version
+        self.record = record
+        self.heartbeat: int | Literal[False] | None = False  # False: not looked up yet
+
+
+class Listing(NamedTuple):
+    """The objects below another, oldest first."""
+
+    version: Version | None  # of the folder; None while it may change unnoticed
+    moments: list[Moment]
+    unborn: list[str]  # folders without a record, so far
+
+    def weight(self) -> int:
+        return len(self.moments) + len(self.unborn) + 1
+
+
+class TaskFiles(NamedTuple):
+    """The files that hold the metadata and the artifacts of a task."""
+
+    version: Version | None
+    metadata: list[tuple[int, int, str]]  # ts_epoch, id, file name; oldest first
+    artifacts: dict[int, list[str]]  # file names, by attempt
+
+    def weight(self) -> int:
+        return len(self.metadata) + sum(map(len, self.artifacts.values())) + 1
+
+
+NO_CHILDREN = Listing(None, [], [])
+NO_FILES = TaskFiles(None, [], {})
+
+
+class Recent(dict[str, Made]):
+    """A dict that forgets its oldest entries when together they weigh more than the limit."""
+
+    def __init__(self, limit: int, weigh: Callable[[Made], int] = lambda value: 1) -> None:
+        super().__init__()
+        self._limit = limit
+        self._weigh = weigh
+        self._weight = 0
+        self._lock = threading.Lock()  # guards every change; readers need none
+
+    def put(self, key: str, value: Made) -> None:
+        with self._lock:
+            self._forget(key)
+            self[key] = value
+            self._weight += self._weigh(value)
+            while self._weight > self._limit:
+                self._forget(next(iter(self)))
+
+    def _forget(self, key: str) -> None:
+        if key in self:
+            self._weight -= self._weigh(self.pop(key))
+
+
+class Clock:
+    """Microsecond time stamps that strictly increase, also when the machine's clock does not."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last = 0  # guarded by _lock
+
+    def stamps(self, count: int = 1, above: int = 0) -> range:
+        """`count` stamps in a row, from now on; later than all before them and than `above`."""
+        with self._lock:
+            first = max(time.time_ns() // 1000, self._last + 1, above + 1)
+            self._last = first + count - 1
+        return range(first, first + count)
+
+
+Version = tuple[int, int, int]
+
+
+def version_of(status: os.stat_result) -> Version:
+    """What tells a file or folder from its earlier and later states."""
+    return (status.st_mtime_ns, status.st_ino, status.st_size)
+
+
+SETTLED_NS = 2_000_000_000
+"""A folder that changed less than this ago may change again without a new time stamp, since file
+systems keep those in steps of up to two seconds."""
+
+
+def settled_version(status: os.stat_result) -> Version | None:
+    """The version of a folder that is looked at now, None where a later one may look the same."""
+    settled = time.time_ns() - status.st_mtime_ns > SETTLED_NS
+    return version_of(status) if settled else None
+
+
+def stat_of(path: str) -> os.stat_result | None:
+    """The status of a file or folder, None where there is none."""
+    try:
+        return os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def folders_in(folder: str) -> list[str]:
+    """The names of the folders in a folder, but for the one that holds its own record."""
+    with os.scandir(folder) as entries:
+        return [e.name for e in entries if e.is_dir() and e.name != META_DIR]
+
+
+class Store:
+    """The records of one root: what local mode would read there, and what it would write.
+
+    Files are looked at anew at every call, since local mode and other tools may change them at any
+    time; what was read is kept in memory with the version of its file. A write is on disk when its
+    method returns. Methods may be called from any thread.
+    """
+
+    def __init__(self, root: str) -> None:
+        """Open the .metaflow in `root`, which must exist. Imports Metaflow."""
+        self._provider = local_metadata_provider(root)
+        self.folder: str = self._provider._make_path()
+        self._records: Recent[Cached[Any]] = Recent(RECORDS_IN_MEMORY)  # by path of the file
+        self._listings: Recent[Listing] = Recent(NAMES_IN_MEMORY, Listing.weight)  # by folder
+        self._task_files: Recent[TaskFiles] = Recent(NAMES_IN_MEMORY, TaskFiles.weight)
+        self._last_task_ids: Recent[int] = Recent(RECORDS_IN_MEMORY)  # by folder of the run
+        self._newest_runs: dict[str, int] = {}  # the newest run on disk at first sight, by flow
+        self._locks = tuple(threading.Lock() for _ in range(64))
+        self._run_clock = Clock()
+        self._record_clock = Clock()
+        self._temporary = os.path.join(self.folder, TEMPORARY_DIR)
+        self._temporary_names = itertools.count()
+        self._clear_temporary_files()
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def flow(self, ids: Ids) -> Flow | None:
+        return self._record(ids, _flow)
+
+    def run(self, ids: Ids) -> Run | None:
+        cached = self._cached(ids, _run)
+        return None if cached is None else self._shown_run(ids, cached)
+
+    def step(self, ids: Ids) -> Step | None:
+        run, step = self._record(ids[:2], _run), self._record(ids, _step)
+        return {**step, **tags_of(run)} if run and step else None
+
+    def task(self, ids: Ids) -> Task | None:
+        run, cached = self._record(ids[:2], _run), self._cached(ids, _task)
+        return self._shown_task(ids, cached, tags_of(run)) if run and cached else None
+
+    def flows(self, before: Moment | None = None) -> Iterator[Flow]:
+        """All flows, newest first; only those older than `before` where it is given."""
+        return (cached.record for _, cached in self._children((), _flow, before))
+
+    def runs(self, ids: Ids, before: Moment | None = None) -> Iterator[Run]:
+        """The runs of a flow, newest first."""
+        return (self._shown_run(*child) for child in self._children(ids, _run, before))
+
+    def steps(self, ids: Ids) -> Iterator[Step]:
+        """The steps of a run, newest first."""
+        run = self._record(ids, _run)
+        if run is not None:
+            tags = tags_of(run)
+            for _, cached in self._children(ids, _step):
+                yield {**cached.record, **tags}
+
+    def tasks(self, ids: Ids, before: Moment | None = None) -> Iterator[Task]:
+        """The tasks of a step, newest first."""
+        run = self._record(ids[:2], _run)
+        if run is not None:
+            tags = tags_of(run)
+            for task_ids, cached in self._children(ids, _task, before):
+                yield self._shown_task(task_ids, cached, tags)
+
+    def metadata(self, ids: Ids, before: Moment | None = None) -> Iterator[Metadatum]:
+        """The metadata of a task, of all its attempts, newest first."""
+        files = self._files_of(ids).metadata
+        end = len(files) if before is None else bisect.bisect_left(files, before)
+        for _, _, name in reversed(files[:end]):
+            metadatum = self._file(ids, name, _metadatum)
+            if metadatum is not None:
+                yield metadatum
+
+    def artifacts(self, ids: Ids, attempt: int | None = None) -> list[Artifact]:
+        """The artifacts of an attempt of a task, newest first; of the latest one, if None."""
+        run, by_attempt = self._record(ids[:2], _run), self._files_of(ids).artifacts
+        if run is None or not by_attempt:
+            return []
+        names = by_attempt.get(max(by_attempt) if attempt is None else attempt, ())
+        found = (self._file(ids, name, _artifact) for name in names)
+        tags = tags_of(run)
+        return sorted(
+            ({**artifact, **tags} for artifact in found if artifact is not None),
+            key=artifact_moment,
+            reverse=True,
+        )
+
+    def artifact(self, ids: Ids, name: str, attempt: int | None = None) -> Artifact | None:
+        """One artifact of an attempt of a task; of the latest that has any artifact, if None."""
+        run = self._record(ids[:2], _run)
+        if attempt is None:
+            attempt = max(self._files_of(ids).artifacts, default=0)
+        artifact = self._file(ids, artifact_file(attempt, name), _artifact)
+        return {**artifact, **tags_of(run)} if run and artifact else None
+
+    def _shown_run(self, ids: Ids, cached: Cached[Run]) -> Run:
+        return {**cached.record, "last_heartbeat_ts": self._heartbeat_of(ids, cached)}
+
+    def _shown_task(self, ids: Ids, cached: Cached[Task], tags: TagsOfRun) -> Task:
+        return {**cached.record, **tags, "last_heartbeat_ts": self._heartbeat_of(ids, cached)}
+
+    def _folder_of(self, ids: Ids) -> str:
+        for name in ids:
+            check_name(name)
+        return "/".join((self.folder, *ids))
+
+    def _record(self, ids: Ids, make: Callable[[Ids, Raw], Made]) -> Made | None:
+        cached = self._cached(ids, make)
+        return None if cached is None else cached.record
+
+    def _cached(self, ids: Ids, make: Callable[[Ids, Raw], Made]) -> Cached[Made] | None:
+        return self._read(f"{self._folder_of(ids)}/{META_DIR}/{SELF_FILE}", ids, make)
+
+    def _file(self, ids: Ids, name: str, make: Callable[[Ids, Raw], Made]) -> Made | None:
+        """The metadatum or artifact in a file of a task."""
+        path = f"{self._folder_of(ids)}/{META_DIR}/{name}"
+        cached = self._read(path, (*ids, name), make)
+        return None if cached is None else cached.record
+
+    def _read(self, path: str, ids: Ids, make: Callable[[Ids, Raw], Made]) -> Cached[Made] | None:
+        """What is in a file now; None, with a word in the log, where nothing can be made of it."""
+        status = stat_of(path)
+        if status is None:
+            return None
+        version = version_of(status)
+        cached = self._records.get(path)
+        if cached is None or cached.version != version:
+            try:
+                with open(path, "rb") as f:
+                    cached = Cached(version, make(ids, json.loads(f.read())))
+            except FileNotFoundError:
+                return None
+            except (PermissionError, ValueError, LookupError, TypeError, AttributeError) as error:
+                log.warning("%s is not a record and is left out: %r", path, error)
+                cached = Cached(version, UNREADABLE)
+            self._records.put(path, cached)
+        return None if cached.record is UNREADABLE else cached
+
+    def _heartbeat_of(self, ids: Ids, cached: Cached[Any]) -> int | None:
+        """When the run or task last gave a sign of life, in epoch seconds.
+
+        Kept in memory beside the record: only this service writes heartbeats.
+        """
+        if cached.heartbeat is False:
+            status = stat_of(f"{self._folder_of(ids)}/{META_DIR}/{HEARTBEAT_FILE}")
+            cached.heartbeat = None if status is None else int(status.st_mtime)
+        return cached.heartbeat
+
+    def _children(
+        self, ids: Ids, make: Callable[[Ids, Raw], Made], before: Moment | None = None
+    ) -> Iterator[tuple[Ids, Cached[Made]]]:
+        """The objects below another, newest first, with their records."""
+        moments = self._listing(ids, make).moments
+        end = len(moments) if before is None else bisect.bisect_left(moments, before)
+        for index in range(end - 1, -1, -1):
+            child = (*ids, str(moments[index][1][1]))
+            cached = self._cached(child, make)
+            if cached is not None:
+                yield child, cached
+
+    def _listing(self, ids: Ids, make: Callable[[Ids, Raw], Any]) -> Listing:
+        folder = self._folder_of(ids)
+        status = stat_of(folder)
+        if status is None:
+            return NO_CHILDREN
+        known = self._listings.get(folder, NO_CHILDREN)
+        if known.version == version_of(status) and not any(
+            self._cached((*ids, name), make) for name in known.unborn
+        ):
+            return known
+        version = settled_version(status)
+        moments, unborn = [], []
+        for name in folders_in(folder):
+            moment = self._moment_of((*ids, name), make)
+            if moment is None:
+                unborn.append(name)
+            else:
+                moments.append(moment)
+        listing = Listing(version, sorted(moments), unborn)
+        self._listings.put(folder, listing)
+        return listing
+
+    def _moment_of(self, ids: Ids, make: Callable[[Ids, Raw], Any]) -> Moment | None:
+        """Where an object stands among its siblings; None where there is no record of it.
+
+        A run that local mode named is not even looked at: see run_moment.
+        """
+        name = ids[-1]
+        identifier = wire_id(name) if len(ids) in (RUN_DEPTH, TASK_DEPTH) else name
+        if len(ids) == RUN_DEPTH and isinstance(identifier, int) and identifier >= STAMP:
+            return (identifier // 1000, id_order(identifier))
+        record = self._record(ids, make)
+        return None if record is None else (record["ts_epoch"], id_order(identifier))
+
+    def _files_of(self, ids: Ids) -> TaskFiles:
+        folder = f"{self._folder_of(ids)}/{META_DIR}"
+        status = stat_of(folder)
+        if status is None:
+            return NO_FILES
+        known = self._task_files.get(folder)
+        if known is not None and known.version == version_of(status):
+            return known
+        version = settled_version(status)
+        metadata: list[tuple[int, int, str]] = []
+        artifacts: dict[int, list[str]] = {}
+        for name in os.listdir(folder):
+            artifact = ARTIFACT_FILE.fullmatch(name)
+            if artifact:
+                artifacts.setdefault(int(artifact.group(1)), []).append(name)
+            elif METADATUM_FILE.fullmatch(name):
+                identifier = metadatum_id((*ids, name))
+                if identifier >= STAMP:
+                    metadata.append((identifier // 1000, identifier, name))
+                else:
+                    metadatum = self._file(ids, name, _metadatum)
+                    if metadatum is not None:
+                        metadata.append((metadatum["ts_epoch"], identifier, name))
+        files = TaskFiles(version, sorted(metadata), artifacts)
+        self._task_files.put(folder, files)
+        return files
+
+    # -- over several tasks ----------------------------------------------------------------------
+
+    def task_ids(self, step: Ids) -> list[Ids]:
+        """The ids of the tasks of a step, oldest first."""
+        return [ids for ids, _ in self._children(step, _task)][::-1]
+
+    def metadata_of_run(self, ids: Ids) -> list[Metadatum]:
+        """The metadata of all tasks of a run, newest first."""
+        found = (m for task in self._tasks_below(ids) for m in self.metadata(task))
+        return sorted(found, key=metadatum_moment, reverse=True)
+
+    def artifacts_below(self, ids: Ids) -> list[Artifact]:
+        """The artifacts of the latest attempt of each task of a run or step, newest first."""
+        found = (a for task in self._tasks_below(ids) for a in self.artifacts(task))
+        return sorted(found, key=artifact_moment, reverse=True)
+
+    def _tasks_below(self, ids: Ids) -> Iterator[Ids]:
+        if len(ids) == RUN_DEPTH:
+            for step, _ in self._children(ids, _step):
+                yield from self.task_ids(step)
+        else:
+            yield from self.task_ids(ids)
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    def create_flow(self, ids: Ids, labels: Labels) -> Flow:
+        """Make a flow. AlreadyThere where there is one of that name."""
+        if ids[0].startswith(PROGRAM):
+            raise NotAllowed(f"{ids[0]!r} cannot be a flow: the name is the service's own.")
+        with self._lock(ids):
+            self._create(ids, self._raw("flow", ids, labels), claimed=False)
+        return self._made(self.flow(ids))
+
+    def create_run(self, flow: Ids, run_id: str | None, labels: Labels, beats: bool) -> Run:
+        """Make a run, of the id that the client brings or else of a new one.
+
+        `beats`: whether its client will send heartbeats, in which case this counts as the first.
+        NotThere where the flow is not, AlreadyThere where the run is.
+        """
+        self._require(flow, _flow, "flow")
+        if run_id is not None:
+            ids = (*flow, _own_id(run_id, "run"))
+            with self._lock(ids):
+                self._create(ids, self._raw("run", ids, labels), claimed=False, beats=beats)
+        else:
+            ids = self._claim_run(flow)
+            self._create(ids, self._raw("run", ids, labels), claimed=True, beats=beats)
+        return self._made(self.run(ids))
+
+    def create_step(self, ids: Ids, labels: Labels) -> Step:
+        """Make a step. NotThere where the run is not, AlreadyThere where the step is."""
+        self._require(ids[:2], _run, "run")
+        with self._lock(ids):
+            self._create(ids, self._raw("step", ids, labels), claimed=False)
+        return self._made(self.step(ids))
+
+    def create_task(self, step: Ids, task_id: str | None, labels: Labels, beats: bool) -> Task:
+        """Make a task, of the name that the client brings or else of the run's next number."""
+        self._require(step[:2], _run, "run")
+        self._require(step, _step, "step")
+        if task_id is not None:
+            ids = (*step, _own_id(task_id, "task"))
+            with self._lock(ids):
+                self._create(ids, self._raw("task", ids, labels), claimed=False, beats=beats)
+        else:
+            ids = self._claim_task(step)
+            self._create(ids, self._raw("task", ids, labels), claimed=True, beats=beats)
+        if beats:
+            self._beat(step[:2])
+        return self._made(self.task(ids))
+
+    def create_metadata(self, ids: Ids, rows: Sequence[MetadatumToStore]) -> int:
+        """Add metadata to a task, all or none, and return how many: every row becomes a record."""
+        self._require_task(ids)
+        recorder = self._recorder(ids[0])
+        files = []
+        for stamp, row in zip(self._record_clock.stamps(len(rows)), rows):
+            datum = SimpleNamespace(field=row.field_name, value=row.value, type=row.type, tags=())
+            (raw,) = recorder._metadata_to_json(*ids[1:], [datum])
+            name = f"sysmeta_{file_name_part(row.field_name)}_{stamp}.json"
+            files.append((name, _labelled(raw, row.labels, stamp // 1000)))
+        self._add(ids, files)
+        return len(files)
+
+    def create_artifacts(self, ids: Ids, rows: Sequence[ArtifactToStore]) -> int:
+        """Add artifacts to a task, all or none, and return how many of them are new.
+
+        An artifact is what it was first said to be: a second one of the same attempt and name is
+        passed over.
+        """
+        self._require_task(ids)
+        recorder = self._recorder(ids[0])
+        now = self._record_clock.stamps()[0] // 1000
+        files: dict[str, Raw] = {}
+        for row in rows:
+            artifact = SimpleNamespace(
+                name=row.name,
+                ds_type=row.ds_type,
+                ds_root=None,
+                url=row.location,
+                type=row.content_type,
+                sha=row.sha,
+            )
+            (raw,) = recorder._artifacts_to_json(*ids[1:], row.attempt_id, [artifact])
+            raw.update(type=row.type, location=row.location)
+            name = artifact_file(row.attempt_id, row.name)
+            files.setdefault(name, _labelled(raw, row.labels, now))
+        with self._lock(ids):
+            folder = f"{self._folder_of(ids)}/{META_DIR}"
+            new = [f for f in files.items() if not os.path.lexists(f"{folder}/{f[0]}")]
+            self._add(ids, new)
+        return len(new)
+
+    def heartbeat(self, ids: Ids) -> bool:
+        """Note a sign of life of a run, or of a task and its run; False where there is none."""
+        if len(ids) == TASK_DEPTH:
+            self._beat(ids[:2])
+        return self._beat(ids)
+
+    def change_tags(self, ids: Ids, add: Iterable[str], remove: Iterable[str]) -> list[str]:
+        """Remove tags from a run and then add others, and return its tags.
+
+        Changes of one run follow one another. SystemTagsStay where one to remove is a system tag;
+        to add one that is a system tag already does nothing.
+        """
+        path = f"{self._folder_of(ids)}/{META_DIR}/{SELF_FILE}"
+        with self._lock(ids):
+            run = self._require(ids, _run, "run")
+            system = set(run["system_tags"] or ())
+            kept = sorted(system.intersection(remove))
+            if kept:
+                raise SystemTagsStay(f"System tags cannot be removed: {', '.join(kept)}.")
+            before = run["tags"] or []
+            tags = [tag for tag in before if tag not in frozenset(remove)]
+            tags += [t for t in dict.fromkeys(add) if t not in system and t not in tags]
+            if tags != before:
+                with open(path, "rb") as f:
+                    raw = json.loads(f.read())
+                self._require_real(os.path.dirname(path))
+                self._write([(path, {**raw, "tags": tags})])
+        return tags
+
+    def _require(self, ids: Ids, make: Callable[[Ids, Raw], Made], kind: str) -> Made:
+        record = self._record(ids, make)
+        if record is None:
+            raise NotThere(f"There is no {kind} {'/'.join(ids)}.")
+        return record
+
+    def _require_task(self, ids: Ids) -> None:
+        self._require(ids[:2], _run, "run")
+        self._require(ids[:3], _step, "step")
+        self._require(ids, _task, "task")
+
+    def _made(self, record: Made | None) -> Made:
+        if record is None:
+            raise FileNotFoundError(
+                errno.ENOENT, "a record vanished while it was made", self.folder
+            )
+        return record
+
+    def _lock(self, ids: Ids) -> threading.Lock:
+        """The lock of an object against changes of it at the same time; readers need none."""
+        return self._locks[hash(ids) % len(self._locks)]
+
+    def _claim_run(self, flow: Ids) -> Ids:
+        """A folder for a new run: of a later number than all others of the flow."""
+        folder = self._folder_of(flow)
+        if folder not in self._newest_runs:
+            stamps = (int(name) for name in folders_in(folder) if wire_id(name) != name)
+            horizon = 2 * time.time_ns() // 1000  # no clock made what is later
+            self._newest_runs[folder] = max((s for s in stamps if s < horizon), default=0)
+        self._require_real(folder)
+        while True:
+            (stamp,) = self._run_clock.stamps(above=self._newest_runs[folder])
+            if make_folder(f"{folder}/{stamp}"):
+                return (*flow, str(stamp))
+
+    def _claim_task(self, step: Ids) -> Ids:
+        """A folder for a new task: of the next number in its run, whoever numbered the others."""
+        run, folder = self._folder_of(step[:2]), self._folder_of(step)
+        self._require_real(folder)
+        with self._lock(step[:2]):
+            steps = [f"{run}/{name}" for name in folders_in(run)]
+            number = self._last_task_ids.get(run)
+            if number is None:
+                names = itertools.chain.from_iterable(map(folders_in, steps))
+                number = max((int(name) for name in names if wire_id(name) != name), default=0)
+            while True:
+                number += 1
+                if any(os.path.lexists(f"{other}/{number}") for other in steps if other != folder):
+                    continue
+                if make_folder(f"{folder}/{number}"):
+                    self._last_task_ids.put(run, number)
+                    return (*step, str(number))
+
+    def _create(self, ids: Ids, raw: Raw, claimed: bool, beats: bool = False) -> None:
+        """Put a new object's record in its folder; `claimed`: which was just made for it.
+
+        Local mode's datastore may have made the folder before, but never a record.
+        """
+        folder = self._folder_of(ids)
+        meta = f"{folder}/{META_DIR}"
+        if not claimed:
+            self._require_real(os.path.dirname(folder))
+            claimed = make_folder(folder)
+            if not claimed and os.path.lexists(f"{meta}/{SELF_FILE}"):
+                raise AlreadyThere(f"There is already a {'/'.join(ids)}.")
+        try:
+            make_folder(meta)
+            self._require_real(meta)
+            self._write([(f"{meta}/{SELF_FILE}", raw)])
+        except OSError:
+            for made in (meta, folder) if claimed else ():
+                remove_folder(made)
+            raise
+        if beats:
+            self._beat(ids)
+
+    def _beat(self, ids: Ids) -> bool:
+        cached = self._cached(ids, _run if len(ids) == RUN_DEPTH else _task)
+        if cached is None:
+            return False
+        now = int(time.time())
+        path = f"{self._folder_of(ids)}/{META_DIR}/{HEARTBEAT_FILE}"
+        try:
+            os.utime(path, (now, now), follow_symlinks=False)
+        except FileNotFoundError:
+            os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600))
+        cached.heartbeat = now
+        return True
+
+    def _add(self, ids: Ids, files: Sequence[tuple[str, Raw]]) -> None:
+        """Add files to a task."""
+        meta = f"{self._folder_of(ids)}/{META_DIR}"
+        if files:
+            self._require_real(meta)
+            self._write([(f"{meta}/{name}", raw) for name, raw in files])
+
+    def _require_real(self, folder: str) -> None:
+        """Refuse to write where a symbolic link leads."""
+        if os.path.realpath(folder) != folder:
+            raise NotAllowed(f"{folder} is behind a symbolic link, and nothing is written there.")
+
+    def _recorder(self, flow: str) -> Any:
+        """A LocalMetadataProvider of a flow, which says what goes into a record.
+
+        Made without its __init__, which wants the flow itself.
+        """
+        recorder = object.__new__(self._provider)
+        recorder._flow_name = flow
+        recorder.sticky_tags = recorder.sticky_sys_tags = frozenset()
+        return recorder
+
+    def _raw(self, kind: str, ids: Ids, labels: Labels) -> Raw:
+        raw = self._recorder(ids[0])._object_to_json(kind, *ids[1:])
+        return _labelled(raw, labels, time.time_ns() // 1_000_000)
+
+    def _write(self, files: Sequence[tuple[str, Raw]]) -> None:
+        """Put all records in place, or none: each is complete before it has its name."""
+        staged: list[str] = []
+        placed: list[str] = []
+        try:
+            for _, raw in files:
+                staged.append(f"{self._temporary}/{next(self._temporary_names)}")
+                self._stage(staged[-1], json.dumps(raw).encode())
+            for temporary, (path, _) in zip(staged, files):
+                os.rename(temporary, path)
+                placed.append(path)
+        except OSError:
+            for path in staged[len(placed) :] + placed:
+                remove_file(path)
+            raise
+
+    def _stage(self, path: str, content: bytes) -> None:
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+        try:
+            descriptor = os.open(path, flags, 0o600)
+        except FileNotFoundError:  # the root was cleaned out, or moved away and back
+            os.mkdir(self._temporary, 0o700)
+            descriptor = os.open(path, flags, 0o600)
+        try:
+            if os.write(descriptor, content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        finally:
+            os.close(descriptor)
+
+    def _clear_temporary_files(self) -> None:
+        """Remove what a service that was killed has left half-written."""
+        make_folder(self._temporary)
+        for name in os.listdir(self._temporary):
+            remove_file(f"{self._temporary}/{name}")
+
+    def close(self) -> None:
+        """Leave no temporary file behind. Nothing may be written afterwards."""
+        remove_folder(self._temporary)
+
+    def check_writable(self) -> None:
+        """OSError where no record could be written now."""
+        path = f"{self._temporary}/{next(self._temporary_names)}"
+        self._stage(path, b"{}")
+        os.unlink(path)
+
+
+def _own_id(identifier: str, kind: str) -> str:
+    """An id that a client brings: any name but a number, since numbers are the service's."""
+    if identifier.isnumeric():
+        raise NotAllowed(f"A {kind} id that the client brings must not be a number.")
+    check_name(identifier)
+    return identifier
+
+
+def _labelled(raw: Raw, labels: Labels, ts_epoch: int) -> Raw:
+    """A record of local mode's making with what the client said of it.
+
+    Tags that it did not give are left out: local mode reads that as none, but fails at a null.
+    """
+    raw.update(user_name=labels.user_name, ts_epoch=ts_epoch)
+    for key, tags in (("tags", labels.tags), ("system_tags", labels.system_tags)):
+        raw.pop(key, None)
+        if tags is not None:
+            raw[key] = tags
+    return raw
+
+
+def make_folder(path: str) -> bool:
+    """Make a private folder, and say whether it was not there. NotAllowed where a file is."""
+    try:
+        os.mkdir(path, 0o700)
+        return True
+    except FileExistsError:
+        if not stat.S_ISDIR(os.lstat(path).st_mode):
+            raise NotAllowed(
+                f"{os.path.basename(path)!r} cannot be used: it is a file or link."
+            ) from None
+        return False
+
+
+def remove_folder(path: str) -> None:
+    """Remove a folder if it is empty."""
+    with contextlib.suppress(OSError):
+        os.rmdir(path)
+
+
+def remove_file(path: str) -> None:
+    """Remove a file if it is there."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+# ==================================================================================================
+# Queries: filters, cursors, derived status: pure functions over records
+# ==================================================================================================
+
+
+class BadQuery(Exception):
+    """A parameter that means nothing: one sentence for it."""
+
+
+Query = Sequence[tuple[str, str]]
+"""The parameters of a request, in their order, a name as often as it was given."""
+
+Test = Callable[[Any], bool]
+
+
+def first(query: Query, name: str) -> str | None:
+    """The value of a parameter that counts once: the first, None where it is not given."""
+    return next((value for key, value in query if key == name), None)
+
+
+# -- filters: ?field:operator=value,value ----------------------------------------------------------
+
+COMPARISONS: Mapping[str, Callable[[Any, Any], bool]] = {
+    "eq": operator.eq,
+    "ne": operator.ne,
+    "lt": operator.lt,
+    "le": operator.le,
+    "gt": operator.gt,
+    "ge": operator.ge,
+}
+LIKENESSES: Mapping[str, Callable[[str, str], bool]] = {
+    "co": lambda text, part: part.lower() in text.lower(),
+    "sw": lambda text, start: text.lower().startswith(start.lower()),
+    "ew": lambda text, end: text.lower().endswith(end.lower()),
+    "li": lambda text, pattern: is_like(text.lower(), pattern.lower()),
+}
+OPERATORS = frozenset((*COMPARISONS, *LIKENESSES, "is"))
+
+STATUSES = ("running", "completed", "failed")
+INTEGER = re.compile(r"\s*[+-]?[0-9]{1,1000}\s*", re.ASCII)
+
+
+def is_like(text: str, pattern: str) -> bool:
+    """SQL's LIKE: `%` is any text, `_` any character, a backslash takes the next one literally.
+
+    Goes back to the last `%` only, so the time is at most the product of the two lengths.
+    """
+    parts = re.findall(r"\\.|.", pattern, re.DOTALL)
+    at = part = 0
+    star, resume = -1, 0
+    while at < len(text):
+        if part < len(parts) and parts[part] == "%":
+            star, resume = part, at
+            part += 1
+        elif part < len(parts) and parts[part] in ("_", text[at], "\\" + text[at]):
+            at, part = at + 1, part + 1
+        elif star >= 0:
+            resume += 1
+            at, part = resume, star + 1
+        else:
+            return False
+    return all(rest == "%" for rest in parts[part:])
+
+
+class Field(NamedTuple):
+    """A field that records can be filtered by: its value in a record, and what may be compared."""
+
+    value: Callable[[Any], Any]
+    operand: Callable[[str, str], Any]  # field name, text -> what compares with the value
+    operators: frozenset[str] = OPERATORS
+    is_list: bool = True  # whether a comma separates alternatives
+
+
+def _text(name: str, text: str) -> str:
+    return text
+
+
+def _number(name: str, text: str) -> int:
+    if not INTEGER.fullmatch(text):
+        unit = "seconds" if name == "last_heartbeat_ts" else "milliseconds"
+        raise BadQuery(f"invalid {name}: expected integer epoch {unit}, got {text!r}")
+    return int(text)
+
+
+def _identifier(name: str, text: str) -> IdOrder:
+    if not INTEGER.fullmatch(text):
+        raise BadQuery(f"invalid {name}: expected an integer, got {text!r}")
+    return id_order(int(text))
+
+
+def _status(name: str, text: str) -> str:
+    if text not in STATUSES:
+        raise BadQuery(f"unsupported status filter: {text}")
+    return text
+
+
+def _tag_list(name: str, text: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise BadQuery(f"invalid {name}: expected a JSON list, got {text!r}") from None
+
+
+def _given_name(identifier: Id) -> str | None:
+    return identifier if isinstance(identifier, str) else None
+
+
+ORDERED = frozenset((*COMPARISONS, "is"))
+EQUAL = frozenset(("eq", "ne", "is"))
+
+RUN_FIELDS: Mapping[str, Field] = {
+    "flow_id": Field(lambda run: run["flow_id"], _text),
+    "run_number": Field(lambda run: id_order(run["run_number"]), _identifier, ORDERED),
+    "run_id": Field(lambda run: _given_name(run["run_number"]), _text),
+    "user_name": Field(lambda run: run["user_name"], _text),
+    "user": Field(lambda run: run.get("user"), _text),
+    "ts_epoch": Field(lambda run: run["ts_epoch"], _number, ORDERED),
+    "last_heartbeat_ts": Field(lambda run: run["last_heartbeat_ts"], _number, ORDERED),
+    "tags": Field(lambda run: run["tags"], _tag_list, EQUAL, is_list=False),
+    "system_tags": Field(lambda run: run["system_tags"], _tag_list, EQUAL, is_list=False),
+    "status": Field(lambda run: run["status"], _status),
+}
+TASK_FIELDS: Mapping[str, Field] = {
+    "task_id": Field(lambda task: id_order(task["task_id"]), _identifier, ORDERED),
+    "task_name": Field(lambda task: _given_name(task["task_id"]), _text),
+    "user_name": Field(lambda task: task["user_name"], _text),
+    "ts_epoch": Field(lambda task: task["ts_epoch"], _number, ORDERED),
+    "last_heartbeat_ts": Field(lambda task: task["last_heartbeat_ts"], _number, ORDERED),
+}
+
+
+def filters(query: Query, fields: Mapping[str, Field]) -> list[tuple[str, Test]]:
+    """The conditions that a query sets, all of which must hold: the field of each and its test.
+
+    Parameters that are not about one of the fields are not conditions. BadQuery where one is about
+    a field but makes no sense.
+    """
+    conditions = []
+    for parameter, value in query:
+        name, _, asked = parameter.partition(":")
+        if name in fields:
+            conditions.append((name, _condition(name, fields[name], asked or "eq", value)))
+    return conditions
+
+
+def _condition(name: str, field: Field, asked: str, value: str) -> Test:
+    if asked not in field.operators:
+        raise BadQuery(f"unsupported operator {asked!r} for field {name!r}")
+    alternatives = value.split(",") if field.is_list else [value]
+    tests = [_alternative(name, field, asked, text) for text in alternatives]
+    return lambda record: any(test(field.value(record)) for test in tests)
+
+
+def _alternative(name: str, field: Field, asked: str, text: str) -> Test:
+    """A test of a field's value. As in SQL, nothing but null itself compares with null."""
+    if text == "null":
+        return (lambda value: value is not None) if asked == "ne" else (lambda value: value is None)
+    if asked == "is":
+        raise BadQuery(f"the operator 'is' of field {name!r} takes only null, not {text!r}")
+    operand = field.operand(name, text)
+    compare = COMPARISONS.get(asked) or LIKENESSES[asked]
+    return lambda value: value is not None and compare(value, operand)
+
+
+def tag_filters(query: Query) -> list[Test]:
+    """The conditions that `_tags` parameters set on the tags and system tags of a run together."""
+    tests: list[Test] = []
+    for parameter, value in query:
+        name, _, asked = parameter.partition(":")
+        if name == "_tags":
+            if asked not in ("", "all", "any", "likeall", "likeany"):
+                raise BadQuery(f"unsupported operator {asked!r} for field '_tags'")
+            tests.append(_tag_test(asked, value.split(",")))
+    return tests
+
+
+def _tag_test(asked: str, wanted: list[str]) -> Test:
+    enough = any if asked.endswith("any") else all
+
+    def test(run: Run) -> bool:
+        tags = (run["tags"] or []) + (run["system_tags"] or [])
+        among: list[str] | str = json.dumps(tags) if asked.startswith("like") else tags
+        return enough(tag in among for tag in wanted)
+
+    return test
+
+
+# -- pages: ?_limit=50&_cursor=... -----------------------------------------------------------------
+
+DEFAULT_PAGE = 50
+LARGEST_PAGE = 500
+
+
+class Order(NamedTuple):
+    """How a list is ordered, newest first, and what a cursor into it holds.
+
+    A cursor is the base64 of a JSON object with those fields of the last record that was seen. It
+    is compared by the same function as the records, so the next page goes on right after it.
+    """
+
+    moment: Callable[[Any], Moment]
+    keys: Mapping[str, Callable[[object], object]]
+
+
+def _cursor_number(value: object) -> int | float:
+    if isinstance(value, str) and INTEGER.fullmatch(value):
+        return int(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value
+    raise ValueError
+
+
+def _cursor_id(value: object) -> object:
+    try:
+        return int(_cursor_number(value))
+    except ValueError:
+        return _cursor_text(value)
+
+
+def _cursor_text(value: object) -> str:
+    if isinstance(value, str):
+        return value
+    raise ValueError
+
+
+FLOW_ORDER = Order(flow_moment, {"ts_epoch": _cursor_number, "flow_id": _cursor_text})
+RUN_ORDER = Order(run_moment, {"ts_epoch": _cursor_number, "run_number": _cursor_id})
+TASK_ORDER = Order(task_moment, {"ts_epoch": _cursor_number, "task_id": _cursor_id})
+METADATA_ORDER = Order(metadatum_moment, {"ts_epoch": _cursor_number, "id": _cursor_number})
+ARTIFACT_ORDER = Order(
+    artifact_moment,
+    {
+        "ts_epoch": _cursor_number,
+        "task_id": _cursor_id,
+        "name": _cursor_text,
+        "step_name": _cursor_text,
+    },
+)
+
+
+def cursor_after(order: Order, record: Mapping[str, Any]) -> str:
+    """The cursor that leads to what comes after the record."""
+    fields = {key: record[key] for key in order.keys}
+    return base64.b64encode(json.dumps(fields).encode()).decode()
+
+
+def place_of(order: Order, cursor: str) -> Moment:
+    """Where a cursor points; BadQuery where it is none of such a list.
+
+    `step_name` may be missing, as it is in the reference's cursors.
+    """
+    try:
+        fields = json.loads(base64.b64decode(cursor, validate=True))
+        fields = {"step_name": "", **fields}
+        return order.moment({key: convert(fields[key]) for key, convert in order.keys.items()})
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
+        raise BadQuery("Invalid cursor") from None
+
+
+def page_size(query: Query) -> int:
+    """How many records a page is to have."""
+    text = first(query, "_limit")
+    if not text:
+        return DEFAULT_PAGE
+    if not re.fullmatch(r"[0-9]{1,1000}", text) or int(text) < 1:
+        raise BadQuery(f"_limit is a number from 1 to {LARGEST_PAGE}, not {text!r}.")
+    return min(int(text), LARGEST_PAGE)
+
+
+# -- what records tell together --------------------------------------------------------------------
+
+RUN_HEARTBEAT_CUTOFF = 360
+"""Seconds without a heartbeat after which a run that has not ended counts as failed."""
+
+TRUTHS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
+
+
+def run_status(end_metadata: Iterable[Metadatum], last_heartbeat_ts: int | None, now: float) -> str:
+    """What has become of a run, by the rules and in the order of the reference.
+
+    `end_metadata`: that of all tasks of the step `end`. `now`: epoch seconds.
+    """
+    attempts = [m for m in end_metadata if m["field_name"] in ("attempt", "attempt_ok")]
+    ended = [
+        m for m in attempts if m["field_name"] == "attempt_ok" and m["value"].lower() in TRUTHS
+    ]
+    if ended:
+        newest = max(ended, key=metadatum_moment)
+        if TRUTHS[newest["value"].lower()]:
+            return "completed"
+        after = metadatum_moment(newest)
+        retried = any(
+            m["field_name"] == "attempt" and metadatum_moment(m) > after for m in attempts
+        )
+        return "running" if retried else "failed"
+    alive = last_heartbeat_ts is not None and abs(now - last_heartbeat_ts) <= RUN_HEARTBEAT_CUTOFF
+    return "running" if alive else "failed"
+
+
+def sends_heartbeats(system_tags: Sequence[object] | None) -> bool:
+    """Whether a client with these system tags is one that sends heartbeats.
+
+    By its `metaflow_version:`; one that cannot be read, and no system tags at all, count as yes.
+    """
+    if system_tags is None:
+        return True
+    prefix = "metaflow_version:"
+    versions = [
+        t[len(prefix) :] for t in system_tags if isinstance(t, str) and t.startswith(prefix)
+    ]
+    if not versions:
+        return False
+    match = re.match(r"(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?", versions[0])
+    if match is None:
+        return True
+    version = tuple(int(part or 0) for part in match.groups())
+    return version >= (2, 2, 12) or (1, 14, 0) <= version < (2, 0, 0)
+
+
+ESCAPES = {r"\y": r"\b", r"\Y": r"\B", r"\m": r"\b(?=\w)", r"\M": r"\b(?<=\w)", r"\b": r"\x08"}
+
+
+def postgres_regex(pattern: str) -> Pattern[str]:
+    """A regular expression of PostgreSQL's as Python's; BadQuery where it is none.
+
+    They differ in what `$` and a few letters behind a backslash mean, and in that `.` is any
+    character there.
+    """
+
+    def translate(match: Match[str]) -> str:
+        piece = match.group()
+        return r"\Z" if piece == "$" else ESCAPES.get(piece, piece)
+
+    pieces = re.compile(r"\\.|\[\^?\]?(?:\\.|[^]\\])*\]|.", re.DOTALL)
+    try:
+        return re.compile(pieces.sub(translate, pattern), re.DOTALL)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise BadQuery(f"{pattern!r} is not a regular expression: {error}.") from None
+
+
+# ==================================================================================================
+# API: the route table: a method and a path, and a small handler over the store
+# ==================================================================================================
+
+
+class HttpError(Exception):
+    """A request that gets no 2xx: its status, one sentence, and further headers."""
+
+    def __init__(self, status: int, sentence: str, headers: Sequence[tuple[str, str]] = ()) -> None:
+        super().__init__(sentence)
+        self.status = status
+        self.headers = tuple(headers)
+
+
+NUL_ESCAPE = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
+"""A NUL character as JSON has it; behind an odd number of backslashes it is text."""
+
+
+class Request(NamedTuple):
+    """A request as a handler sees it."""
+
+    method: str
+    path: Sequence[str]  # the decoded segments
+    query: Query
+    body: bytes | None  # None where the client announced none
+
+    def json(self) -> object:
+        """The JSON in the body, whatever its Content-Type says."""
+        if self.body is None:
+            raise HttpError(
+                411, "The request needs a body, and a Content-Length that announces it."
+            )
+        try:
+            value = json.loads(self.body.decode(), parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:
+            raise HttpError(400, f"The body is not JSON: {error}.") from None
+        if NUL_ESCAPE.search(self.body):
+            raise HttpError(400, "The body has a NUL character in it.")
+        return value
+
+    def json_object(self) -> Mapping[str, object]:
+        value = self.json()
+        if not isinstance(value, dict):
+            raise HttpError(400, "The body is not a JSON object.")
+        return value
+
+    def json_objects(self) -> Sequence[Mapping[str, object]]:
+        value = self.json()
+        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+            raise HttpError(400, "The body is not a JSON list of objects.")
+        return value
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not JSON")
+
+
+class Answer(NamedTuple):
+    """An answer as the server sends it."""
+
+    content: bytes
+    status: int = 200
+    kind: str = "application/json"
+    headers: Sequence[tuple[str, str]] = ()
+
+
+def as_json(value: object, status: int = 200, headers: Sequence[tuple[str, str]] = ()) -> Answer:
+    return Answer(json.dumps(value).encode(), status, headers=headers)
+
+
+def as_text(text: str) -> Answer:
+    return Answer(text.encode(), kind="text/plain; charset=utf-8")
+
+
+def as_error(error: HttpError) -> Answer:
+    return as_json({"message": str(error)}, error.status, error.headers)
+
+
+Handler = Callable[..., Answer]
+
+
+class Router:
+    """A table of routes: a tree of path segments, with handlers by method at its leaves."""
+
+    VARIABLE = "{}"
+
+    def __init__(self) -> None:
+        self._tree: dict[str, Any] = {}
+
+    def route(self, method: str, template: str) -> Callable[[Handler], Handler]:
+        """Declare a handler, right above it. Segments in braces become its arguments, in order."""
+
+        def declare(handler: Handler) -> Handler:
+            node = self._tree
+            for segment in template.split("/")[1:]:
+                node = node.setdefault(self.VARIABLE if segment.startswith("{") else segment, {})
+            node.setdefault("", {})[method] = handler  # no segment of a path is empty
+            return handler
+
+        return declare
+
+    def handler(self, method: str, path: Sequence[str]) -> tuple[Handler, list[str]]:
+        """The handler of a request, and its arguments; 404 or 405 where there is none."""
+        found = self._find(self._tree, path, 0) if all(path) else None
+        if found is None:
+            raise HttpError(404, "There is nothing at this path.")
+        methods, arguments = found
+        handler = methods.get("GET" if method == "HEAD" else method)
+        if handler is None:
+            allowed = ", ".join(sorted(methods) + ["HEAD"] * ("GET" in methods))
+            sentence = f"The method {method} is not for this path; allowed: {allowed}."
+            raise HttpError(405, sentence, [("Allow", allowed)])
+        return handler, arguments
+
+    def _find(
+        self, node: Mapping[str, Any], path: Sequence[str], at: int
+    ) -> tuple[Mapping[str, Handler], list[str]] | None:
+        if at == len(path):
+            return (node[""], []) if "" in node else None
+        if path[at] in node:
+            found = self._find(node[path[at]], path, at + 1)
+            if found is not None:
+                return found
+        if self.VARIABLE in node:
+            found = self._find(node[self.VARIABLE], path, at + 1)
+            if found is not None:
+                found[1].insert(0, path[at])
+            return found
+        return None
+
+
+# -- what requests carry ---------------------------------------------------------------------------
+
+
+def text_or_null(item: Mapping[str, object], key: str, default: str | None) -> str | None:
+    value = item.get(key, default)
+    if value is not None and not isinstance(value, str):
+        raise HttpError(400, f"{key} must be a string.")
+    return value
+
+
+def text(item: Mapping[str, object], key: str, default: str) -> str:
+    value = text_or_null(item, key, default)
+    if value is None:
+        raise HttpError(400, f"{key} must be a string.")
+    return value
+
+
+def tag_list(item: Mapping[str, object], key: str) -> Tags:
+    value = item.get(key)
+    if value is None or (isinstance(value, list) and all(isinstance(tag, str) for tag in value)):
+        return value
+    raise HttpError(400, f"{key} must be a list of strings.")
+
+
+def labels_in(item: Mapping[str, object], default_user: str | None = None) -> Labels:
+    return Labels(
+        text_or_null(item, "user_name", default_user),
+        tag_list(item, "tags"),
+        tag_list(item, "system_tags"),
+    )
+
+
+def new_id(item: Mapping[str, object], key: str) -> str | None:
+    """The id that a client brings, None where the service is to make one."""
+    value = item.get(key)
+    if value is not None and not isinstance(value, str):
+        raise HttpError(400, f"{key} must be a string.")
+    return value
+
+
+def metadatum_in(item: Mapping[str, object]) -> MetadatumToStore:
+    value = item.get("value", " ")
+    if isinstance(value, (bool, int, float)):
+        value = json.dumps(value)
+    if not isinstance(value, str):
+        raise HttpError(400, "value must be a string.")
+    return MetadatumToStore(
+        text(item, "field_name", " "), value, text(item, "type", " "), labels_in(item)
+    )
+
+
+def artifact_in(item: Mapping[str, object]) -> ArtifactToStore:
+    attempt = item.get("attempt_id", 0)
+    return ArtifactToStore(
+        text(item, "name", " "),
+        text(item, "location", " "),
+        text(item, "ds_type", " "),
+        text_or_null(item, "sha", " "),
+        text_or_null(item, "type", " "),
+        text_or_null(item, "content_type", " "),
+        attempt_number(str(attempt) if not isinstance(attempt, bool) else ""),
+        labels_in(item, " "),
+    )
+
+
+LARGEST_ATTEMPT = 32767
+"""The reference keeps attempts as PostgreSQL's smallint."""
+
+
+def attempt_number(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > LARGEST_ATTEMPT:
+        raise HttpError(400, f"An attempt is a number from 0 to {LARGEST_ATTEMPT}.")
+    return int(text)
+
+
+def path_id(segment: str) -> str:
+    """A run or task id in a path: a number is a number, also with zeros in front."""
+    if segment.isascii() and segment.isdigit():
+        return segment.lstrip("0") or "0"
+    return segment
+
+
+def run_ids(flow: str, run: str) -> Ids:
+    return (flow, path_id(run))
+
+
+def task_ids(flow: str, run: str, step: str, task: str) -> Ids:
+    return (flow, path_id(run), step, path_id(task))
+
+
+# -- what answers are made of ----------------------------------------------------------------------
+
+
+def one(record: Mapping[str, Any] | None, what: str) -> Answer:
+    if record is None:
+        raise HttpError(404, f"There is no such {what}.")
+    return as_json(record)
+
+
+Records = Callable[[Optional[Moment]], Iterable[Mapping[str, Any]]]
+
+
+def listed(request: Request, order: Order, records: Records, filtered: bool = False) -> Answer:
+    """A whole list, or the page of it that `_limit`, `_cursor` or a filter asks for.
+
+    `records`: makes the list, newest first; from a place on, where it is given one.
+    """
+    cursor = first(request.query, "_cursor")
+    if cursor is None and first(request.query, "_limit") is None and not filtered:
+        return as_json(list(records(None)))
+    limit = page_size(request.query)
+    rest = iter(records(place_of(order, cursor) if cursor else None))
+    page = list(itertools.islice(rest, limit))
+    headers = [("X-Limit", str(limit))]
+    if next(rest, None) is not None:
+        headers.append(("X-Next-Cursor", cursor_after(order, page[-1])))
+    return as_json(page, headers=headers)
+
+
+def older(order: Order, records: list[Any], before: Moment | None) -> list[Any]:
+    """Those of an ordered list that come after a place in it."""
+    return [r for r in records if before is None or order.moment(r) < before]
+
+
+# -- routes ----------------------------------------------------------------------------------------
+
+METADATA_API = Router()
+route = METADATA_API.route
+
+FLOW = "/flows/{flow}"
+RUN = FLOW + "/runs/{run}"
+STEP = RUN + "/steps/{step}"
+TASK = STEP + "/tasks/{task}"
+
+HEARTBEAT_SECONDS = 10
+"""How long a client is to wait until its next heartbeat."""
+
+
+@route("GET", "/ping")
+def ping(store: Store, request: Request) -> Answer:
+    """Say that the service is there; clients read its version from the header."""
+    return as_text("pong")
+
+
+@route("GET", "/version")
+def version(store: Store, request: Request) -> Answer:
+    """The version of the API."""
+    return as_text(PROTOCOL_VERSION)
+
+
+@route("GET", "/healthcheck")
+def healthcheck(store: Store, request: Request) -> Answer:
+    """Whether records can be written."""
+    try:
+        store.check_writable()
+    except OSError as error:
+        raise HttpError(503, f"{store.folder} cannot be written: {error.strerror}.") from None
+    return as_json({"status": "UP"})
+
+
+@route("GET", "/flows")
+def list_flows(store: Store, request: Request) -> Answer:
+    """All flows."""
+    return listed(request, FLOW_ORDER, store.flows)
+
+
+@route("GET", FLOW)
+def get_flow(store: Store, request: Request, flow: str) -> Answer:
+    """One flow."""
+    return one(store.flow((flow,)), "flow")
+
+
+@route("POST", FLOW)
+def create_flow(store: Store, request: Request, flow: str) -> Answer:
+    """Make a flow."""
+    return as_json(store.create_flow((flow,), labels_in(request.json_object())))
+
+
+@route("GET", FLOW + "/runs")
+def list_runs(store: Store, request: Request, flow: str) -> Answer:
+    """The runs of a flow that pass the filters, with their status if it is asked for."""
+    conditions = filters(request.query, RUN_FIELDS)
+    plain = [test for name, test in conditions if name != "status"] + tag_filters(request.query)
+    by_status = [test for name, test in conditions if name == "status"]
+
+    def runs(before: Moment | None) -> Iterator[Run]:
+        for run in store.runs((flow,), before):
+            if all(test(run) for test in plain):
+                if by_status:
+                    run["status"] = status_of(store, run)
+                if all(test(run) for test in by_status):
+                    yield run
+
+    return listed(request, RUN_ORDER, runs, filtered=bool(plain or by_status))
+
+
+def status_of(store: Store, run: Run) -> str:
+    """What has become of a run, which is told by the metadata of its step `end`."""
+    end = (run["flow_id"], str(run["run_number"]), "end")
+    metadata = itertools.chain.from_iterable(map(store.metadata, store.task_ids(end)))
+    return run_status(metadata, run["last_heartbeat_ts"], time.time())
+
+
+@route("GET", RUN)
+def get_run(store: Store, request: Request, flow: str, run: str) -> Answer:
+    """One run."""
+    return one(store.run(run_ids(flow, run)), "run")
+
+
+@route("POST", FLOW + "/run")
+def create_run(store: Store, request: Request, flow: str) -> Answer:
+    """Make a run, with the id that the client brings or a new one."""
+    body = request.json_object()
+    labels = labels_in(body)
+    beats = sends_heartbeats(labels.system_tags)
+    run = store.create_run((flow,), new_id(body, "run_number"), labels, beats)
+    run.pop("user", None)  # as the reference: only a GET says whether the owner is verified
+    return as_json(run)
+
+
+@route("POST", RUN + "/heartbeat")
+def run_heartbeat(store: Store, request: Request, flow: str, run: str) -> Answer:
+    """Note that a run lives."""
+    return heartbeat_noted(store, run_ids(flow, run))
+
+
+@route("PATCH", RUN + "/tag/mutate")
+def mutate_tags(store: Store, request: Request, flow: str, run: str) -> Answer:
+    """Add tags to a run and remove others."""
+    body = request.json_object()
+    changes = {}
+    for key in ("tags_to_add", "tags_to_remove"):
+        tags = body.get(key, [])
+        if not isinstance(tags, list):
+            raise HttpError(400, f"{key} must be a list")
+        if not all(isinstance(tag, str) for tag in tags):
+            raise HttpError(400, "All tag values must be strings")
+        changes[key] = tags
+    tags = store.change_tags(
+        run_ids(flow, run), add=changes["tags_to_add"], remove=changes["tags_to_remove"]
+    )
+    return as_json({"tags": tags})
+
+
+@route("GET", RUN + "/metadata")
+def list_run_metadata(store: Store, request: Request, flow: str, run: str) -> Answer:
+    """The metadata of all tasks of a run."""
+    metadata = store.metadata_of_run(run_ids(flow, run))
+    return listed(request, METADATA_ORDER, partial(older, METADATA_ORDER, metadata))
+
+
+@route("GET", RUN + "/artifacts")
+def list_run_artifacts(store: Store, request: Request, flow: str, run: str) -> Answer:
+    """The artifacts of the latest attempt of each task of a run."""
+    artifacts = store.artifacts_below(run_ids(flow, run))
+    return listed(request, ARTIFACT_ORDER, partial(older, ARTIFACT_ORDER, artifacts))
+
+
+@route("GET", RUN + "/steps")
+def list_steps(store: Store, request: Request, flow: str, run: str) -> Answer:
+    """The steps of a run."""
+    return as_json(list(store.steps(run_ids(flow, run))))
+
+
+@route("GET", STEP)
+def get_step(store: Store, request: Request, flow: str, run: str, step: str) -> Answer:
+    """One step."""
+    return one(store.step((*run_ids(flow, run), step)), "step")
+
+
+@route("POST", STEP + "/step")
+def create_step(store: Store, request: Request, flow: str, run: str, step: str) -> Answer:
+    """Make a step."""
+    labels = labels_in(request.json_object(), default_user="")
+    return as_json(store.create_step((*run_ids(flow, run), step), labels))
+
+
+@route("GET", STEP + "/artifacts")
+def list_step_artifacts(store: Store, request: Request, flow: str, run: str, step: str) -> Answer:
+    """The artifacts of the latest attempt of each task of a step."""
+    artifacts = store.artifacts_below((*run_ids(flow, run), step))
+    return listed(request, ARTIFACT_ORDER, partial(older, ARTIFACT_ORDER, artifacts))
+
+
+@route("GET", STEP + "/tasks")
+def list_tasks(store: Store, request: Request, flow: str, run: str, step: str) -> Answer:
+    """The tasks of a step that pass the filters."""
+    tests = [test for _, test in filters(request.query, TASK_FIELDS)]
+
+    def tasks(before: Moment | None) -> Iterator[Task]:
+        below = store.tasks((*run_ids(flow, run), step), before)
+        return (task for task in below if all(test(task) for test in tests))
+
+    return listed(request, TASK_ORDER, tasks, filtered=bool(tests))
+
+
+@route("GET", STEP + "/filtered_tasks")
+def filter_tasks(store: Store, request: Request, flow: str, run: str, step: str) -> Answer:
+    """The pathspecs of the tasks of a step that have a metadatum of that name and value."""
+    field = first(request.query, "metadata_field_name")
+    pattern = postgres_regex(first(request.query, "pattern") or "")
+
+    def matches(metadatum: Metadatum) -> bool:
+        return (not field or metadatum["field_name"] == field) and bool(
+            pattern.search(metadatum["value"])
+        )
+
+    tasks = store.task_ids((*run_ids(flow, run), step))
+    return as_json(["/".join(ids) for ids in tasks if any(map(matches, store.metadata(ids)))])
+
+
+@route("GET", TASK)
+def get_task(store: Store, request: Request, *task: str) -> Answer:
+    """One task."""
+    return one(store.task(task_ids(*task)), "task")
+
+
+@route("POST", STEP + "/task")
+def create_task(store: Store, request: Request, flow: str, run: str, step: str) -> Answer:
+    """Make a task, with the name that the client brings or the next number."""
+    body = request.json_object()
+    labels = labels_in(body)
+    beats = sends_heartbeats(labels.system_tags)
+    ids = (*run_ids(flow, run), step)
+    return as_json(store.create_task(ids, new_id(body, "task_id"), labels, beats))
+
+
+@route("POST", TASK + "/heartbeat")
+def task_heartbeat(store: Store, request: Request, *task: str) -> Answer:
+    """Note that a task lives, and so its run."""
+    return heartbeat_noted(store, task_ids(*task))
+
+
+def heartbeat_noted(store: Store, ids: Ids) -> Answer:
+    """Note a heartbeat. The answer is JSON in a JSON string: clients decode it twice."""
+    if not store.heartbeat(ids):
+        raise HttpError(404, "There is no such run or task.")
+    return as_json(json.dumps({"wait_time_in_seconds": HEARTBEAT_SECONDS}))
+
+
+@route("GET", TASK + "/metadata")
+def list_metadata(store: Store, request: Request, *task: str) -> Answer:
+    """The metadata of all attempts of a task."""
+    return listed(request, METADATA_ORDER, partial(store.metadata, task_ids(*task)))
+
+
+@route("POST", TASK + "/metadata")
+def create_metadata(store: Store, request: Request, *task: str) -> Answer:
+    """Add metadata to a task, all or none."""
+    rows = [metadatum_in(item) for item in request.json_objects()]
+    return as_json({"metadata_created": added(store.create_metadata, task_ids(*task), rows)})
+
+
+@route("GET", TASK + "/artifacts")
+def list_artifacts(store: Store, request: Request, *task: str) -> Answer:
+    """The artifacts of the latest attempt of a task."""
+    artifacts = store.artifacts(task_ids(*task))
+    return listed(request, ARTIFACT_ORDER, partial(older, ARTIFACT_ORDER, artifacts))
+
+
+@route("POST", TASK + "/artifact")
+def create_artifacts(store: Store, request: Request, *task: str) -> Answer:
+    """Add artifacts to a task, all or none; those that it has already are passed over."""
+    rows = [artifact_in(item) for item in request.json_objects()]
+    return as_json({"artifacts_created": added(store.create_artifacts, task_ids(*task), rows)})
+
+
+def added(add: Callable[[Ids, Any], int], ids: Ids, rows: Sequence[object]) -> int:
+    """Add rows to a task. Where it is not there, the reference's answer is 400 and not 404."""
+    try:
+        return add(ids, rows)
+    except NotThere:
+        raise HttpError(400, "need to register run_id and task_id first") from None
+
+
+@route("GET", TASK + "/artifacts/{name}")
+def get_artifact(
+    store: Store, request: Request, flow: str, run: str, step: str, task: str, name: str
+) -> Answer:
+    """One artifact of the latest attempt of a task."""
+    return one(store.artifact(task_ids(flow, run, step, task), name), "artifact")
+
+
+@route("GET", TASK + "/artifacts/{name}/attempt/{attempt}")
+def get_artifact_of_attempt(
+    store: Store, request: Request, flow: str, run: str, step: str, task: str, name: str, n: str
+) -> Answer:
+    """One artifact of an attempt of a task."""
+    ids = task_ids(flow, run, step, task)
+    return one(store.artifact(ids, name, attempt_in_path(n)), "artifact")
+
+
+@route("GET", TASK + "/attempt/{attempt}/artifacts")
+def list_artifacts_of_attempt(
+    store: Store, request: Request, flow: str, run: str, step: str, task: str, n: str
+) -> Answer:
+    """The artifacts of an attempt of a task."""
+    return as_json(store.artifacts(task_ids(flow, run, step, task), attempt_in_path(n)))
+
+
+def attempt_in_path(segment: str) -> int:
+    """An attempt that is asked for; any number will do, since one that cannot be is not there."""
+    if not re.fullmatch("[0-9]{1,100}", segment):
+        raise HttpError(400, "An attempt is a number.")
+    return int(segment)
+
+
+# -- dispatch --------------------------------------------------------------------------------------
+
+STATUS_OF_STORE_ERRORS: Mapping[type, int] = {
+    NotThere: 404,
+    AlreadyThere: 409,
+    NotAllowed: 400,
+    SystemTagsStay: 422,
+}
+STATUS_OF_OS_ERRORS: Mapping[int | None, int] = {
+    errno.ENOSPC: 507,
+    errno.EDQUOT: 507,
+    errno.EMFILE: 503,  # Metaflow's client tries again after a 503, and after nothing else
+    errno.ENFILE: 503,
+    errno.ENOENT: 503,  # a parent that was there a moment ago, or the whole root, is gone
+    errno.ENOTDIR: 503,
+    errno.ESTALE: 503,
+}
+
+
+class MetadataService:
+    """Answers requests of the metadata API over a store."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def answer(self, request: Request) -> Answer:
+        """The answer to a request, whatever it is; never an exception that a client can cause."""
+        try:
+            handler, arguments = METADATA_API.handler(request.method, request.path)
+            return handler(self._store, request, *arguments)
+        except HttpError as error:
+            return as_error(error)
+        except BadQuery as error:
+            return as_error(HttpError(400, str(error)))
+        except StoreError as error:
+            return as_error(HttpError(STATUS_OF_STORE_ERRORS[type(error)], str(error)))
+        except OSError as error:
+            log.warning("%s /%s: %s", request.method, "/".join(request.path), error)
+            status = STATUS_OF_OS_ERRORS.get(error.errno, 500)
+            return as_error(HttpError(status, f"The records cannot be reached: {error.strerror}."))
+        except Exception:
+            log.exception("%s /%s", request.method, "/".join(request.path))
+            return as_error(HttpError(500, "The service failed; its log says where."))
+
+    def close(self) -> None:
+        self._store.close()
+
+
+class BrokenService:
+    """Answers every request with why there is no service, so that the flow itself shows it."""
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def answer(self, request: Request) -> Answer:
+        return as_error(HttpError(500, self._reason))
+
+    def close(self) -> None:
+        pass
+
+
+# ==================================================================================================
+# Server: HTTP itself: parsing, limits, access, errors as JSON, in-flight requests
+# ==================================================================================================
+
+LARGEST_BODY = 64 * 2**20
+MOST_CONNECTIONS = 512
+MOST_PARAMETERS = 100
+
+KEEP_ALIVE_SECONDS = 75.0
+"""How long a connection may be silent between two requests."""
+
+REQUEST_SECONDS = 30.0
+"""How long a request may take to arrive, and an answer to be taken."""
+
+SHUTDOWN_SECONDS = 10.0
+"""How long requests in flight may go on when the service stops."""
+
+TICK_SECONDS = 0.25
+"""How often the server looks for connections that are too slow, and whether it is needed."""
+
+
+class Access(NamedTuple):
+    """Who may talk to the service."""
+
+    host: str  # where it listens
+    key: str | None  # what every request must bring, if anything
+
+    def check(self, headers: Message) -> None:
+        """Refuse a request that a foreign web page can send, or that lacks the key."""
+        host = headers.get("Host")
+        if host is not None and not self._is_ours(host):
+            raise HttpError(403, "The Host header names another host.")
+        origin = headers.get("Origin")
+        if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
+            raise HttpError(403, "Requests from pages of another origin are not answered.")
+        if self.key is not None:
+            given = headers.get("x-api-key") or ""
+            if not hmac.compare_digest(given.encode("latin-1"), self.key.encode()):
+                raise HttpError(401, "The request needs the service's key as its x-api-key header.")
+
+    def _is_ours(self, host: str) -> bool:
+        """Whether a Host header can only be meant for us.
+
+        A page that rebinds its own name to this machine's address still sends that name. Whoever
+        listens beyond this machine is reached by addresses and names of its own, and has a key.
+        """
+        try:
+            name = urllib.parse.urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            return False
+        if name == self.host.lower() or is_loopback(name):
+            return True
+        return not is_loopback(self.host) and (is_address(name) or name == own_name())
+
+
+def is_address(host: str) -> bool:
+    """Whether a host is given as an address and not as a name."""
+    import ipaddress
+
+    try:
+        ipaddress.ip_address(host)
+        return True
+    except ValueError:
+        return False
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine for itself alone."""
+    return host in ("localhost", "::1") or (host.startswith("127.") and is_address(host))
+
+
+def own_name() -> str:
+    """The machine's name for itself."""
+    return socket.gethostname().lower()
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Listens from the moment it is made; answers from `serve` on, with a thread a connection."""
+
+    request_queue_size = 128
+    daemon_threads = True
+
+    def __init__(self, host: str, port: int, key: str | None) -> None:
+        """Listen. OSError where that cannot be."""
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.access = Access(host, key)
+        self.service: MetadataService | BrokenService
+        self.is_closing = False
+        self._connections: dict[Connection, float] = {}  # until when each may be silent
+        self._busy: set[Connection] = set()
+        self._lock = threading.Condition()  # guards both, and the time of the last request
+        self._last_request = time.monotonic()
+        self._wake_reader, self._wake_writer = os.pipe()
+        super().__init__((host, port), Connection)
+
+    def server_bind(self) -> None:
+        """Bind without the look-up of the machine's name, which can take seconds."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.access.host, self.server_address[1]
+
+    def descriptors(self) -> tuple[int, ...]:
+        """The files that it needs open."""
+        return (self.fileno(), self._wake_reader, self._wake_writer)
+
+    @property
+    def url(self) -> str:
+        host = {"0.0.0.0": DEFAULT_HOST, "::": "::1"}.get(self.access.host, self.access.host)
+        return (
+            f"http://[{host}]:{self.server_port}"
+            if ":" in host
+            else f"http://{host}:{self.server_port}"
+        )
+
+    # -- its life ----------------------------------------------------------------------------------
+
+    def serve(
+        self,
+        service: MetadataService | BrokenService,
+        is_wanted: Callable[[float], bool],
+    ) -> None:
+        """Answer requests; return at `stop`, or when `is_wanted` says no. `finish` has to follow.
+
+        `is_wanted` is asked now and then, with the seconds since the last request.
+        """
+        self.service = service
+        self._last_request = time.monotonic()
+        acceptor = threading.Thread(target=self.serve_forever, args=(TICK_SECONDS,), daemon=True)
+        acceptor.start()
+        while not select.select([self._wake_reader], [], [], TICK_SECONDS)[0]:
+            self._close_overdue()
+            if not is_wanted(self._idle_seconds()):
+                break
+
+    def finish(self) -> None:
+        """Take no more connections, and return when the requests in flight are answered."""
+        self.is_closing = True
+        self.shutdown()
+        self.server_close()
+        with self._lock:
+            for connection in self._connections:
+                if connection not in self._busy:
+                    connection.cut_off()
+            self._lock.wait_for(lambda: not self._busy, timeout=SHUTDOWN_SECONDS)
+
+    def stop(self, *_: object) -> None:
+        """Make `serve` return. May be called from anywhere, also as a signal handler."""
+        os.write(self._wake_writer, b"!")
+
+    def _idle_seconds(self) -> float:
+        with self._lock:
+            return 0.0 if self._busy else time.monotonic() - self._last_request
+
+    def _close_overdue(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            overdue = [c for c, deadline in self._connections.items() if deadline < now]
+        for connection in overdue:
+            connection.cut_off()
+
+    # -- what its connections tell it --------------------------------------------------------------
+
+    def note_waiting(self, connection: Connection) -> None:
+        """The connection waits for a request."""
+        with self._lock:
+            self._busy.discard(connection)
+            self._connections[connection] = time.monotonic() + KEEP_ALIVE_SECONDS
+            self._last_request = time.monotonic()
+            if self.is_closing:
+                self._lock.notify()
+
+    def note_receiving(self, connection: Connection) -> None:
+        """The connection has begun to receive a request."""
+        with self._lock:
+            self._busy.add(connection)
+            self._connections[connection] = time.monotonic() + REQUEST_SECONDS
+
+    def note_answering(self, connection: Connection) -> None:
+        """The connection has received a request, which may take as long as it takes."""
+        self._connections[connection] = math.inf
+
+    def note_closed(self, connection: Connection) -> None:
+        with self._lock:
+            self._busy.discard(connection)
+            self._connections.pop(connection, None)
+            self._lock.notify()
+
+    # -- seams of socketserver ---------------------------------------------------------------------
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                time.sleep(0.05)  # the connection stays acceptable: do not try as fast as possible
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if len(self._connections) < MOST_CONNECTIONS:
+            super().process_request(request, client_address)
+            return
+        log.warning("more than %d connections", MOST_CONNECTIONS)
+        body = as_error(HttpError(503, "The service has too many connections; try again.")).content
+        request.setblocking(False)
+        with contextlib.suppress(OSError):
+            request.send(
+                b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+                b"METADATA_SERVICE_VERSION: %s\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s"
+                % (PROTOCOL_VERSION.encode(), len(body), body)
+            )
+        self.shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.exception("a connection failed")
+
+
+class Connection(http.server.BaseHTTPRequestHandler):
+    """A connection and its requests, one after the other."""
+
+    server: Server
+    protocol_version = "HTTP/1.1"
+    default_request_version = "HTTP/1.0"
+    server_version = f"{PROGRAM}/{__version__}"
+    disable_nagle_algorithm = True
+    wbufsize = -1  # buffered: head and body of an answer leave together
+    timeout = KEEP_ALIVE_SECONDS
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.note_waiting(self)
+
+    def finish(self) -> None:
+        try:
+            super().finish()
+        except OSError:
+            pass  # the client has gone
+        finally:
+            self.server.note_closed(self)
+
+    def cut_off(self) -> None:
+        """End the connection from another thread."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(
+                socket.SHUT_RDWR if self in self.server._busy else socket.SHUT_RD
+            )
+
+    def handle_one_request(self) -> None:
+        try:
+            if not cast(io.BufferedReader, self.rfile).peek(1):
+                self.close_connection = True
+                return
+            self.server.note_receiving(self)
+            super().handle_one_request()
+            self.server.note_waiting(self)
+        except OSError:
+            self.close_connection = True  # the client is too slow, or has gone
+
+    def respond(self) -> None:
+        """Answer the request whose head has been read."""
+        try:
+            request = self._request()
+            self.server.note_answering(self)
+            answer = self.server.service.answer(request)
+        except HttpError as error:
+            self.close_connection = True  # for what is left of the request is not read
+            answer = as_error(error)
+        self._send(answer)
+
+    do_GET = do_HEAD = do_POST = do_PATCH = do_PUT = do_DELETE = do_OPTIONS = do_TRACE = respond
+    do_CONNECT = respond
+
+    def _request(self) -> Request:
+        target = self.requestline.split()[1]  # self.path has lost slashes
+        if target.startswith(("http://", "https://")):
+            target = "/" + target.split("/", 3)[3] if target.count("/") > 2 else "/"
+        path, _, query = target.partition("?")
+        if not path.startswith("/"):
+            raise HttpError(400, "The path does not begin with a slash.")
+        self.server.access.check(self.headers)
+        try:
+            segments = [decoded(segment) for segment in path.split("/")[1:]]
+            parameters = urllib.parse.parse_qsl(
+                query, keep_blank_values=True, errors="strict", max_num_fields=MOST_PARAMETERS
+            )
+        except UnicodeDecodeError:
+            raise HttpError(400, "The path or its parameters are not valid UTF-8.") from None
+        except ValueError:
+            raise HttpError(400, f"There are more than {MOST_PARAMETERS} parameters.") from None
+        return Request(self.command, segments, parameters, self._body())
+
+    def _body(self) -> bytes | None:
+        """The body of the request, None where none is announced."""
+        encoding = self.headers.get("Transfer-Encoding")
+        lengths = set(self.headers.get_all("Content-Length") or ())
+        if encoding is not None:
+            if lengths or encoding.strip().lower() != "chunked":
+                raise HttpError(
+                    400, "The length of the body is announced in a way that is not clear."
+                )
+            return self._chunks()
+        if not lengths:
+            return None
+        (length, *more) = lengths
+        if more or not re.fullmatch("[0-9]{1,18}", length.strip()):
+            raise HttpError(400, "Content-Length is not one number.")
+        return self._exactly(self._within_limit(int(length)))
+
+    def _within_limit(self, size: int) -> int:
+        if size > LARGEST_BODY:
+            raise HttpError(413, f"A body has at most {LARGEST_BODY} bytes.")
+        return size
+
+    def _exactly(self, size: int) -> bytes:
+        content = self.rfile.read(size)
+        if len(content) < size:
+            raise HttpError(400, "The body ended too early.")
+        return content
+
+    def _chunks(self) -> bytes:
+        """A body in chunks (RFC 9112, 7.1); extensions and trailers are read over."""
+        body = bytearray()
+        while True:
+            line = self.rfile.readline(1024)
+            size = line.partition(b";")[0].strip()
+            if not line.endswith(b"\n") or not re.fullmatch(b"[0-9a-fA-F]{1,16}", size):
+                raise HttpError(400, "The body is not in proper chunks.")
+            if int(size, 16) == 0:
+                break
+            self._within_limit(len(body) + int(size, 16))
+            body += self._exactly(int(size, 16))
+            if self.rfile.readline(3) not in (b"\r\n", b"\n"):
+                raise HttpError(400, "The body is not in proper chunks.")
+        for _ in range(100):
+            if self.rfile.readline(1024) in (b"\r\n", b"\n", b""):
+                return bytes(body)
+        raise HttpError(431, "The body has too many trailers.")
+
+    def _send(self, answer: Answer) -> None:
+        self.send_response(answer.status)
+        self.send_header("Content-Type", answer.kind)
+        self.send_header("Content-Length", str(len(answer.content)))
+        self.send_header("METADATA_SERVICE_VERSION", PROTOCOL_VERSION)
+        for name, value in answer.headers:
+            self.send_header(name, value)
+        if self.close_connection or self.server.is_closing:
+            self.close_connection = True
+            self.send_header("Connection", "close")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(answer.content)
+
+    # -- seams of http.server ----------------------------------------------------------------------
+
+    def handle_expect_100(self) -> bool:
+        """Ask for the body, which the client holds back until then."""
+        going_on = super().handle_expect_100()
+        self.wfile.flush()
+        return going_on
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Refuse what http.server itself cannot make sense of."""
+        self.close_connection = True
+        sentence = message or http.HTTPStatus(code).phrase
+        self._send(as_error(HttpError(code, f"{sentence.rstrip('.')}.")))
+
+    def log_message(self, format: str, *args: object) -> None:
+        log.debug("%s %s", self.address_string(), format % args)
+
+
+def decoded(segment: str) -> str:
+    """A segment of a path, which http.server has decoded as Latin-1, with its escapes resolved."""
+    if "%" not in segment and segment.isascii():
+        return segment
+    return urllib.parse.unquote_to_bytes(segment.encode("latin-1")).decode()
+
+
+# ==================================================================================================
+# Registry: which service runs where: pidfile locks and leases
+# ==================================================================================================
+
+PIDFILE = f"{PROGRAM}.pid"
+LEASE = f"{PROGRAM}.lease"
+LOG_FILE = f"{PROGRAM}.log"
+
+
+class Service(NamedTuple):
+    """A running service, as its pidfile tells it."""
+
+    pid: int
+    host: str
+    port: int
+    url: str
+    root: str  # the folder that has the .metaflow
+    version: str
+    started_at: int  # epoch seconds
+    log: str | None  # the log file; None where it logs on a terminal
+    machine: str
+    key: str | None
+    is_stopping: bool = False
+
+    def settings(self) -> dict[str, str]:
+        """The environment in which Metaflow uses the service."""
+        settings = {"METAFLOW_SERVICE_URL": self.url, "METAFLOW_DEFAULT_METADATA": "service"}
+        if self.key is not None:
+            settings[ENV_KEY] = self.key
+        return settings
+
+    def public(self) -> dict[str, object]:
+        """All of it that others may see."""
+        return {k: v for k, v in self._asdict().items() if k not in ("key", "is_stopping")}
+
+
+def datastore_folder(root: str) -> str:
+    return os.path.join(root, DATASTORE_DIR)
+
+
+def make_datastore_folder(root: str) -> str:
+    """The .metaflow in `root`, made where it is not there; Failure where it cannot be."""
+    folder = datastore_folder(root)
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise Failure(f"{folder} cannot be made: {error.strerror}.") from None
+    return folder
+
+
+class LockedFile:
+    """An open file with a flock on it, which ends when no process has it open any more."""
+
+    def __init__(self, path: str, descriptor: int) -> None:
+        self.path = path
+        self.descriptor = descriptor
+
+    @classmethod
+    def take(cls, path: str, how: int, flags: int = os.O_RDWR | os.O_CREAT) -> LockedFile | None:
+        """Lock a file of one's own, made if `flags` say so; None where `how` is not to wait for it.
+
+        FileNotFoundError where there is none, Failure where it belongs to somebody else or cannot
+        be opened.
+        """
+        while True:
+            try:
+                descriptor = os.open(path, flags | os.O_NOFOLLOW, 0o600)
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                raise Failure(f"{path} cannot be opened: {error.strerror}.") from None
+            try:
+                status = os.fstat(descriptor)
+                if status.st_uid != os.geteuid():
+                    raise Failure(f"{path} belongs to another user.")
+                fcntl.flock(descriptor, how)
+                # Whoever had it locked may have removed it meanwhile, and another may be there now.
+                current = stat_of(path)
+                if current is not None and os.path.samestat(current, status):
+                    return cls(path, descriptor)
+            except BlockingIOError:
+                os.close(descriptor)
+                return None
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
+
+    def write(self, text: str) -> None:
+        os.ftruncate(self.descriptor, 0)
+        os.pwrite(self.descriptor, text.encode(), 0)
+
+    def keep_on_exec(self) -> None:
+        os.set_inheritable(self.descriptor, True)
+
+    def release(self) -> None:
+        os.close(self.descriptor)
+
+
+@contextlib.contextmanager
+def registry_lock(root: str, how: int) -> Iterator[None]:
+    """Hold the lock of the root's folder: exclusive to start a service, shared to look for one.
+
+    It is held for milliseconds, and hides a service that is starting until it has started.
+    """
+    try:
+        descriptor = os.open(datastore_folder(root), os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise Failure(f"{datastore_folder(root)} cannot be opened: {error.strerror}.") from None
+    try:
+        fcntl.flock(descriptor, how)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def running_service(root: str) -> Service | None:
+    """The service of a root, None where there is none. Under `registry_lock`.
+
+    Alive is whose pidfile is locked. One that is stopping is waited for and then is none.
+    """
+    pidfile = os.path.join(datastore_folder(root), PIDFILE)
+    try:
+        lock = LockedFile.take(pidfile, fcntl.LOCK_SH | fcntl.LOCK_NB, os.O_RDONLY)
+        if lock is None:
+            service = read_pidfile(pidfile)
+            if not service.is_stopping:
+                return service
+            lock = LockedFile.take(pidfile, fcntl.LOCK_SH, os.O_RDONLY)
+        if lock is not None:
+            lock.release()
+    except FileNotFoundError:
+        pass
+    return None
+
+
+def read_pidfile(path: str) -> Service:
+    """What a service has written of itself; what a later version adds is passed over."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            told = json.load(f)
+        service = Service(**{field: told[field] for field in Service._fields})
+    except (ValueError, LookupError, TypeError):
+        raise Failure(f"{path} is locked, but does not say by which service.") from None
+    if service.machine != own_name():
+        raise Failure(f"The service of {service.root} runs on another machine, {service.machine}.")
+    return service
+
+
+def find_service(root: str) -> Service | None:
+    """The service of a root, None where there is none. Makes nothing."""
+    if not os.path.isdir(datastore_folder(root)):
+        return None
+    with registry_lock(root, fcntl.LOCK_SH):
+        return running_service(root)
+
+
+def take_lease(root: str) -> LockedFile:
+    """A shared hold on the service of a root, which keeps it from stopping when it is idle.
+
+    Waits for a service that is stopping to be gone.
+    """
+    make_datastore_folder(root)
+    path = os.path.join(datastore_folder(root), LEASE)
+    return cast(LockedFile, LockedFile.take(path, fcntl.LOCK_SH))
+
+
+class Index:
+    """Links to the pidfiles of all roots, by which services are found that are not of this root.
+
+    Nothing depends on it: where its folder cannot be written, only `--all` finds less.
+    """
+
+    def __init__(self, folder: str) -> None:
+        """Failure where the folder belongs to somebody else."""
+        self.folder = folder
+        status = stat_of(folder)
+        if status is not None and status.st_uid != os.geteuid():
+            raise Failure(f"{folder} belongs to another user.")
+
+    def add(self, root: str) -> None:
+        with contextlib.suppress(OSError):
+            os.makedirs(self.folder, mode=0o700, exist_ok=True)
+            os.symlink(os.path.join(datastore_folder(root), PIDFILE), self._link(root))
+
+    def remove(self, root: str) -> None:
+        remove_file(self._link(root))
+
+    def services(self) -> list[Service]:
+        """All running services that it knows, by root; links to others are removed."""
+        found = []
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            for name in os.listdir(self.folder):
+                link = os.path.join(self.folder, name)
+                if name.endswith(".pid") and os.path.islink(link):
+                    root = os.path.dirname(os.path.dirname(os.readlink(link)))
+                    service = find_service(root)
+                    if service is None:
+                        remove_file(link)
+                    else:
+                        found.append(service)
+        return sorted(found, key=lambda service: service.root)
+
+    def _link(self, root: str) -> str:
+        return os.path.join(self.folder, f"{digest(os.fsencode(root), 8)}.pid")
+
+
+# ==================================================================================================
+# Daemon: becoming one: binding, the double fork, the log file, the idle stop
+# ==================================================================================================
+
+BROKEN_IDLE_TIMEOUT = 5.0
+"""Seconds without a request after which a service goes that could not import Metaflow, so that one
+can come that can."""
+
+
+class Options(NamedTuple):
+    """What a service is started with."""
+
+    root: str
+    host: str
+    port: int  # 0: any free one
+    idle_timeout: float  # seconds; 0: for ever
+    key: str | None
+    is_debug: bool
+    registry: Index
+
+
+def ensure_service(options: Options) -> tuple[Service, bool]:
+    """The service of the root, started where there is none, and whether it was.
+
+    Returns when the service owns its root and takes connections, which it answers once it has
+    imported Metaflow. Failure where it cannot start or another one runs than is asked for.
+    """
+    service = find_service(options.root)
+    if service is None:
+        make_datastore_folder(options.root)
+        with registry_lock(options.root, fcntl.LOCK_EX):
+            service = running_service(options.root)
+            if service is None:
+                return _launch(options), True
+    if options.port not in (0, service.port):
+        raise Failure(f"The service of {service.root} runs already, on port {service.port}.")
+    if options.key not in (None, service.key):
+        raise Failure(f"The service of {service.root} runs already, with another key.")
+    return service, False
+
+
+def serve_in_foreground(options: Options) -> None:
+    """Be the service until it is stopped."""
+    make_datastore_folder(options.root)
+    with registry_lock(options.root, fcntl.LOCK_EX):
+        service = running_service(options.root)
+        if service is not None:
+            raise Failure(f"The service of {service.root} runs already, at {service.url}.")
+        lock, server = _bind(options)
+        _register(options, lock, server, log_file=None)
+    Daemon(options, lock, server).run(logging.StreamHandler())
+
+
+def _launch(options: Options) -> Service:
+    """Start a service in the background. Under the exclusive `registry_lock`."""
+    lock, server = _bind(options)
+    reader, writer = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        _become_daemon(options, lock, server, writer)
+    os.close(writer)
+    os.waitpid(child, 0)
+    with open(reader, encoding="utf-8") as f:
+        failure = f.read()
+    server.socket.close()
+    lock.release()
+    if failure:
+        raise Failure(failure)
+    return read_pidfile(lock.path)
+
+
+def _bind(options: Options) -> tuple[LockedFile, Server]:
+    """What makes a process the service of its root: the locked pidfile and a listening socket."""
+    if importlib.util.find_spec("metaflow") is None:
+        raise Failure(f"Metaflow is not installed for {sys.executable}.")
+    lock = LockedFile.take(os.path.join(datastore_folder(options.root), PIDFILE), fcntl.LOCK_EX)
+    assert lock is not None  # it was waited for, which takes no time under the registry lock
+    try:
+        return lock, Server(options.host, options.port, options.key)
+    except (OSError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        remove_file(lock.path)
+        lock.release()
+        raise Failure(f"Cannot listen on {options.host} port {options.port}: {reason}.") from None
+
+
+def _register(options: Options, lock: LockedFile, server: Server, log_file: str | None) -> None:
+    """Tell in the pidfile and the index that this process is the service."""
+    service = Service(
+        pid=os.getpid(),
+        host=options.host,
+        port=server.server_port,
+        url=server.url,
+        root=options.root,
+        version=__version__,
+        started_at=int(time.time()),
+        log=log_file,
+        machine=own_name(),
+        key=options.key,
+    )
+    lock.write(json.dumps(service._asdict()))
+    options.registry.add(options.root)
+
+
+def _become_daemon(options: Options, lock: LockedFile, server: Server, ready: int) -> NoReturn:
+    """Run the service in a process that has nothing of the one that started it.
+
+    Closes `ready` once the service is registered; writes there why not, where that fails.
+    """
+    try:
+        os.setsid()
+        if os.fork() > 0:
+            os._exit(0)
+        try:
+            log_file = os.path.join(datastore_folder(options.root), LOG_FILE)
+            os.chdir("/")
+            os.umask(0o077)
+            _keep_only({ready, lock.descriptor, *server.descriptors()}, log_file)
+            _register(options, lock, server, log_file)
+        except OSError as error:
+            os.write(ready, f"The service cannot start: {error}.".encode())
+            os._exit(1)
+        os.close(ready)
+        Daemon(options, lock, server).run(_log_handler(log_file))
+    finally:
+        os._exit(0)
+
+
+def _keep_only(descriptors: set[int], log_file: str) -> None:
+    """Close all files but these, and let the standard streams lead to the log file."""
+    null = os.open(os.devnull, os.O_RDONLY)
+    output = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+    for number, descriptor in enumerate((null, output, output)):
+        os.dup2(descriptor, number)
+    for name in os.listdir("/dev/fd"):
+        if int(name) > 2 and int(name) not in descriptors:
+            with contextlib.suppress(OSError):
+                os.close(int(name))
+
+
+def _log_handler(log_file: str) -> logging.Handler:
+    """Two files of a megabyte at most."""
+    import logging.handlers
+
+    return logging.handlers.RotatingFileHandler(log_file, maxBytes=2**20, backupCount=1)
+
+
+class Daemon:
+    """The service of a root while it runs: what it owns, and when it goes."""
+
+    def __init__(self, options: Options, lock: LockedFile, server: Server) -> None:
+        self._options = options
+        self._lock = lock
+        self._server = server
+        self._lease: LockedFile | None = None
+        self._idle_timeout = options.idle_timeout
+
+    def run(self, handler: logging.Handler) -> None:
+        """Import Metaflow and answer requests until nobody needs it, and leave nothing behind."""
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.DEBUG if self._options.is_debug else logging.INFO)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._server.stop)
+        log.info("serving %s at %s", self._options.root, self._server.url)
+        service = self._open()
+        self._server.serve(service, self._is_wanted)
+        self._announce_stop()
+        self._server.finish()
+        service.close()
+        self._leave()
+        log.info("stopped")
+
+    def _open(self) -> MetadataService | BrokenService:
+        try:
+            return MetadataService(Store(self._options.root))
+        except Exception as error:
+            log.exception("cannot start")
+            self._idle_timeout = BROKEN_IDLE_TIMEOUT
+            return BrokenService(f"{PROGRAM} cannot use Metaflow: {error}.")
+
+    def _is_wanted(self, idle_seconds: float) -> bool:
+        if not self._owns_root():
+            log.warning("%s is another's now", self._lock.path)
+            return False
+        if not self._idle_timeout or idle_seconds < self._idle_timeout:
+            return True
+        return not self._end_leases()
+
+    def _owns_root(self) -> bool:
+        """Whether no other pidfile is in place of ours; a root that is gone may come back."""
+        current = stat_of(self._lock.path)
+        return current is None or os.path.samestat(current, os.fstat(self._lock.descriptor))
+
+    def _end_leases(self) -> bool:
+        """Take the lease from everybody, if nobody has it; who wants it then waits for our end."""
+        if self._lease is None:
+            path = os.path.join(datastore_folder(self._options.root), LEASE)
+            try:
+                self._lease = LockedFile.take(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (Failure, OSError):
+                return True  # the root is gone, and with it all leases
+        return self._lease is not None
+
+    def _announce_stop(self) -> None:
+        """Let those who look for a service wait until this one is gone."""
+        service = read_pidfile(self._lock.path)
+        self._lock.write(json.dumps(service._replace(is_stopping=True)._asdict()))
+
+    def _leave(self) -> None:
+        """Remove what tells of the service. The locks end with the process."""
+        if self._end_leases() and self._lease is not None:
+            remove_file(self._lease.path)
+        if self._owns_root():
+            self._options.registry.remove(self._options.root)
+            remove_file(self._lock.path)
+
+
+def wait_until_ready(service: Service) -> None:
+    """Return when a service that was started answers; Failure with its reason if it never will."""
+    try:
+        status, answer = ask(service, "/ping")
+    except OSError as error:
+        raise Failure(f"{service.url} does not answer: {error}.") from None
+    if status != 200:
+        stop_service(service)
+        raise Failure(json.loads(answer)["message"])
+
+
+def ask(service: Service, path: str) -> tuple[int, bytes]:
+    """GET a path from a service: the status and the body."""
+    host = urllib.parse.urlsplit(service.url).hostname
+    connection = http.client.HTTPConnection(host or service.host, service.port, timeout=60)
+    try:
+        connection.request("GET", path, headers={"x-api-key": service.key} if service.key else {})
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+def stop_service(service: Service) -> None:
+    """Ask a service to stop, and return when it is gone."""
+    pidfile = os.path.join(datastore_folder(service.root), PIDFILE)
+    try:
+        os.kill(service.pid, signal.SIGTERM)
+    except OSError as error:
+        raise Failure(f"Process {service.pid} cannot be stopped: {error.strerror}.") from None
+    deadline = time.monotonic() + SHUTDOWN_SECONDS + 10
+    while time.monotonic() < deadline:
+        try:
+            lock = LockedFile.take(pidfile, fcntl.LOCK_SH | fcntl.LOCK_NB, os.O_RDONLY)
+        except FileNotFoundError:
+            return
+        if lock is not None:
+            lock.release()
+            return
+        time.sleep(0.01)
+    raise Failure(f"Process {service.pid} was told to stop, but is still there.")
+
+
+# ==================================================================================================
+# Commands: the command line
+# ==================================================================================================
+
+Arguments = argparse.Namespace
+
+
+class Command(NamedTuple):
+    """A subcommand; the docstring of its function is its help."""
+
+    function: Callable[[Arguments], None]
+    example: str
+    takes_service: bool  # whether it may start a service, and so has options for one
+    arguments: Sequence[tuple[str, Mapping[str, Any]]]
+
+
+COMMANDS: dict[str, Command] = {}
+
+
+def command(
+    example: str, *arguments: tuple[str, Mapping[str, Any]], takes_service: bool = False
+) -> Callable[[Callable[[Arguments], None]], Callable[[Arguments], None]]:
+    """Declare a function `do_name` as the subcommand `name`, with arguments for argparse."""
+
+    def declare(function: Callable[[Arguments], None]) -> Callable[[Arguments], None]:
+        name = function.__name__[len("do_") :]
+        COMMANDS[name] = Command(function, example, takes_service, arguments)
+        return function
+
+    return declare
+
+
+def chosen_root(arguments: Arguments) -> str:
+    return root_folder(arguments.root, os.environ, os.getcwd())
+
+
+def chosen_options(arguments: Arguments, idle_timeout: float = DEFAULT_IDLE_TIMEOUT) -> Options:
+    """What the command line says of a service, and where it is silent the environment."""
+
+    def chosen(option: Made | None, variable: str, convert: Callable[[str], Made]) -> Any:
+        return from_environment(os.environ, variable, convert) if option is None else option
+
+    port = chosen(arguments.port, ENV_PORT, port_number)
+    timeout = chosen(arguments.idle_timeout, ENV_IDLE_TIMEOUT, seconds)
+    key = from_environment(os.environ, ENV_KEY, access_key)
+    if arguments.generate_key and key is None:
+        key = secrets.token_urlsafe(24)
+    if key is None and not is_loopback(arguments.host):
+        raise Failure(
+            f"To listen on {arguments.host} takes a key: set {ENV_KEY}, or give --generate-key.", 2
+        )
+    return Options(
+        root=chosen_root(arguments),
+        host=arguments.host,
+        port=port or 0,
+        idle_timeout=idle_timeout if timeout is None else timeout,
+        key=key,
+        is_debug=is_debug(os.environ),
+        registry=Index(home_folder(os.environ)),
+    )
+
+
+def settings_for(arguments: Arguments, service: Service) -> dict[str, str]:
+    """The environment in which a command uses the service.
+
+    With --root, artifacts are to go where the metadata does, unless something else is set.
+    """
+    settings = service.settings()
+    if arguments.root is not None and not os.environ.get(ENV_SYSROOT):
+        settings[ENV_SYSROOT] = service.root
+    return settings
+
+
+@command(
+    f"{PROGRAM} run python flow.py run --max-workers 8",
+    ("command", {"nargs": argparse.REMAINDER, "metavar": "COMMAND [ARG ...]"}),
+    takes_service=True,
+)
+def do_run(arguments: Arguments) -> None:
+    """Run a command under the service.
+
+    Makes sure of a service for this root and then becomes the command, with METAFLOW_SERVICE_URL
+    and METAFLOW_DEFAULT_METADATA set. The service lives as long as the command does. Options stand
+    before the command; all that follows is the command's own.
+
+    Exits with the command's exit code; 127 where there is no such command, 126 where it cannot be
+    executed.
+    """
+    command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    if not command:
+        raise Failure(f"run needs a command; see {PROGRAM} run --help", exit_code=2)
+    options = chosen_options(arguments)
+    lease = take_lease(options.root)
+    service, _ = ensure_service(options)
+    lease.keep_on_exec()
+    become(command, {**os.environ, **settings_for(arguments, service)})
+
+
+def become(command: Sequence[str], environment: Environment) -> NoReturn:
+    """Replace this process by a command. Failure where that cannot be."""
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)  # which Python ignores, and a command would inherit
+    try:
+        os.execvpe(command[0], list(command), environment)
+    except FileNotFoundError:
+        raise Failure(f"{command[0]}: command not found", exit_code=127) from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise Failure(f"{command[0]} cannot be executed: {reason}", exit_code=126) from None
+
+
+@command(f"{PROGRAM} start --port 8123 --idle-timeout 0", takes_service=True)
+def do_start(arguments: Arguments) -> None:
+    """Start the service in the background.
+
+    Returns when it answers, and prints its URL and the two settings. One that runs already is fine.
+    """
+    service, is_new = ensure_service(chosen_options(arguments))
+    wait_until_ready(service)
+    print(f"{'Started' if is_new else 'Running already'} at {service.url} for {service.root}")
+    print_settings(arguments, service)
+
+
+def print_settings(arguments: Arguments, service: Service) -> None:
+    for name, value in settings_for(arguments, service).items():
+        print(f"export {name}={shlex.quote(value)}")
+
+
+@command(f"{PROGRAM} serve --host 0.0.0.0 --port 8080 --generate-key", takes_service=True)
+def do_serve(arguments: Arguments) -> None:
+    """Be the service, in the foreground.
+
+    For containers, systemd and debugging: logs on stderr, and runs until it is stopped unless an
+    idle time-out is given.
+    """
+    serve_in_foreground(chosen_options(arguments, idle_timeout=0))
+
+
+@command(
+    f"{PROGRAM} status --json",
+    ("--json", {"action": "store_true", "help": "print it as JSON"}),
+    ("--all", {"action": "store_true", "help": "of all services of this user"}),
+)
+def do_status(arguments: Arguments) -> None:
+    """Say whether the service runs, and where.
+
+    Exits with 1 where none does.
+    """
+    if arguments.all:
+        services = Index(home_folder(os.environ)).services()
+    else:
+        service = find_service(chosen_root(arguments))
+        services = [] if service is None else [service]
+    if arguments.json:
+        told = [service.public() for service in services]
+        print(json.dumps(told if arguments.all else next(iter(told), None), indent=2))
+    else:
+        print("\n\n".join(map(description, services)) or not_running(arguments))
+    if not services:
+        raise SystemExit(1)
+
+
+def description(service: Service) -> str:
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(service.started_at))
+    return "\n".join(
+        (
+            f"url    {service.url}",
+            f"pid    {service.pid}",
+            f"port   {service.port}",
+            f"root   {service.root}",
+            f"since  {since}",
+            f"log    {service.log or 'on the terminal that it runs on'}",
+        )
+    )
+
+
+def not_running(arguments: Arguments) -> str:
+    return "No service runs" + ("." if arguments.all else f" for {chosen_root(arguments)}.")
+
+
+@command(
+    f'export METAFLOW_SERVICE_URL="$({PROGRAM} url)"',
+    ("--no-start", {"action": "store_true", "help": "exit with 1 where no service runs"}),
+    takes_service=True,
+)
+def do_url(arguments: Arguments) -> None:
+    """Print the URL of the service, which is started where none runs."""
+    if arguments.no_start:
+        service = find_service(chosen_root(arguments))
+        if service is None:
+            raise Failure(f"No service runs for {chosen_root(arguments)}.")
+    else:
+        service, _ = ensure_service(chosen_options(arguments))
+    print(service.url)
+
+
+@command(f'eval "$({PROGRAM} env)"', takes_service=True)
+def do_env(arguments: Arguments) -> None:
+    """Print the settings as `export` lines for a shell's eval; starts a service where none runs."""
+    service, _ = ensure_service(chosen_options(arguments))
+    print_settings(arguments, service)
+
+
+@command(
+    f"{PROGRAM} stop --all",
+    ("--all", {"action": "store_true", "help": "all services of this user"}),
+)
+def do_stop(arguments: Arguments) -> None:
+    """Stop the service.
+
+    It answers the requests that it has and goes; returns when it is gone. Where none runs, that is
+    fine too.
+    """
+    if arguments.all:
+        services = Index(home_folder(os.environ)).services()
+    else:
+        service = find_service(chosen_root(arguments))
+        services = [] if service is None else [service]
+    for service in services:
+        stop_service(service)
+        print(f"Stopped {service.url} for {service.root}")
+    if not services:
+        print(not_running(arguments))
+
+
+DEMO_FLOW = """\
+from metaflow import FlowSpec, Parameter, current, step
+
+
+class DemoFlow(FlowSpec):
+    \"\"\"A branch, a foreach and a join of each.\"\"\"
+
+    count = Parameter("count", default=3, help="how many numbers to square")
+
+    @step
+    def start(self):
+        print("run", current.run_id, "with the tags", sorted(current.tags))
+        self.numbers = list(range(1, self.count + 1))
+        self.next(self.squares, self.names)
+
+    @step
+    def squares(self):
+        self.next(self.square, foreach="numbers")
+
+    @step
+    def square(self):
+        self.result = self.input**2
+        self.next(self.add)
+
+    @step
+    def add(self, inputs):
+        self.total = sum(i.result for i in inputs)
+        self.next(self.join)
+
+    @step
+    def names(self):
+        self.label = f"the squares of 1 to {self.count}"
+        self.next(self.join)
+
+    @step
+    def join(self, inputs):
+        self.summary = f"{inputs.names.label} add up to {inputs.add.total}"
+        self.next(self.end)
+
+    @step
+    def end(self):
+        print(self.summary)
+
+
+if __name__ == "__main__":
+    DemoFlow()
+"""
+
+
+@command(
+    f"{PROGRAM} demo",
+    ("folder", {"nargs": "?", "default": "./metaflow-demo", "metavar": "DIR"}),
+    takes_service=True,
+)
+def do_demo(arguments: Arguments) -> None:
+    """Run a small flow under the service.
+
+    Writes demo_flow.py into DIR (default ./metaflow-demo), runs it there with this Python, and says
+    what was recorded and what to try next.
+    """
+    folder = os.path.abspath(arguments.folder)
+    flow = os.path.join(folder, "demo_flow.py")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(flow, "w", encoding="utf-8") as f:
+            f.write(DEMO_FLOW)
+        os.chdir(folder)
+    except OSError as error:
+        raise Failure(f"{flow} cannot be written: {error.strerror}.") from None
+    options = chosen_options(arguments)
+    lease = take_lease(options.root)
+    service, _ = ensure_service(options)
+    wait_until_ready(service)
+    settings = settings_for(arguments, service)
+    ran = subprocess.run(
+        [sys.executable, flow, "run", "--tag", "demo"], env={**os.environ, **settings}
+    )
+    if ran.returncode != 0:
+        raise Failure("The demo flow failed; what it said is above.", ran.returncode)
+    print_recorded(service, folder)
+    lease.release()
+
+
+def print_recorded(service: Service, folder: str) -> None:
+    """Say what the service has of the newest run of the demo, and what one can do with it."""
+
+    def ask_json(path: str) -> Any:
+        return json.loads(ask(service, f"/flows/DemoFlow/runs{path}")[1])
+
+    run = ask_json("?_limit=1")[0]["run_number"]
+    steps = [s["step_name"] for s in ask_json(f"/{run}/steps")[::-1] if s["step_name"][0] != "_"]
+    tasks = sum(len(ask_json(f"/{run}/steps/{name}/tasks")) for name in steps)
+    print(
+        f"""
+Recorded as DemoFlow/{run}: {tasks} tasks in the steps {", ".join(steps)}.
+The service at {service.url} keeps it in {datastore_folder(service.root)},
+where local mode reads it too.
+
+Try next, in {folder}:
+    {PROGRAM} run python demo_flow.py run --count 10
+    {PROGRAM} run python demo_flow.py tag list --run-id {run}
+    METAFLOW_DEFAULT_METADATA=local python demo_flow.py tag list --run-id {run}
+    curl {service.url}/flows/DemoFlow/runs
+    {PROGRAM} status"""
+    )
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise Failure(f"{message}; see {self.prog} --help", exit_code=2)
+
+
+class VersionAction(argparse.Action):
+    """Prints our version and Metaflow's, which is looked up only then."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(
+            nargs=0, help="print the version of this program and of Metaflow", **settings
+        )
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from importlib import metadata
+
+        try:
+            metaflow = f"Metaflow {metadata.version('metaflow')}"
+        except metadata.PackageNotFoundError:
+            metaflow = "Metaflow is not installed"
+        print(f"{PROGRAM} {__version__} ({metaflow})")
+        raise SystemExit(0)
+
+
+def make_parser() -> Parser:
+    """The parser of the whole command line."""
+    parser = Parser(
+        prog=PROGRAM,
+        description=(__doc__ or "").partition("\n")[0],
+        epilog=f"Example: {PROGRAM} run python flow.py run",
+    )
+    parser.add_argument("--version", action=VersionAction)
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, declared in COMMANDS.items():
+        summary, _, rest = (declared.function.__doc__ or "").partition("\n")
+        subparser = subparsers.add_parser(
+            name,
+            help=summary,
+            description=f"{summary}\n{textwrap.dedent(rest)}",
+            epilog=f"Example: {declared.example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        subparser.set_defaults(function=declared.function)
+        subparser.add_argument(
+            "--root",
+            metavar="DIR",
+            help="the folder that has or is to have the .metaflow (default: the one that "
+            "Metaflow's local mode would use here)",
+        )
+        if declared.takes_service:
+            add_service_options(subparser)
+        for flag, settings in declared.arguments:
+            subparser.add_argument(flag, **settings)
+    return parser
+
+
+def add_service_options(parser: argparse.ArgumentParser) -> None:
+    def option(convert: Callable[[str], Made]) -> Callable[[str], Made]:
+        def converted(text: str) -> Made:
+            try:
+                return convert(text)
+            except ValueError as error:
+                raise argparse.ArgumentTypeError(str(error)) from None
+
+        return converted
+
+    parser.add_argument(
+        "--host",
+        default=DEFAULT_HOST,
+        help=f"the address to listen on (default: {DEFAULT_HOST}); one that others can reach takes "
+        "a key",
+    )
+    parser.add_argument(
+        "--port",
+        metavar="N",
+        type=option(port_number),
+        help=f"the port to listen on; 0 is any free one (default: {ENV_PORT}, else 0)",
+    )
+    parser.add_argument(
+        "--idle-timeout",
+        metavar="SECONDS",
+        type=option(seconds),
+        help="stop after so long without a request or a running command; 0 is never (default: "
+        f"{ENV_IDLE_TIMEOUT}, else {DEFAULT_IDLE_TIMEOUT:.0f})",
+    )
+    parser.add_argument(
+        "--generate-key",
+        action="store_true",
+        help=f"let every request need a key, a new one unless {ENV_KEY} has one",
+    )
+
+
+def main() -> NoReturn:
+    """Do what the command line says; what cannot be done is one line on stderr."""
+    try:
+        arguments = make_parser().parse_args()
+        arguments.function(arguments)
+        sys.stdout.flush()
+    except Failure as failure:
+        print(f"{PROGRAM}: {failure}", file=sys.stderr)
+        raise SystemExit(failure.exit_code) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python's own flush succeeds
+        raise SystemExit(1) from None
+    raise SystemExit(0)
+
+
+if __name__ == "__main__":
+    main()
