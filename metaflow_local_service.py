@@ -254,6 +254,11 @@ class Task(TypedDict):
     last_heartbeat_ts: int | None
 
 
+MetadatumValue = Union[str, list[str]]
+"""Text, but Metaflow gives the place in a foreach (`foreach-stack`) as a list, and local mode
+keeps it as one."""
+
+
 class Metadatum(TypedDict):
     id: int
     flow_id: str
@@ -261,7 +266,7 @@ class Metadatum(TypedDict):
     step_name: str
     task_id: Id
     field_name: str
-    value: str
+    value: MetadatumValue
     type: str
     user_name: str | None
     ts_epoch: int
@@ -304,7 +309,7 @@ class Labels(NamedTuple):
 
 class MetadatumToStore(NamedTuple):
     field_name: str
-    value: str
+    value: MetadatumValue
     type: str
     labels: Labels
 
@@ -1533,24 +1538,31 @@ RUN_HEARTBEAT_CUTOFF = 360
 TRUTHS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
 
+def value_text(metadatum: Metadatum) -> str:
+    """The value of a metadatum as text, whatever its file has."""
+    value: object = metadatum["value"]
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def run_status(end_metadata: Iterable[Metadatum], last_heartbeat_ts: int | None, now: float) -> str:
     """What has become of a run, by the rules and in the order of the reference.
 
     `end_metadata`: that of all tasks of the step `end`. `now`: epoch seconds.
     """
-    attempts = [m for m in end_metadata if m["field_name"] in ("attempt", "attempt_ok")]
-    ended = [
-        m for m in attempts if m["field_name"] == "attempt_ok" and m["value"].lower() in TRUTHS
-    ]
+    attempts: list[Moment] = []
+    ended: list[tuple[Moment, bool]] = []
+    for metadatum in end_metadata:
+        if metadatum["field_name"] == "attempt":
+            attempts.append(metadatum_moment(metadatum))
+        elif metadatum["field_name"] == "attempt_ok":
+            truth = TRUTHS.get(value_text(metadatum).lower())
+            if truth is not None:
+                ended.append((metadatum_moment(metadatum), truth))
     if ended:
-        newest = max(ended, key=metadatum_moment)
-        if TRUTHS[newest["value"].lower()]:
+        moment, is_ok = max(ended)
+        if is_ok:
             return "completed"
-        after = metadatum_moment(newest)
-        retried = any(
-            m["field_name"] == "attempt" and metadatum_moment(m) > after for m in attempts
-        )
-        return "running" if retried else "failed"
+        return "running" if max(attempts, default=moment) > moment else "failed"
     alive = last_heartbeat_ts is not None and abs(now - last_heartbeat_ts) <= RUN_HEARTBEAT_CUTOFF
     return "running" if alive else "failed"
 
@@ -1746,9 +1758,13 @@ def text(item: Mapping[str, object], key: str, default: str) -> str:
 
 def tag_list(item: Mapping[str, object], key: str) -> Tags:
     value = item.get(key)
-    if value is None or (isinstance(value, list) and all(isinstance(tag, str) for tag in value)):
-        return value
-    raise HttpError(400, f"{key} must be a list of strings.")
+    if value is not None and not is_text_list(value):
+        raise HttpError(400, f"{key} must be a list of strings.")
+    return cast(Tags, value)
+
+
+def is_text_list(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def labels_in(item: Mapping[str, object], default_user: str | None = None) -> Labels:
@@ -1771,10 +1787,13 @@ def metadatum_in(item: Mapping[str, object]) -> MetadatumToStore:
     value = item.get("value", " ")
     if isinstance(value, (bool, int, float)):
         value = json.dumps(value)
-    if not isinstance(value, str):
-        raise HttpError(400, "value must be a string.")
+    if not isinstance(value, str) and not is_text_list(value):
+        raise HttpError(400, "value must be a string or a list of strings.")
     return MetadatumToStore(
-        text(item, "field_name", " "), value, text(item, "type", " "), labels_in(item)
+        text(item, "field_name", " "),
+        cast(MetadatumValue, value),
+        text(item, "type", " "),
+        labels_in(item),
     )
 
 
@@ -2031,7 +2050,7 @@ def filter_tasks(store: Store, request: Request, flow: str, run: str, step: str)
 
     def matches(metadatum: Metadatum) -> bool:
         return (not field or metadatum["field_name"] == field) and bool(
-            pattern.search(metadatum["value"])
+            pattern.search(value_text(metadatum))
         )
 
     tasks = store.task_ids((*run_ids(flow, run), step))
@@ -3339,6 +3358,9 @@ def do_demo(arguments: Arguments) -> None:
     service, _ = ensure_service(options)
     wait_until_ready(service)
     settings = settings_for(arguments, service)
+    users = (os.environ.get(name) for name in ("METAFLOW_USER", "SUDO_USER", "USERNAME", "USER"))
+    if all(user in (None, "", "root") for user in users):
+        settings["METAFLOW_USER"] = "demo"  # Metaflow wants a name, which a fresh container lacks
     ran = subprocess.run(
         [sys.executable, flow, "run", "--tag", "demo"], env={**os.environ, **settings}
     )
