@@ -61,14 +61,12 @@ import time
 import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from email.message import Message
-from functools import partial
+from functools import lru_cache, partial
 from re import Match, Pattern
 from types import SimpleNamespace
 from typing import (
     Any,
     Callable,
-    Generic,
-    Literal,
     NamedTuple,
     NoReturn,
     Optional,
@@ -440,7 +438,7 @@ def _run(ids: Ids, raw: Raw) -> Run:
         "ts_epoch": epoch(raw),
         "tags": raw.get("tags"),
         "system_tags": raw.get("system_tags"),
-        "last_heartbeat_ts": None,
+        "last_heartbeat_ts": raw.get("last_heartbeat_ts"),
     }
     if run["user_name"] and f"user:{run['user_name']}" in (run["system_tags"] or ()):
         run["user"] = run["user_name"]
@@ -469,7 +467,7 @@ def _task(ids: Ids, raw: Raw) -> Task:
         "ts_epoch": epoch(raw),
         "tags": None,
         "system_tags": None,
-        "last_heartbeat_ts": None,
+        "last_heartbeat_ts": raw.get("last_heartbeat_ts"),
     }
 
 
@@ -512,7 +510,8 @@ def _artifact(ids: Ids, raw: Raw) -> Artifact:
 
 SELF_FILE = "_self.json"
 HEARTBEAT_FILE = "_heartbeat"
-"""Beside a run's or task's record; its time of modification is the last heartbeat."""
+"""Beside a run's or task's record; its time of modification is the last heartbeat, the first of
+which is in the record itself."""
 
 METADATUM_FILE = re.compile(r"sysmeta_.*_([0-9]+)\.json", re.DOTALL)
 ARTIFACT_FILE = re.compile(r"([0-9]+)_artifact_.*\.json", re.DOTALL)
@@ -522,12 +521,14 @@ RUN_DEPTH, TASK_DEPTH = 2, 4
 
 RECORDS_IN_MEMORY = 30_000
 NAMES_IN_MEMORY = 200_000
+TASK_FILES_IN_MEMORY = 50_000
 
 NAME_BYTES = 255
 FILE_NAME_BYTES = 200
 """What of a field or artifact name may stand in a file name, which has 255 bytes in all."""
 
 
+@lru_cache(maxsize=4096)
 def check_name(name: str) -> None:
     """Refuse a flow, run, step or task name that cannot be a folder of its own."""
     if name in ("", ".", "..", META_DIR) or "/" in name or "\0" in name:
@@ -537,6 +538,10 @@ def check_name(name: str) -> None:
             raise NotAllowed(f"A name has at most {NAME_BYTES} bytes.")
     except UnicodeEncodeError:
         raise NotAllowed(f"{name!r} cannot be a name: it is not valid Unicode.") from None
+
+
+def metadatum_file(field_name: str, stamp: int) -> str:
+    return f"sysmeta_{file_name_part(field_name)}_{stamp}.json"
 
 
 def artifact_file(attempt: int, name: str) -> str:
@@ -578,21 +583,6 @@ def metadatum_id(ids: Ids) -> int:
     return int(digest("/".join(ids).encode("utf-8", "surrogatepass"), 6), 16)
 
 
-UNREADABLE: Any = object()
-"""The record of a file that nothing can be made of."""
-
-
-class Cached(Generic[Made]):
-    """A record in memory, with the version of the file that it was read from."""
-
-    __slots__ = ("heartbeat", "record", "version")
-
-    def __init__(self, version: Version, record: Made) -> None:
-        self.version = version
-        self.record = record
-        self.heartbeat: int | Literal[False] | None = False  # False: not looked up yet
-
-
 class Listing(NamedTuple):
     """The objects below another, oldest first."""
 
@@ -605,18 +595,20 @@ class Listing(NamedTuple):
 
 
 class TaskFiles(NamedTuple):
-    """The files that hold the metadata and the artifacts of a task."""
+    """The files that hold a task's record, metadata and artifacts."""
 
-    version: Version | None
+    version: Version | None  # of their folder; None while it may change unnoticed
+    folder: str
+    has_record: bool
     metadata: list[tuple[int, int, str]]  # ts_epoch, id, file name; oldest first
     artifacts: dict[int, list[str]]  # file names, by attempt
+    read: dict[str, Metadatum | None]  # what was read since the folder has this version
 
     def weight(self) -> int:
         return len(self.metadata) + sum(map(len, self.artifacts.values())) + 1
 
 
 NO_CHILDREN = Listing(None, [], [])
-NO_FILES = TaskFiles(None, [], {})
 
 
 class Recent(dict[str, Made]):
@@ -702,9 +694,10 @@ class Store:
         """Open the .metaflow in `root`, which must exist. Imports Metaflow."""
         self._provider = local_metadata_provider(root)
         self.folder: str = self._provider._make_path()
-        self._records: Recent[Cached[Any]] = Recent(RECORDS_IN_MEMORY)  # by path of the file
+        # Of each file its version and what was made of it, None where nothing could be.
+        self._records: Recent[tuple[Version, Any]] = Recent(RECORDS_IN_MEMORY)
         self._listings: Recent[Listing] = Recent(NAMES_IN_MEMORY, Listing.weight)  # by folder
-        self._task_files: Recent[TaskFiles] = Recent(NAMES_IN_MEMORY, TaskFiles.weight)
+        self._task_files: Recent[TaskFiles] = Recent(TASK_FILES_IN_MEMORY, TaskFiles.weight)
         self._last_task_ids: Recent[int] = Recent(RECORDS_IN_MEMORY)  # by folder of the run
         self._newest_runs: dict[str, int] = {}  # the newest run on disk at first sight, by flow
         self._locks = tuple(threading.Lock() for _ in range(64))
@@ -720,57 +713,62 @@ class Store:
         return self._record(ids, _flow)
 
     def run(self, ids: Ids) -> Run | None:
-        cached = self._cached(ids, _run)
-        return None if cached is None else self._shown_run(ids, cached)
+        run = self._record(ids, _run)
+        return None if run is None else run.copy()
 
     def step(self, ids: Ids) -> Step | None:
         run, step = self._record(ids[:2], _run), self._record(ids, _step)
         return {**step, **tags_of(run)} if run and step else None
 
     def task(self, ids: Ids) -> Task | None:
-        run, cached = self._record(ids[:2], _run), self._cached(ids, _task)
-        return self._shown_task(ids, cached, tags_of(run)) if run and cached else None
+        run, task = self._record(ids[:2], _run), self._record(ids, _task)
+        return {**task, **tags_of(run)} if run and task else None
 
     def flows(self, before: Moment | None = None) -> Iterator[Flow]:
         """All flows, newest first; only those older than `before` where it is given."""
-        return (cached.record for _, cached in self._children((), _flow, before))
+        return self._children((), _flow, before)
 
     def runs(self, ids: Ids, before: Moment | None = None) -> Iterator[Run]:
         """The runs of a flow, newest first."""
-        return (self._shown_run(*child) for child in self._children(ids, _run, before))
+        return (run.copy() for run in self._children(ids, _run, before))
 
     def steps(self, ids: Ids) -> Iterator[Step]:
         """The steps of a run, newest first."""
         run = self._record(ids, _run)
         if run is not None:
             tags = tags_of(run)
-            for _, cached in self._children(ids, _step):
-                yield {**cached.record, **tags}
+            for step in self._children(ids, _step):
+                yield {**step, **tags}
 
     def tasks(self, ids: Ids, before: Moment | None = None) -> Iterator[Task]:
         """The tasks of a step, newest first."""
         run = self._record(ids[:2], _run)
         if run is not None:
             tags = tags_of(run)
-            for task_ids, cached in self._children(ids, _task, before):
-                yield self._shown_task(task_ids, cached, tags)
+            for task in self._children(ids, _task, before):
+                yield {**task, **tags}
 
     def metadata(self, ids: Ids, before: Moment | None = None) -> Iterator[Metadatum]:
         """The metadata of a task, of all its attempts, newest first."""
-        files = self._files_of(ids).metadata
-        end = len(files) if before is None else bisect.bisect_left(files, before)
-        for _, _, name in reversed(files[:end]):
-            metadatum = self._file(ids, name, _metadatum)
-            if metadatum is not None:
-                yield metadatum
+        return self._metadata_in(self._files_of(ids), ids, before)
+
+    def metadata_of_tasks(self, step: Ids) -> Iterator[tuple[Ids, Iterator[Metadatum]]]:
+        """The ids of the tasks of a step, oldest first, each with its metadata, newest first."""
+        folder = self._folder_of(step)
+        for moment in self._listing(folder, step, _task).moments:
+            name = str(moment[1][1])
+            task = (*step, name)
+            files = self._files_in(f"{folder}/{name}/{META_DIR}", task)
+            if files.has_record:
+                yield task, self._metadata_in(files, task)
 
     def artifacts(self, ids: Ids, attempt: int | None = None) -> list[Artifact]:
         """The artifacts of an attempt of a task, newest first; of the latest one, if None."""
-        run, by_attempt = self._record(ids[:2], _run), self._files_of(ids).artifacts
-        if run is None or not by_attempt:
+        run, files = self._record(ids[:2], _run), self._files_of(ids)
+        if run is None or not files.artifacts:
             return []
-        names = by_attempt.get(max(by_attempt) if attempt is None else attempt, ())
-        found = (self._file(ids, name, _artifact) for name in names)
+        names = files.artifacts.get(max(files.artifacts) if attempt is None else attempt, ())
+        found = (self._read(f"{files.folder}/{name}", (*ids, name), _artifact) for name in names)
         tags = tags_of(run)
         return sorted(
             ({**artifact, **tags} for artifact in found if artifact is not None),
@@ -780,85 +778,70 @@ class Store:
 
     def artifact(self, ids: Ids, name: str, attempt: int | None = None) -> Artifact | None:
         """One artifact of an attempt of a task; of the latest that has any artifact, if None."""
-        run = self._record(ids[:2], _run)
+        run, files = self._record(ids[:2], _run), self._files_of(ids)
         if attempt is None:
-            attempt = max(self._files_of(ids).artifacts, default=0)
-        artifact = self._file(ids, artifact_file(attempt, name), _artifact)
+            attempt = max(files.artifacts, default=0)
+        file = artifact_file(attempt, name)
+        artifact = self._read(f"{files.folder}/{file}", (*ids, file), _artifact)
         return {**artifact, **tags_of(run)} if run and artifact else None
-
-    def _shown_run(self, ids: Ids, cached: Cached[Run]) -> Run:
-        return {**cached.record, "last_heartbeat_ts": self._heartbeat_of(ids, cached)}
-
-    def _shown_task(self, ids: Ids, cached: Cached[Task], tags: TagsOfRun) -> Task:
-        return {**cached.record, **tags, "last_heartbeat_ts": self._heartbeat_of(ids, cached)}
 
     def _folder_of(self, ids: Ids) -> str:
         for name in ids:
             check_name(name)
         return "/".join((self.folder, *ids))
 
+    def _meta_of(self, ids: Ids) -> str:
+        return f"{self._folder_of(ids)}/{META_DIR}"
+
     def _record(self, ids: Ids, make: Callable[[Ids, Raw], Made]) -> Made | None:
-        cached = self._cached(ids, make)
-        return None if cached is None else cached.record
+        """An object's own record, as it stands in memory: a copy of it goes out."""
+        return self._read(f"{self._meta_of(ids)}/{SELF_FILE}", ids, make)
 
-    def _cached(self, ids: Ids, make: Callable[[Ids, Raw], Made]) -> Cached[Made] | None:
-        return self._read(f"{self._folder_of(ids)}/{META_DIR}/{SELF_FILE}", ids, make)
-
-    def _file(self, ids: Ids, name: str, make: Callable[[Ids, Raw], Made]) -> Made | None:
-        """The metadatum or artifact in a file of a task."""
-        path = f"{self._folder_of(ids)}/{META_DIR}/{name}"
-        cached = self._read(path, (*ids, name), make)
-        return None if cached is None else cached.record
-
-    def _read(self, path: str, ids: Ids, make: Callable[[Ids, Raw], Made]) -> Cached[Made] | None:
+    def _read(self, path: str, ids: Ids, make: Callable[[Ids, Raw], Made]) -> Made | None:
         """What is in a file now; None, with a word in the log, where nothing can be made of it."""
-        status = stat_of(path)
-        if status is None:
+        try:
+            version = version_of(os.stat(path))
+            known = self._records.get(path)
+            if known is None or known[0] != version:
+                known = (version, self._load(path, ids, make))
+                self._records.put(path, known)
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        version = version_of(status)
-        cached = self._records.get(path)
-        if cached is None or cached.version != version:
-            try:
-                with open(path, "rb") as f:
-                    cached = Cached(version, make(ids, json.loads(f.read())))
-            except FileNotFoundError:
-                return None
-            except (PermissionError, ValueError, LookupError, TypeError, AttributeError) as error:
-                log.warning("%s is not a record and is left out: %r", path, error)
-                cached = Cached(version, UNREADABLE)
-            self._records.put(path, cached)
-        return None if cached.record is UNREADABLE else cached
+        return cast("Made | None", known[1])
 
-    def _heartbeat_of(self, ids: Ids, cached: Cached[Any]) -> int | None:
-        """When the run or task last gave a sign of life, in epoch seconds.
-
-        Kept in memory beside the record: only this service writes heartbeats.
-        """
-        if cached.heartbeat is False:
-            status = stat_of(f"{self._folder_of(ids)}/{META_DIR}/{HEARTBEAT_FILE}")
-            cached.heartbeat = None if status is None else int(status.st_mtime)
-        return cached.heartbeat
+    def _load(self, path: str, ids: Ids, make: Callable[[Ids, Raw], Made]) -> Made | None:
+        try:
+            with open(path, "rb") as f:
+                record = make(ids, json.loads(f.read()))
+        except (PermissionError, ValueError, LookupError, TypeError, AttributeError) as error:
+            log.warning("%s is not a record and is left out: %r", path, error)
+            return None
+        if isinstance(record, dict) and "last_heartbeat_ts" in record:
+            beat = stat_of(os.path.join(os.path.dirname(path), HEARTBEAT_FILE))
+            if beat is not None:
+                record["last_heartbeat_ts"] = int(beat.st_mtime)
+        return record
 
     def _children(
         self, ids: Ids, make: Callable[[Ids, Raw], Made], before: Moment | None = None
-    ) -> Iterator[tuple[Ids, Cached[Made]]]:
-        """The objects below another, newest first, with their records."""
-        moments = self._listing(ids, make).moments
+    ) -> Iterator[Made]:
+        """The records of the objects below another, newest first."""
+        folder = self._folder_of(ids)
+        moments = self._listing(folder, ids, make).moments
         end = len(moments) if before is None else bisect.bisect_left(moments, before)
         for index in range(end - 1, -1, -1):
-            child = (*ids, str(moments[index][1][1]))
-            cached = self._cached(child, make)
-            if cached is not None:
-                yield child, cached
+            name = str(moments[index][1][1])
+            record = self._read(f"{folder}/{name}/{META_DIR}/{SELF_FILE}", (*ids, name), make)
+            if record is not None:
+                yield record
 
-    def _listing(self, ids: Ids, make: Callable[[Ids, Raw], Any]) -> Listing:
-        folder = self._folder_of(ids)
+    def _listing(self, folder: str, ids: Ids, make: Callable[[Ids, Raw], Any]) -> Listing:
         status = stat_of(folder)
         if status is None:
             return NO_CHILDREN
         known = self._listings.get(folder, NO_CHILDREN)
         if known.version == version_of(status) and not any(
-            self._cached((*ids, name), make) for name in known.unborn
+            self._record((*ids, name), make) for name in known.unborn
         ):
             return known
         version = settled_version(status)
@@ -886,17 +869,20 @@ class Store:
         return None if record is None else (record["ts_epoch"], id_order(identifier))
 
     def _files_of(self, ids: Ids) -> TaskFiles:
-        folder = f"{self._folder_of(ids)}/{META_DIR}"
+        return self._files_in(self._meta_of(ids), ids)
+
+    def _files_in(self, folder: str, ids: Ids) -> TaskFiles:
         status = stat_of(folder)
         if status is None:
-            return NO_FILES
+            return TaskFiles(None, folder, False, [], {}, {})
         known = self._task_files.get(folder)
         if known is not None and known.version == version_of(status):
             return known
         version = settled_version(status)
         metadata: list[tuple[int, int, str]] = []
         artifacts: dict[int, list[str]] = {}
-        for name in os.listdir(folder):
+        names = os.listdir(folder)
+        for name in names:
             artifact = ARTIFACT_FILE.fullmatch(name)
             if artifact:
                 artifacts.setdefault(int(artifact.group(1)), []).append(name)
@@ -905,35 +891,46 @@ class Store:
                 if identifier >= STAMP:
                     metadata.append((identifier // 1000, identifier, name))
                 else:
-                    metadatum = self._file(ids, name, _metadatum)
+                    metadatum = self._read(f"{folder}/{name}", (*ids, name), _metadatum)
                     if metadatum is not None:
                         metadata.append((metadatum["ts_epoch"], identifier, name))
-        files = TaskFiles(version, sorted(metadata), artifacts)
+        files = TaskFiles(version, folder, SELF_FILE in names, sorted(metadata), artifacts, {})
         self._task_files.put(folder, files)
         return files
 
-    # -- over several tasks ----------------------------------------------------------------------
+    def _metadata_in(
+        self, files: TaskFiles, ids: Ids, before: Moment | None = None
+    ) -> Iterator[Metadatum]:
+        end = len(files.metadata) if before is None else bisect.bisect_left(files.metadata, before)
+        for index in range(end - 1, -1, -1):
+            name = files.metadata[index][2]
+            if name in files.read:
+                metadatum = files.read[name]
+            else:
+                metadatum = self._read(f"{files.folder}/{name}", (*ids, name), _metadatum)
+                if files.version is not None:
+                    files.read[name] = metadatum
+            if metadatum is not None:
+                yield metadatum
 
-    def task_ids(self, step: Ids) -> list[Ids]:
-        """The ids of the tasks of a step, oldest first."""
-        return [ids for ids, _ in self._children(step, _task)][::-1]
+    # -- over several tasks ----------------------------------------------------------------------
 
     def metadata_of_run(self, ids: Ids) -> list[Metadatum]:
         """The metadata of all tasks of a run, newest first."""
-        found = (m for task in self._tasks_below(ids) for m in self.metadata(task))
+        found = (m for _, metadata in self._tasks_below(ids) for m in metadata)
         return sorted(found, key=metadatum_moment, reverse=True)
 
     def artifacts_below(self, ids: Ids) -> list[Artifact]:
         """The artifacts of the latest attempt of each task of a run or step, newest first."""
-        found = (a for task in self._tasks_below(ids) for a in self.artifacts(task))
+        found = (a for task, _ in self._tasks_below(ids) for a in self.artifacts(task))
         return sorted(found, key=artifact_moment, reverse=True)
 
-    def _tasks_below(self, ids: Ids) -> Iterator[Ids]:
+    def _tasks_below(self, ids: Ids) -> Iterator[tuple[Ids, Iterator[Metadatum]]]:
         if len(ids) == RUN_DEPTH:
-            for step, _ in self._children(ids, _step):
-                yield from self.task_ids(step)
+            for step in self._children(ids, _step):
+                yield from self.metadata_of_tasks((*ids, step["step_name"]))
         else:
-            yield from self.task_ids(ids)
+            yield from self.metadata_of_tasks(ids)
 
     # -- writing ---------------------------------------------------------------------------------
 
@@ -941,8 +938,7 @@ class Store:
         """Make a flow. AlreadyThere where there is one of that name."""
         if ids[0].startswith(PROGRAM):
             raise NotAllowed(f"{ids[0]!r} cannot be a flow: the name is the service's own.")
-        with self._lock(ids):
-            self._create(ids, self._raw("flow", ids, labels), claimed=False)
+        self._create(ids, self._raw("flow", ids, labels))
         return self._made(self.flow(ids))
 
     def create_run(self, flow: Ids, run_id: str | None, labels: Labels, beats: bool) -> Run:
@@ -952,33 +948,22 @@ class Store:
         NotThere where the flow is not, AlreadyThere where the run is.
         """
         self._require(flow, _flow, "flow")
-        if run_id is not None:
-            ids = (*flow, _own_id(run_id, "run"))
-            with self._lock(ids):
-                self._create(ids, self._raw("run", ids, labels), claimed=False, beats=beats)
-        else:
-            ids = self._claim_run(flow)
-            self._create(ids, self._raw("run", ids, labels), claimed=True, beats=beats)
+        ids = self._claim_run(flow) if run_id is None else (*flow, _own_id(run_id, "run"))
+        self._create(ids, self._raw("run", ids, labels, beats), is_claimed=run_id is None)
         return self._made(self.run(ids))
 
     def create_step(self, ids: Ids, labels: Labels) -> Step:
         """Make a step. NotThere where the run is not, AlreadyThere where the step is."""
         self._require(ids[:2], _run, "run")
-        with self._lock(ids):
-            self._create(ids, self._raw("step", ids, labels), claimed=False)
+        self._create(ids, self._raw("step", ids, labels))
         return self._made(self.step(ids))
 
     def create_task(self, step: Ids, task_id: str | None, labels: Labels, beats: bool) -> Task:
         """Make a task, of the name that the client brings or else of the run's next number."""
         self._require(step[:2], _run, "run")
         self._require(step, _step, "step")
-        if task_id is not None:
-            ids = (*step, _own_id(task_id, "task"))
-            with self._lock(ids):
-                self._create(ids, self._raw("task", ids, labels), claimed=False, beats=beats)
-        else:
-            ids = self._claim_task(step)
-            self._create(ids, self._raw("task", ids, labels), claimed=True, beats=beats)
+        ids = self._claim_task(step) if task_id is None else (*step, _own_id(task_id, "task"))
+        self._create(ids, self._raw("task", ids, labels, beats), is_claimed=task_id is None)
         if beats:
             self._beat(step[:2])
         return self._made(self.task(ids))
@@ -986,15 +971,17 @@ class Store:
     def create_metadata(self, ids: Ids, rows: Sequence[MetadatumToStore]) -> int:
         """Add metadata to a task, all or none, and return how many: every row becomes a record."""
         self._require_task(ids)
-        recorder = self._recorder(ids[0])
-        files = []
-        for stamp, row in zip(self._record_clock.stamps(len(rows)), rows):
-            datum = SimpleNamespace(field=row.field_name, value=row.value, type=row.type, tags=())
-            (raw,) = recorder._metadata_to_json(*ids[1:], [datum])
-            name = f"sysmeta_{file_name_part(row.field_name)}_{stamp}.json"
-            files.append((name, _labelled(raw, row.labels, stamp // 1000)))
-        self._add(ids, files)
-        return len(files)
+        data = [SimpleNamespace(**row._asdict(), field=row.field_name, tags=()) for row in rows]
+        raws = self._recorder(ids[0])._metadata_to_json(*ids[1:], data)
+        stamps = self._record_clock.stamps(len(rows))
+        self._add(
+            ids,
+            [
+                (metadatum_file(row.field_name, stamp), _labelled(raw, row.labels, stamp // 1000))
+                for row, raw, stamp in zip(rows, raws, stamps)
+            ],
+        )
+        return len(rows)
 
     def create_artifacts(self, ids: Ids, rows: Sequence[ArtifactToStore]) -> int:
         """Add artifacts to a task, all or none, and return how many of them are new.
@@ -1003,25 +990,19 @@ class Store:
         passed over.
         """
         self._require_task(ids)
-        recorder = self._recorder(ids[0])
-        now = self._record_clock.stamps()[0] // 1000
+        arts = [SimpleNamespace(**row._asdict(), url=row.location) for row in rows]
+        raws = self._recorder(ids[0])._artifacts_to_json(*ids[1:], None, arts)
+        now = time.time_ns() // 1_000_000
         files: dict[str, Raw] = {}
-        for row in rows:
-            artifact = SimpleNamespace(
-                name=row.name,
-                ds_type=row.ds_type,
-                ds_root=None,
-                url=row.location,
-                type=row.content_type,
-                sha=row.sha,
-            )
-            (raw,) = recorder._artifacts_to_json(*ids[1:], row.attempt_id, [artifact])
-            raw.update(type=row.type, location=row.location)
+        for row, raw in zip(rows, raws):
+            # Local mode's names for two of its fields are not those of the API.
+            raw.update(attempt_id=row.attempt_id, type=row.type, content_type=row.content_type)
+            raw["location"] = row.location
             name = artifact_file(row.attempt_id, row.name)
             files.setdefault(name, _labelled(raw, row.labels, now))
         with self._lock(ids):
-            folder = f"{self._folder_of(ids)}/{META_DIR}"
-            new = [f for f in files.items() if not os.path.lexists(f"{folder}/{f[0]}")]
+            meta = self._meta_of(ids)
+            new = [file for file in files.items() if not os.path.lexists(f"{meta}/{file[0]}")]
             self._add(ids, new)
         return len(new)
 
@@ -1037,7 +1018,6 @@ class Store:
         Changes of one run follow one another. SystemTagsStay where one to remove is a system tag;
         to add one that is a system tag already does nothing.
         """
-        path = f"{self._folder_of(ids)}/{META_DIR}/{SELF_FILE}"
         with self._lock(ids):
             run = self._require(ids, _run, "run")
             system = set(run["system_tags"] or ())
@@ -1048,10 +1028,9 @@ class Store:
             tags = [tag for tag in before if tag not in frozenset(remove)]
             tags += [t for t in dict.fromkeys(add) if t not in system and t not in tags]
             if tags != before:
-                with open(path, "rb") as f:
+                with open(f"{self._meta_of(ids)}/{SELF_FILE}", "rb") as f:
                     raw = json.loads(f.read())
-                self._require_real(os.path.dirname(path))
-                self._write([(path, {**raw, "tags": tags})])
+                self._add(ids, [(SELF_FILE, {**raw, "tags": tags})])
         return tags
 
     def _require(self, ids: Ids, make: Callable[[Ids, Raw], Made], kind: str) -> Made:
@@ -1107,45 +1086,43 @@ class Store:
                     self._last_task_ids.put(run, number)
                     return (*step, str(number))
 
-    def _create(self, ids: Ids, raw: Raw, claimed: bool, beats: bool = False) -> None:
-        """Put a new object's record in its folder; `claimed`: which was just made for it.
+    def _create(self, ids: Ids, raw: Raw, is_claimed: bool = False) -> None:
+        """Put a new object's record in its folder; `is_claimed`: which was just made for it.
 
         Local mode's datastore may have made the folder before, but never a record.
         """
-        folder = self._folder_of(ids)
-        meta = f"{folder}/{META_DIR}"
-        if not claimed:
-            self._require_real(os.path.dirname(folder))
-            claimed = make_folder(folder)
-            if not claimed and os.path.lexists(f"{meta}/{SELF_FILE}"):
-                raise AlreadyThere(f"There is already a {'/'.join(ids)}.")
-        try:
-            make_folder(meta)
-            self._require_real(meta)
-            self._write([(f"{meta}/{SELF_FILE}", raw)])
-        except OSError:
-            for made in (meta, folder) if claimed else ():
-                remove_folder(made)
-            raise
-        if beats:
-            self._beat(ids)
+        folder, meta = self._folder_of(ids), self._meta_of(ids)
+        with self._lock(ids):
+            if not is_claimed:
+                self._require_real(os.path.dirname(folder))
+                is_claimed = make_folder(folder)
+                if not is_claimed and os.path.lexists(f"{meta}/{SELF_FILE}"):
+                    raise AlreadyThere(f"There is already a {'/'.join(ids)}.")
+            try:
+                make_folder(meta)
+                self._write([(f"{meta}/{SELF_FILE}", raw)])
+            except OSError:
+                if is_claimed:
+                    remove_folder(meta)
+                    remove_folder(folder)
+                raise
 
     def _beat(self, ids: Ids) -> bool:
-        cached = self._cached(ids, _run if len(ids) == RUN_DEPTH else _task)
-        if cached is None:
+        run_or_task = self._record(ids, _run if len(ids) == RUN_DEPTH else _task)
+        if run_or_task is None:
             return False
         now = int(time.time())
-        path = f"{self._folder_of(ids)}/{META_DIR}/{HEARTBEAT_FILE}"
+        path = f"{self._meta_of(ids)}/{HEARTBEAT_FILE}"
         try:
             os.utime(path, (now, now), follow_symlinks=False)
         except FileNotFoundError:
             os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600))
-        cached.heartbeat = now
+        run_or_task["last_heartbeat_ts"] = now
         return True
 
     def _add(self, ids: Ids, files: Sequence[tuple[str, Raw]]) -> None:
-        """Add files to a task."""
-        meta = f"{self._folder_of(ids)}/{META_DIR}"
+        """Add files to an object's own, or replace them."""
+        meta = self._meta_of(ids)
         if files:
             self._require_real(meta)
             self._write([(f"{meta}/{name}", raw) for name, raw in files])
@@ -1165,9 +1142,14 @@ class Store:
         recorder.sticky_tags = recorder.sticky_sys_tags = frozenset()
         return recorder
 
-    def _raw(self, kind: str, ids: Ids, labels: Labels) -> Raw:
-        raw = self._recorder(ids[0])._object_to_json(kind, *ids[1:])
-        return _labelled(raw, labels, time.time_ns() // 1_000_000)
+    def _raw(self, kind: str, ids: Ids, labels: Labels, beats: bool = False) -> Raw:
+        """What goes into the record of a new object, which `beats` from now on or not."""
+        raw: Raw = self._recorder(ids[0])._object_to_json(kind, *ids[1:])
+        now = time.time_ns() // 1_000_000
+        if beats:
+            # Not in a file of its own as later ones: making one in a new folder takes 0.2 ms.
+            raw["last_heartbeat_ts"] = now // 1000
+        return _labelled(raw, labels, now)
 
     def _write(self, files: Sequence[tuple[str, Raw]]) -> None:
         """Put all records in place, or none: each is complete before it has its name."""
@@ -1644,7 +1626,7 @@ class Request(NamedTuple):
             value = json.loads(self.body.decode(), parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
             raise HttpError(400, f"The body is not JSON: {error}.") from None
-        if NUL_ESCAPE.search(self.body):
+        if b"\\u0000" in self.body and NUL_ESCAPE.search(self.body):
             raise HttpError(400, "The body has a NUL character in it.")
         return value
 
@@ -1931,21 +1913,27 @@ def list_runs(store: Store, request: Request, flow: str) -> Answer:
     plain = [test for name, test in conditions if name != "status"] + tag_filters(request.query)
     by_status = [test for name, test in conditions if name == "status"]
 
-    def runs(before: Moment | None) -> Iterator[Run]:
-        for run in store.runs((flow,), before):
-            if all(test(run) for test in plain):
-                if by_status:
-                    run["status"] = status_of(store, run)
-                if all(test(run) for test in by_status):
-                    yield run
+    def runs(before: Moment | None) -> Iterable[Run]:
+        found = passing(store.runs((flow,), before), plain)
+        return passing(map(partial(with_status, store), found), by_status) if by_status else found
 
     return listed(request, RUN_ORDER, runs, filtered=bool(plain or by_status))
+
+
+def passing(records: Iterable[Made], tests: Sequence[Test]) -> Iterable[Made]:
+    """The records that pass all tests."""
+    return (r for r in records if all(test(r) for test in tests)) if tests else records
+
+
+def with_status(store: Store, run: Run) -> Run:
+    run["status"] = status_of(store, run)
+    return run
 
 
 def status_of(store: Store, run: Run) -> str:
     """What has become of a run, which is told by the metadata of its step `end`."""
     end = (run["flow_id"], str(run["run_number"]), "end")
-    metadata = itertools.chain.from_iterable(map(store.metadata, store.task_ids(end)))
+    metadata = (m for _, of_task in store.metadata_of_tasks(end) for m in of_task)
     return run_status(metadata, run["last_heartbeat_ts"], time.time())
 
 
@@ -2035,9 +2023,8 @@ def list_tasks(store: Store, request: Request, flow: str, run: str, step: str) -
     """The tasks of a step that pass the filters."""
     tests = [test for _, test in filters(request.query, TASK_FIELDS)]
 
-    def tasks(before: Moment | None) -> Iterator[Task]:
-        below = store.tasks((*run_ids(flow, run), step), before)
-        return (task for task in below if all(test(task) for test in tests))
+    def tasks(before: Moment | None) -> Iterable[Task]:
+        return passing(store.tasks((*run_ids(flow, run), step), before), tests)
 
     return listed(request, TASK_ORDER, tasks, filtered=bool(tests))
 
@@ -2049,12 +2036,12 @@ def filter_tasks(store: Store, request: Request, flow: str, run: str, step: str)
     pattern = postgres_regex(first(request.query, "pattern") or "")
 
     def matches(metadatum: Metadatum) -> bool:
-        return (not field or metadatum["field_name"] == field) and bool(
+        return field in (None, "", metadatum["field_name"]) and bool(
             pattern.search(value_text(metadatum))
         )
 
-    tasks = store.task_ids((*run_ids(flow, run), step))
-    return as_json(["/".join(ids) for ids in tasks if any(map(matches, store.metadata(ids)))])
+    tasks = store.metadata_of_tasks((*run_ids(flow, run), step))
+    return as_json(["/".join(ids) for ids, metadata in tasks if any(map(matches, metadata))])
 
 
 @route("GET", TASK)
