@@ -60,7 +60,6 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from email.message import Message
 from functools import lru_cache, partial
 from re import Match, Pattern
 from types import SimpleNamespace
@@ -800,14 +799,15 @@ class Store:
     def _read(self, path: str, ids: Ids, make: Callable[[Ids, Raw], Made]) -> Made | None:
         """What is in a file now; None, with a word in the log, where nothing can be made of it."""
         try:
-            version = version_of(os.stat(path))
-            known = self._records.get(path)
+            status = os.stat(path)
+            version = (status.st_mtime_ns, status.st_ino, status.st_size)
+            known: tuple[Version, Made | None] | None = self._records.get(path)
             if known is None or known[0] != version:
                 known = (version, self._load(path, ids, make))
                 self._records.put(path, known)
+            return known[1]
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return cast("Made | None", known[1])
 
     def _load(self, path: str, ids: Ids, make: Callable[[Ids, Raw], Made]) -> Made | None:
         try:
@@ -1112,6 +1112,8 @@ class Store:
         if run_or_task is None:
             return False
         now = int(time.time())
+        if run_or_task["last_heartbeat_ts"] == now:
+            return True  # a run's tasks beat for it too, many in a second
         path = f"{self._meta_of(ids)}/{HEARTBEAT_FILE}"
         try:
             os.utime(path, (now, now), follow_symlinks=False)
@@ -1671,54 +1673,52 @@ def as_error(error: HttpError) -> Answer:
 Handler = Callable[..., Answer]
 
 
-class Router:
-    """A table of routes: a tree of path segments, with handlers by method at its leaves."""
+class Route(NamedTuple):
+    """A path template with the handlers of its methods."""
 
-    VARIABLE = "{}"
+    fixed_at: Callable[[Sequence[str]], object]  # picks from a path what has to be equal to
+    fixed: object
+    variables: Sequence[int]  # where in a path the arguments of the handlers are
+    methods: dict[str, Handler]
+
+
+class Router:
+    """A table of routes, by the number of segments in their paths."""
 
     def __init__(self) -> None:
-        self._tree: dict[str, Any] = {}
+        self._routes: dict[int, dict[str, Route]] = {}  # by template
 
     def route(self, method: str, template: str) -> Callable[[Handler], Handler]:
-        """Declare a handler, right above it. Segments in braces become its arguments, in order."""
+        """Declare a handler, right above it. Segments in braces become its arguments, in order.
+
+        Of two templates for one path the one that is declared first counts.
+        """
 
         def declare(handler: Handler) -> Handler:
-            node = self._tree
-            for segment in template.split("/")[1:]:
-                node = node.setdefault(self.VARIABLE if segment.startswith("{") else segment, {})
-            node.setdefault("", {})[method] = handler  # no segment of a path is empty
+            path = template.split("/")[1:]
+            fixed_at = operator.itemgetter(*(i for i, s in enumerate(path) if s[:1] != "{"))
+            variables = [i for i, s in enumerate(path) if s[:1] == "{"]
+            route = Route(fixed_at, fixed_at(path), variables, {})
+            routes = self._routes.setdefault(len(path), {})
+            routes.setdefault(template, route).methods[method] = handler
             return handler
 
         return declare
 
     def handler(self, method: str, path: Sequence[str]) -> tuple[Handler, list[str]]:
         """The handler of a request, and its arguments; 404 or 405 where there is none."""
-        found = self._find(self._tree, path, 0) if all(path) else None
-        if found is None:
-            raise HttpError(404, "There is nothing at this path.")
-        methods, arguments = found
-        handler = methods.get("GET" if method == "HEAD" else method)
-        if handler is None:
-            allowed = ", ".join(sorted(methods) + ["HEAD"] * ("GET" in methods))
-            sentence = f"The method {method} is not for this path; allowed: {allowed}."
-            raise HttpError(405, sentence, [("Allow", allowed)])
-        return handler, arguments
+        for route in self._routes.get(len(path), {}).values():
+            if route.fixed_at(path) == route.fixed and all(path):
+                handler = route.methods.get("GET" if method == "HEAD" else method)
+                if handler is None:
+                    raise self._not_allowed(method, route)
+                return handler, [path[i] for i in route.variables]
+        raise HttpError(404, "There is nothing at this path.")
 
-    def _find(
-        self, node: Mapping[str, Any], path: Sequence[str], at: int
-    ) -> tuple[Mapping[str, Handler], list[str]] | None:
-        if at == len(path):
-            return (node[""], []) if "" in node else None
-        if path[at] in node:
-            found = self._find(node[path[at]], path, at + 1)
-            if found is not None:
-                return found
-        if self.VARIABLE in node:
-            found = self._find(node[self.VARIABLE], path, at + 1)
-            if found is not None:
-                found[1].insert(0, path[at])
-            return found
-        return None
+    def _not_allowed(self, method: str, route: Route) -> HttpError:
+        allowed = ", ".join(sorted(route.methods) + ["HEAD"] * ("GET" in route.methods))
+        sentence = f"The method {method} is not for this path; allowed: {allowed}."
+        return HttpError(405, sentence, [("Allow", allowed)])
 
 
 # -- what requests carry ---------------------------------------------------------------------------
@@ -1954,6 +1954,10 @@ def create_run(store: Store, request: Request, flow: str) -> Answer:
     return as_json(run)
 
 
+HEARTBEAT_ANSWER = as_json(json.dumps({"wait_time_in_seconds": HEARTBEAT_SECONDS}))
+"""JSON in a JSON string: clients decode it twice."""
+
+
 @route("POST", RUN + "/heartbeat")
 def run_heartbeat(store: Store, request: Request, flow: str, run: str) -> Answer:
     """Note that a run lives."""
@@ -2067,10 +2071,9 @@ def task_heartbeat(store: Store, request: Request, *task: str) -> Answer:
 
 
 def heartbeat_noted(store: Store, ids: Ids) -> Answer:
-    """Note a heartbeat. The answer is JSON in a JSON string: clients decode it twice."""
     if not store.heartbeat(ids):
         raise HttpError(404, "There is no such run or task.")
-    return as_json(json.dumps({"wait_time_in_seconds": HEARTBEAT_SECONDS}))
+    return HEARTBEAT_ANSWER
 
 
 @route("GET", TASK + "/metadata")
@@ -2208,6 +2211,12 @@ class BrokenService:
 LARGEST_BODY = 64 * 2**20
 MOST_CONNECTIONS = 512
 MOST_PARAMETERS = 100
+MOST_HEADERS = 100
+LONGEST_HEADER = 65536  # as long as http.server lets a request line be
+
+TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+REQUEST_LINE = re.compile(rf"({TOKEN}) +(\S+) +HTTP/([0-9])\.([0-9])", re.ASCII)
+HEADER_NAME = re.compile(TOKEN)
 
 KEEP_ALIVE_SECONDS = 75.0
 """How long a connection may be silent between two requests."""
@@ -2228,16 +2237,16 @@ class Access(NamedTuple):
     host: str  # where it listens
     key: str | None  # what every request must bring, if anything
 
-    def check(self, headers: Message) -> None:
+    def check(self, fields: Mapping[str, str]) -> None:
         """Refuse a request that a foreign web page can send, or that lacks the key."""
-        host = headers.get("Host")
+        host = fields.get("host")
         if host is not None and not self._is_ours(host):
             raise HttpError(403, "The Host header names another host.")
-        origin = headers.get("Origin")
+        origin = fields.get("origin")
         if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
             raise HttpError(403, "Requests from pages of another origin are not answered.")
         if self.key is not None:
-            given = headers.get("x-api-key") or ""
+            given = fields.get("x-api-key", "")
             if not hmac.compare_digest(given.encode("latin-1"), self.key.encode()):
                 raise HttpError(401, "The request needs the service's key as its x-api-key header.")
 
@@ -2420,8 +2429,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
     """A connection and its requests, one after the other."""
 
     server: Server
+    raw_requestline: bytes
     protocol_version = "HTTP/1.1"
-    default_request_version = "HTTP/1.0"
     server_version = f"{PROGRAM}/{__version__}"
     disable_nagle_algorithm = True
     wbufsize = -1  # buffered: head and body of an answer leave together
@@ -2472,13 +2481,13 @@ class Connection(http.server.BaseHTTPRequestHandler):
     do_CONNECT = respond
 
     def _request(self) -> Request:
-        target = self.requestline.split()[1]  # self.path has lost slashes
+        target = self.path
         if target.startswith(("http://", "https://")):
             target = "/" + target.split("/", 3)[3] if target.count("/") > 2 else "/"
         path, _, query = target.partition("?")
         if not path.startswith("/"):
             raise HttpError(400, "The path does not begin with a slash.")
-        self.server.access.check(self.headers)
+        self.server.access.check(self.fields)
         try:
             segments = [decoded(segment) for segment in path.split("/")[1:]]
             parameters = urllib.parse.parse_qsl(
@@ -2492,18 +2501,18 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def _body(self) -> bytes | None:
         """The body of the request, None where none is announced."""
-        encoding = self.headers.get("Transfer-Encoding")
-        lengths = set(self.headers.get_all("Content-Length") or ())
+        encoding, length = self.fields.get("transfer-encoding"), self.fields.get("content-length")
+        if self.fields.get("expect", "").lower() == "100-continue":
+            self.send_response_only(100)  # the client holds the body back until then
+            self.end_headers()
+            self.wfile.flush()
         if encoding is not None:
-            if lengths or encoding.strip().lower() != "chunked":
-                raise HttpError(
-                    400, "The length of the body is announced in a way that is not clear."
-                )
+            if length is not None or encoding.lower() != "chunked":
+                raise HttpError(400, "The length of the body is announced in a way not known here.")
             return self._chunks()
-        if not lengths:
+        if length is None:
             return None
-        (length, *more) = lengths
-        if more or not re.fullmatch("[0-9]{1,18}", length.strip()):
+        if not re.fullmatch("[0-9]{1,18}", length):
             raise HttpError(400, "Content-Length is not one number.")
         return self._exactly(self._within_limit(int(length)))
 
@@ -2553,11 +2562,49 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     # -- seams of http.server ----------------------------------------------------------------------
 
-    def handle_expect_100(self) -> bool:
-        """Ask for the body, which the client holds back until then."""
-        going_on = super().handle_expect_100()
-        self.wfile.flush()
-        return going_on
+    def parse_request(self) -> bool:
+        """Read the head of a request; False where it is refused.
+
+        Stands in for http.server's, which reads headers with a mail parser: a heartbeat takes
+        45 microseconds of the processor like this, 100 like that.
+        """
+        self.command, self.request_version = "", "HTTP/1.1"
+        self.close_connection = True
+        self.requestline = str(self.raw_requestline, "iso-8859-1").rstrip("\r\n")
+        match = REQUEST_LINE.fullmatch(self.requestline)
+        if match is None:
+            self.send_error(400, "The request does not begin with a proper request line")
+            return False
+        self.command, self.path, major, minor = match.groups()
+        if major != "1":
+            self.send_error(505)
+            return False
+        try:
+            self.fields = self._header_fields()
+        except HttpError as error:
+            self.send_error(error.status, str(error))
+            return False
+        connection = self.fields.get("connection", "").lower()
+        self.close_connection = "close" in connection or (
+            minor == "0" and "keep-alive" not in connection
+        )
+        return True
+
+    def _header_fields(self) -> dict[str, str]:
+        """The headers, by lower-case name; those of a name that comes again are joined."""
+        fields: dict[str, str] = {}
+        for _ in range(MOST_HEADERS + 1):
+            line = self.rfile.readline(LONGEST_HEADER + 1)
+            if line in (b"\r\n", b"\n"):
+                return fields
+            if len(line) > LONGEST_HEADER:
+                raise HttpError(431, f"A header has at most {LONGEST_HEADER} bytes.")
+            name, colon, value = line.decode("iso-8859-1").partition(":")
+            if not colon or not HEADER_NAME.fullmatch(name):
+                raise HttpError(400, "There is a line among the headers that is none.")
+            name, value = name.lower(), value.strip()
+            fields[name] = f"{fields[name]}, {value}" if name in fields else value
+        raise HttpError(431, f"A request has at most {MOST_HEADERS} headers.")
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Refuse what http.server itself cannot make sense of."""
