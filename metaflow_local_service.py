@@ -523,7 +523,7 @@ NAMES_IN_MEMORY = 200_000
 TASK_FILES_IN_MEMORY = 50_000
 
 NAME_BYTES = 255
-FILE_NAME_BYTES = 200
+FILE_NAME_BYTES = 225
 """What of a field or artifact name may stand in a file name, which has 255 bytes in all."""
 
 
@@ -640,12 +640,11 @@ class Clock:
         self._lock = threading.Lock()
         self._last = 0  # guarded by _lock
 
-    def stamps(self, count: int = 1, above: int = 0) -> range:
-        """`count` stamps in a row, from now on; later than all before them and than `above`."""
+    def stamp(self, above: int = 0) -> int:
+        """The time now; later than at all calls before, and than `above`."""
         with self._lock:
-            first = max(time.time_ns() // 1000, self._last + 1, above + 1)
-            self._last = first + count - 1
-        return range(first, first + count)
+            self._last = max(time.time_ns() // 1000, self._last + 1, above + 1)
+            return self._last
 
 
 Version = tuple[int, int, int]
@@ -807,6 +806,9 @@ class Store:
                 self._records.put(path, known)
             return known[1]
         except (FileNotFoundError, NotADirectoryError):
+            return None
+        except PermissionError as error:
+            log.warning("%s cannot be looked at and is left out: %s", path, error.strerror)
             return None
 
     def _load(self, path: str, ids: Ids, make: Callable[[Ids, Raw], Made]) -> Made | None:
@@ -973,15 +975,12 @@ class Store:
         self._require_task(ids)
         data = [SimpleNamespace(**row._asdict(), field=row.field_name, tags=()) for row in rows]
         raws = self._recorder(ids[0])._metadata_to_json(*ids[1:], data)
-        stamps = self._record_clock.stamps(len(rows))
-        self._add(
-            ids,
-            [
-                (metadatum_file(row.field_name, stamp), _labelled(raw, row.labels, stamp // 1000))
-                for row, raw, stamp in zip(rows, raws, stamps)
-            ],
-        )
-        return len(rows)
+        files: list[tuple[str, Raw]] = []
+        for row, raw in zip(rows, raws):
+            name, stamp = self._new_metadatum_file(ids, row.field_name)
+            files.append((name, _labelled(raw, row.labels, stamp // 1000)))
+        self._add(ids, files)
+        return len(files)
 
     def create_artifacts(self, ids: Ids, rows: Sequence[ArtifactToStore]) -> int:
         """Add artifacts to a task, all or none, and return how many of them are new.
@@ -990,7 +989,7 @@ class Store:
         passed over.
         """
         self._require_task(ids)
-        arts = [SimpleNamespace(**row._asdict(), url=row.location) for row in rows]
+        arts = [SimpleNamespace(**row._asdict(), url=row.location, ds_root=None) for row in rows]
         raws = self._recorder(ids[0])._artifacts_to_json(*ids[1:], None, arts)
         now = time.time_ns() // 1_000_000
         files: dict[str, Raw] = {}
@@ -1019,17 +1018,16 @@ class Store:
         to add one that is a system tag already does nothing.
         """
         with self._lock(ids):
-            run = self._require(ids, _run, "run")
-            system = set(run["system_tags"] or ())
-            kept = sorted(system.intersection(remove))
-            if kept:
-                raise SystemTagsStay(f"System tags cannot be removed: {', '.join(kept)}.")
-            before = run["tags"] or []
-            tags = [tag for tag in before if tag not in frozenset(remove)]
-            tags += [t for t in dict.fromkeys(add) if t not in system and t not in tags]
+            self._require(ids, _run, "run")
+            with open(f"{self._meta_of(ids)}/{SELF_FILE}", "rb") as f:
+                raw = json.loads(f.read())
+            before, system, gone = raw.get("tags") or [], raw.get("system_tags") or [], set(remove)
+            if gone.intersection(system):
+                kept = ", ".join(sorted(gone.intersection(system)))
+                raise SystemTagsStay(f"System tags cannot be removed: {kept}.")
+            tags = [tag for tag in before if tag not in gone]
+            tags += [tag for tag in dict.fromkeys(add) if tag not in system and tag not in tags]
             if tags != before:
-                with open(f"{self._meta_of(ids)}/{SELF_FILE}", "rb") as f:
-                    raw = json.loads(f.read())
                 self._add(ids, [(SELF_FILE, {**raw, "tags": tags})])
         return tags
 
@@ -1064,7 +1062,7 @@ class Store:
             self._newest_runs[folder] = max((s for s in stamps if s < horizon), default=0)
         self._require_real(folder)
         while True:
-            (stamp,) = self._run_clock.stamps(above=self._newest_runs[folder])
+            stamp = self._run_clock.stamp(above=self._newest_runs[folder])
             if make_folder(f"{folder}/{stamp}"):
                 return (*flow, str(stamp))
 
@@ -1085,6 +1083,17 @@ class Store:
                 if make_folder(f"{folder}/{number}"):
                     self._last_task_ids.put(run, number)
                     return (*step, str(number))
+
+    def _new_metadatum_file(self, ids: Ids, field_name: str) -> tuple[str, int]:
+        """A file name for a metadatum and the time stamp in it, later than all before.
+
+        Not there yet, even where the clock was set back since an earlier service wrote there.
+        """
+        while True:
+            stamp = self._record_clock.stamp()
+            name = metadatum_file(field_name, stamp)
+            if not os.path.lexists(f"{self._meta_of(ids)}/{name}"):
+                return name, stamp
 
     def _create(self, ids: Ids, raw: Raw, is_claimed: bool = False) -> None:
         """Put a new object's record in its folder; `is_claimed`: which was just made for it.
@@ -3011,7 +3020,7 @@ class Daemon:
         except Exception as error:
             log.exception("cannot start")
             self._idle_timeout = BROKEN_IDLE_TIMEOUT
-            return BrokenService(f"{PROGRAM} cannot use Metaflow: {error}.")
+            return BrokenService(f"{PROGRAM} cannot start: {error}.")
 
     def _is_wanted(self, idle_seconds: float) -> bool:
         if not self._owns_root():
