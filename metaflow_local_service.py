@@ -35,7 +35,6 @@ import bisect
 import contextlib
 import errno
 import fcntl
-import hmac
 import http.client
 import http.server
 import importlib.util
@@ -47,14 +46,12 @@ import math
 import operator
 import os
 import re
-import secrets
 import select
 import shlex
 import signal
 import socket
 import socketserver
 import stat
-import subprocess
 import textwrap
 import threading
 import time
@@ -2255,6 +2252,8 @@ class Access(NamedTuple):
         if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
             raise HttpError(403, "Requests from pages of another origin are not answered.")
         if self.key is not None:
+            import hmac  # takes 3 ms to load, which commands can do without
+
             given = fields.get("x-api-key", "")
             if not hmac.compare_digest(given.encode("latin-1"), self.key.encode()):
                 raise HttpError(401, "The request needs the service's key as its x-api-key header.")
@@ -3148,7 +3147,7 @@ def chosen_options(arguments: Arguments, idle_timeout: float = DEFAULT_IDLE_TIME
     timeout = chosen(arguments.idle_timeout, ENV_IDLE_TIMEOUT, seconds)
     key = from_environment(os.environ, ENV_KEY, access_key)
     if arguments.generate_key and key is None:
-        key = secrets.token_urlsafe(24)
+        key = base64.urlsafe_b64encode(os.urandom(24)).decode()
     if key is None and not is_loopback(arguments.host):
         raise Failure(
             f"To listen on {arguments.host} takes a key: set {ENV_KEY}, or give --generate-key.", 2
@@ -3387,6 +3386,8 @@ def do_demo(arguments: Arguments) -> None:
     Writes demo_flow.py into DIR (default ./metaflow-demo), runs it there with this Python, and says
     what was recorded and what to try next.
     """
+    import subprocess
+
     folder = os.path.abspath(arguments.folder)
     flow = os.path.join(folder, "demo_flow.py")
     try:
