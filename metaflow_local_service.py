@@ -2953,19 +2953,21 @@ def _become_daemon(options: Options, lock: LockedFile, server: Server, ready: in
         os.setsid()
         if os.fork() > 0:
             os._exit(0)
-        try:
-            log_file = os.path.join(datastore_folder(options.root), LOG_FILE)
-            os.chdir("/")
-            os.umask(0o077)
-            _keep_only({ready, lock.descriptor, *server.descriptors()}, log_file)
-            _register(options, lock, server, log_file)
-        except OSError as error:
-            os.write(ready, f"The service cannot start: {error}.".encode())
-            os._exit(1)
-        os.close(ready)
+        log_file = os.path.join(datastore_folder(options.root), LOG_FILE)
+        os.chdir("/")
+        os.umask(0o077)
+        _keep_only({ready, lock.descriptor, *server.descriptors()}, log_file)
+        _register(options, lock, server, log_file)
+    except BaseException as error:
+        os.write(ready, f"The service cannot start: {error}.".encode())
+        os._exit(1)
+    os.close(ready)
+    try:
         Daemon(options, lock, server).run(_log_handler(log_file))
-    finally:
-        os._exit(0)
+    except BaseException:
+        log.exception("the service failed")
+        os._exit(1)
+    os._exit(0)
 
 
 def _keep_only(descriptors: set[int], log_file: str) -> None:
