@@ -644,6 +644,9 @@ class Clock:
             return self._last
 
 
+UNREADABLE = frozenset((errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP))
+"""What is wrong with a file alone, and not with the machine."""
+
 Version = tuple[int, int, int]
 
 
@@ -799,20 +802,25 @@ class Store:
             version = (status.st_mtime_ns, status.st_ino, status.st_size)
             known: tuple[Version, Made | None] | None = self._records.get(path)
             if known is None or known[0] != version:
+                if not stat.S_ISREG(status.st_mode):
+                    raise IsADirectoryError(errno.EISDIR, "It is no file", path)
                 known = (version, self._load(path, ids, make))
                 self._records.put(path, known)
             return known[1]
         except (FileNotFoundError, NotADirectoryError):
+            os.stat(self.folder)  # FileNotFoundError where the whole root is gone
             return None
-        except PermissionError as error:
-            log.warning("%s cannot be looked at and is left out: %s", path, error.strerror)
-            return None
+        except OSError as error:
+            if error.errno not in UNREADABLE:
+                raise
+            log.warning("%s cannot be read and is left out: %s", path, error)
+            return None  # and is looked at anew the next time: it may be readable then
 
     def _load(self, path: str, ids: Ids, make: Callable[[Ids, Raw], Made]) -> Made | None:
         try:
             with open(path, "rb") as f:
                 record = make(ids, json.loads(f.read()))
-        except (PermissionError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             log.warning("%s is not a record and is left out: %r", path, error)
             return None
         if isinstance(record, dict) and "last_heartbeat_ts" in record:
@@ -837,6 +845,7 @@ class Store:
     def _listing(self, folder: str, ids: Ids, make: Callable[[Ids, Raw], Any]) -> Listing:
         status = stat_of(folder)
         if status is None:
+            os.stat(self.folder)  # FileNotFoundError where the whole root is gone
             return NO_CHILDREN
         known = self._listings.get(folder, NO_CHILDREN)
         if known.version == version_of(status) and not any(
@@ -873,6 +882,7 @@ class Store:
     def _files_in(self, folder: str, ids: Ids) -> TaskFiles:
         status = stat_of(folder)
         if status is None:
+            os.stat(self.folder)
             return TaskFiles(None, folder, False, [], {}, {})
         known = self._task_files.get(folder)
         if known is not None and known.version == version_of(status):
@@ -937,7 +947,7 @@ class Store:
         """Make a flow. AlreadyThere where there is one of that name."""
         if ids[0].startswith(PROGRAM):
             raise NotAllowed(f"{ids[0]!r} cannot be a flow: the name is the service's own.")
-        self._create(ids, self._raw("flow", ids, labels))
+        self._create(ids, self._raw("flow", ids, labels), _flow)
         return self._made(self.flow(ids))
 
     def create_run(self, flow: Ids, run_id: str | None, labels: Labels, beats: bool) -> Run:
@@ -948,13 +958,13 @@ class Store:
         """
         self._require(flow, _flow, "flow")
         ids = self._claim_run(flow) if run_id is None else (*flow, _own_id(run_id, "run"))
-        self._create(ids, self._raw("run", ids, labels, beats), is_claimed=run_id is None)
+        self._create(ids, self._raw("run", ids, labels, beats), _run, is_claimed=run_id is None)
         return self._made(self.run(ids))
 
     def create_step(self, ids: Ids, labels: Labels) -> Step:
         """Make a step. NotThere where the run is not, AlreadyThere where the step is."""
         self._require(ids[:2], _run, "run")
-        self._create(ids, self._raw("step", ids, labels))
+        self._create(ids, self._raw("step", ids, labels), _step)
         return self._made(self.step(ids))
 
     def create_task(self, step: Ids, task_id: str | None, labels: Labels, beats: bool) -> Task:
@@ -962,7 +972,7 @@ class Store:
         self._require(step[:2], _run, "run")
         self._require(step, _step, "step")
         ids = self._claim_task(step) if task_id is None else (*step, _own_id(task_id, "task"))
-        self._create(ids, self._raw("task", ids, labels, beats), is_claimed=task_id is None)
+        self._create(ids, self._raw("task", ids, labels, beats), _task, is_claimed=task_id is None)
         if beats:
             self._beat(step[:2])
         return self._made(self.task(ids))
@@ -1075,7 +1085,7 @@ class Store:
                 number = max((int(name) for name in names if wire_id(name) != name), default=0)
             while True:
                 number += 1
-                if any(os.path.lexists(f"{other}/{number}") for other in steps if other != folder):
+                if any(os.path.lexists(f"{other}/{number}") for other in steps):
                     continue
                 if make_folder(f"{folder}/{number}"):
                     self._last_task_ids.put(run, number)
@@ -1092,7 +1102,9 @@ class Store:
             if not os.path.lexists(f"{self._meta_of(ids)}/{name}"):
                 return name, stamp
 
-    def _create(self, ids: Ids, raw: Raw, is_claimed: bool = False) -> None:
+    def _create(
+        self, ids: Ids, raw: Raw, make: Callable[[Ids, Raw], Any], is_claimed: bool = False
+    ) -> None:
         """Put a new object's record in its folder; `is_claimed`: which was just made for it.
 
         Local mode's datastore may have made the folder before, but never a record.
@@ -1106,7 +1118,9 @@ class Store:
                     raise AlreadyThere(f"There is already a {'/'.join(ids)}.")
             try:
                 make_folder(meta)
-                self._write([(f"{meta}/{SELF_FILE}", raw)])
+                (version,) = self._write([(f"{meta}/{SELF_FILE}", raw)])
+                # To read it again could fail for want of a descriptor, although it is there.
+                self._records.put(f"{meta}/{SELF_FILE}", (version, make(ids, raw)))
             except OSError:
                 if is_claimed:
                     remove_folder(meta)
@@ -1120,11 +1134,13 @@ class Store:
         now = int(time.time())
         if run_or_task["last_heartbeat_ts"] == now:
             return True  # a run's tasks beat for it too, many in a second
+        self._require_real(self._meta_of(ids))
         path = f"{self._meta_of(ids)}/{HEARTBEAT_FILE}"
         try:
             os.utime(path, (now, now), follow_symlinks=False)
         except FileNotFoundError:
             os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600))
+            os.utime(path, (now, now), follow_symlinks=False)  # a new file's time is some ms old
         run_or_task["last_heartbeat_ts"] = now
         return True
 
@@ -1159,14 +1175,18 @@ class Store:
             raw["last_heartbeat_ts"] = now // 1000
         return _labelled(raw, labels, now)
 
-    def _write(self, files: Sequence[tuple[str, Raw]]) -> None:
-        """Put all records in place, or none: each is complete before it has its name."""
+    def _write(self, files: Sequence[tuple[str, Raw]]) -> list[Version]:
+        """Put all records in place, or none: each is complete before it has its name.
+
+        Returns the versions of their files.
+        """
+        versions: list[Version] = []
         staged: list[str] = []
         placed: list[str] = []
         try:
             for _, raw in files:
                 staged.append(f"{self._temporary}/{next(self._temporary_names)}")
-                self._stage(staged[-1], json.dumps(raw).encode())
+                versions.append(self._stage(staged[-1], json.dumps(raw).encode()))
             for temporary, (path, _) in zip(staged, files):
                 os.rename(temporary, path)
                 placed.append(path)
@@ -1174,8 +1194,9 @@ class Store:
             for path in staged[len(placed) :] + placed:
                 remove_file(path)
             raise
+        return versions
 
-    def _stage(self, path: str, content: bytes) -> None:
+    def _stage(self, path: str, content: bytes) -> Version:
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
         try:
             descriptor = os.open(path, flags, 0o600)
@@ -1185,6 +1206,7 @@ class Store:
         try:
             if os.write(descriptor, content) != len(content):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+            return version_of(os.fstat(descriptor))
         finally:
             os.close(descriptor)
 
@@ -1201,8 +1223,10 @@ class Store:
     def check_writable(self) -> None:
         """OSError where no record could be written now."""
         path = f"{self._temporary}/{next(self._temporary_names)}"
-        self._stage(path, b"{}")
-        os.unlink(path)
+        try:
+            self._stage(path, b"{}")
+        finally:
+            remove_file(path)
 
 
 def _own_id(identifier: str, kind: str) -> str:
@@ -1581,7 +1605,7 @@ ESCAPES = {r"\y": r"\b", r"\Y": r"\B", r"\m": r"\b(?=\w)", r"\M": r"\b(?<=\w)", 
 
 
 def postgres_regex(pattern: str) -> Pattern[str]:
-    """A regular expression of PostgreSQL's as Python's; BadQuery where it is none.
+    """A regular expression of PostgreSQL's as one of Python's; BadQuery where it is none.
 
     They differ in what `$` and a few letters behind a backslash mean, and in that `.` is any
     character there.
@@ -1596,6 +1620,46 @@ def postgres_regex(pattern: str) -> Pattern[str]:
         return re.compile(pieces.sub(translate, pattern), re.DOTALL)
     except (re.error, RecursionError, OverflowError) as error:
         raise BadQuery(f"{pattern!r} is not a regular expression: {error}.") from None
+
+
+PATTERN_SECONDS = 2.0
+QUICK_STEPS = 10**7
+"""What Python's backtracking may take in this process, where it holds up every other request."""
+
+SEARCH = """\
+import json, re, sys
+pattern, flags, texts = json.load(sys.stdin)
+print(json.dumps([text for text in texts if re.search(pattern, text, flags)]))
+"""
+
+
+def is_quick(pattern: str, longest: int) -> bool:
+    """Whether a search in a text of that length is over soon: no repeats in repeats, and few."""
+    repeats = len(re.findall(r"[*+?{]", pattern))
+    return not re.search(r"\)[*+?{]", pattern) and (longest + 1) ** (repeats + 1) <= QUICK_STEPS
+
+
+def found_in(pattern: Pattern[str], texts: Iterable[str]) -> frozenset[str]:
+    """Those of the texts in which a pattern is found; BadQuery where that takes too long.
+
+    PostgreSQL's patterns take a time in proportion to the text, Python's sometimes for ever.
+    """
+    texts = frozenset(texts)
+    if is_quick(pattern.pattern, max(map(len, texts), default=0)):
+        return frozenset(filter(pattern.search, texts))
+    import subprocess
+
+    try:
+        search = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", SEARCH],
+            input=json.dumps([pattern.pattern, pattern.flags, list(texts)]).encode(),
+            stdout=subprocess.PIPE,
+            timeout=PATTERN_SECONDS,
+            check=True,
+        )
+    except subprocess.TimeoutExpired:
+        raise BadQuery(f"To search for {pattern.pattern!r} takes too long.") from None
+    return frozenset(json.loads(search.stdout))
 
 
 # ==================================================================================================
@@ -2045,13 +2109,15 @@ def filter_tasks(store: Store, request: Request, flow: str, run: str, step: str)
     field = first(request.query, "metadata_field_name")
     pattern = postgres_regex(first(request.query, "pattern") or "")
 
-    def matches(metadatum: Metadatum) -> bool:
-        return field in (None, "", metadatum["field_name"]) and bool(
-            pattern.search(value_text(metadatum))
+    tasks = [
+        (
+            "/".join(ids),
+            {value_text(m) for m in metadata if field in (None, "", m["field_name"])},
         )
-
-    tasks = store.metadata_of_tasks((*run_ids(flow, run), step))
-    return as_json(["/".join(ids) for ids, metadata in tasks if any(map(matches, metadata))])
+        for ids, metadata in store.metadata_of_tasks((*run_ids(flow, run), step))
+    ]
+    found = found_in(pattern, (value for _, values in tasks for value in values))
+    return as_json([task for task, values in tasks if values & found])
 
 
 @route("GET", TASK)
@@ -2398,6 +2464,10 @@ class Server(http.server.ThreadingHTTPServer):
         """The connection has received a request, which may take as long as it takes."""
         self._connections[connection] = math.inf
 
+    def note_sending(self, connection: Connection) -> None:
+        """The connection begins to send an answer."""
+        self._connections[connection] = time.monotonic() + REQUEST_SECONDS
+
     def note_closed(self, connection: Connection) -> None:
         with self._lock:
             self._busy.discard(connection)
@@ -2510,19 +2580,25 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def _body(self) -> bytes | None:
         """The body of the request, None where none is announced."""
         encoding, length = self.fields.get("transfer-encoding"), self.fields.get("content-length")
-        if self.fields.get("expect", "").lower() == "100-continue":
-            self.send_response_only(100)  # the client holds the body back until then
-            self.end_headers()
-            self.wfile.flush()
         if encoding is not None:
             if length is not None or encoding.lower() != "chunked":
                 raise HttpError(400, "The length of the body is announced in a way not known here.")
+            self._ask_for_body()
             return self._chunks()
         if length is None:
             return None
         if not re.fullmatch("[0-9]{1,18}", length):
             raise HttpError(400, "Content-Length is not one number.")
-        return self._exactly(self._within_limit(int(length)))
+        size = self._within_limit(int(length))
+        self._ask_for_body()
+        return self._exactly(size)
+
+    def _ask_for_body(self) -> None:
+        """Tell a client that holds the body back, until it knows that it is wanted, to send it."""
+        if self.fields.get("expect", "").lower() == "100-continue":
+            self.send_response_only(100)
+            self.end_headers()
+            self.wfile.flush()
 
     def _within_limit(self, size: int) -> int:
         if size > LARGEST_BODY:
@@ -2555,6 +2631,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         raise HttpError(431, "The body has too many trailers.")
 
     def _send(self, answer: Answer) -> None:
+        self.server.note_sending(self)
         self.send_response(answer.status)
         self.send_header("Content-Type", answer.kind)
         self.send_header("Content-Length", str(len(answer.content)))
@@ -2855,8 +2932,15 @@ class Options(NamedTuple):
     port: int  # 0: any free one
     idle_timeout: float  # seconds; 0: for ever
     key: str | None
+    makes_key: bool  # where there is none
     is_debug: bool
     registry: Index
+
+    def with_key(self) -> Options:
+        """The same, with the key made that a new service is to have."""
+        if self.key is not None or not self.makes_key:
+            return self
+        return self._replace(key=base64.urlsafe_b64encode(os.urandom(24)).decode())
 
 
 def ensure_service(options: Options) -> tuple[Service, bool]:
@@ -2871,24 +2955,28 @@ def ensure_service(options: Options) -> tuple[Service, bool]:
         with registry_lock(options.root, fcntl.LOCK_EX):
             service = running_service(options.root)
             if service is None:
-                return _launch(options), True
+                return _launch(options.with_key()), True
     if options.port not in (0, service.port):
         raise Failure(f"The service of {service.root} runs already, on port {service.port}.")
     if options.key not in (None, service.key):
         raise Failure(f"The service of {service.root} runs already, with another key.")
+    if options.makes_key and service.key is None:
+        raise Failure(f"The service of {service.root} runs already, without a key.")
     return service, False
 
 
 def serve_in_foreground(options: Options) -> None:
     """Be the service until it is stopped."""
+    options = options.with_key()
     make_datastore_folder(options.root)
     with registry_lock(options.root, fcntl.LOCK_EX):
         service = running_service(options.root)
         if service is not None:
             raise Failure(f"The service of {service.root} runs already, at {service.url}.")
         lock, server = _bind(options)
+        daemon = Daemon(options, lock, server)
         _register(options, lock, server, log_file=None)
-    Daemon(options, lock, server).run(logging.StreamHandler())
+    daemon.run(logging.StreamHandler())
 
 
 def _launch(options: Options) -> Service:
@@ -2905,6 +2993,8 @@ def _launch(options: Options) -> Service:
     with open(reader, encoding="utf-8") as f:
         failure = f.read()
     server.socket.close()
+    if failure:
+        remove_file(lock.path)
     lock.release()
     if failure:
         raise Failure(failure)
@@ -2957,13 +3047,14 @@ def _become_daemon(options: Options, lock: LockedFile, server: Server, ready: in
         os.chdir("/")
         os.umask(0o077)
         _keep_only({ready, lock.descriptor, *server.descriptors()}, log_file)
+        daemon = Daemon(options, lock, server)  # from here on it can be told to stop
         _register(options, lock, server, log_file)
     except BaseException as error:
         os.write(ready, f"The service cannot start: {error}.".encode())
         os._exit(1)
     os.close(ready)
     try:
-        Daemon(options, lock, server).run(_log_handler(log_file))
+        daemon.run(_log_handler(log_file))
     except BaseException:
         log.exception("the service failed")
         os._exit(1)
@@ -2998,14 +3089,14 @@ class Daemon:
         self._server = server
         self._lease: LockedFile | None = None
         self._idle_timeout = options.idle_timeout
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, server.stop)
 
     def run(self, handler: logging.Handler) -> None:
         """Import Metaflow and answer requests until nobody needs it, and leave nothing behind."""
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
         log.setLevel(logging.DEBUG if self._options.is_debug else logging.INFO)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._server.stop)
         log.info("serving %s at %s", self._options.root, self._server.url)
         service = self._open()
         self._server.serve(service, self._is_wanted)
@@ -3048,8 +3139,9 @@ class Daemon:
 
     def _announce_stop(self) -> None:
         """Let those who look for a service wait until this one is gone."""
-        service = read_pidfile(self._lock.path)
-        self._lock.write(json.dumps(service._replace(is_stopping=True)._asdict()))
+        with contextlib.suppress(OSError, Failure):  # the pidfile may be gone, with the root
+            service = read_pidfile(self._lock.path)
+            self._lock.write(json.dumps(service._replace(is_stopping=True)._asdict()))
 
     def _leave(self) -> None:
         """Remove what tells of the service. The locks end with the process."""
@@ -3148,9 +3240,7 @@ def chosen_options(arguments: Arguments, idle_timeout: float = DEFAULT_IDLE_TIME
     port = chosen(arguments.port, ENV_PORT, port_number)
     timeout = chosen(arguments.idle_timeout, ENV_IDLE_TIMEOUT, seconds)
     key = from_environment(os.environ, ENV_KEY, access_key)
-    if arguments.generate_key and key is None:
-        key = base64.urlsafe_b64encode(os.urandom(24)).decode()
-    if key is None and not is_loopback(arguments.host):
+    if key is None and not arguments.generate_key and not is_loopback(arguments.host):
         raise Failure(
             f"To listen on {arguments.host} takes a key: set {ENV_KEY}, or give --generate-key.", 2
         )
@@ -3160,6 +3250,7 @@ def chosen_options(arguments: Arguments, idle_timeout: float = DEFAULT_IDLE_TIME
         port=port or 0,
         idle_timeout=idle_timeout if timeout is None else timeout,
         key=key,
+        makes_key=arguments.generate_key,
         is_debug=is_debug(os.environ),
         registry=Index(home_folder(os.environ)),
     )
