@@ -520,8 +520,8 @@ NAMES_IN_MEMORY = 200_000
 TASK_FILES_IN_MEMORY = 50_000
 
 NAME_BYTES = 255
-FILE_NAME_BYTES = 225
-"""What of a field or artifact name may stand in a file name, which has 255 bytes in all."""
+DIGESTED = re.compile(r".*~[0-9a-f]{32}", re.DOTALL)
+"""What stands in a file name for a field or artifact name that cannot stand there itself."""
 
 
 @lru_cache(maxsize=4096)
@@ -537,27 +537,28 @@ def check_name(name: str) -> None:
 
 
 def metadatum_file(field_name: str, stamp: int) -> str:
-    return f"sysmeta_{file_name_part(field_name)}_{stamp}.json"
+    return file_name("sysmeta_", field_name, f"_{stamp}.json")
 
 
 def artifact_file(attempt: int, name: str) -> str:
-    return f"{attempt}_artifact_{file_name_part(name)}.json"
+    return file_name(f"{attempt}_artifact_", name, ".json")
 
 
-def file_name_part(name: str) -> str:
-    """A field or artifact name, which may be any text, as it stands in a file name.
+def file_name(start: str, name: str, end: str) -> str:
+    """A file name with a field or artifact name, which may be any text, between two parts.
 
     Itself wherever local mode could have written it, so that both find each other's files; else
     a readable beginning and a digest, so that no two names share a file.
     """
     encoded = name.encode("utf-8", "surrogatepass")
-    if len(encoded) <= FILE_NAME_BYTES and "/" not in name and "\0" not in name:
+    is_short = len(start) + len(encoded) + len(end) <= NAME_BYTES
+    if is_short and "/" not in name and "\0" not in name and not DIGESTED.fullmatch(name):
         try:
-            os.fsencode(name)
-            return name
+            name.encode()  # without surrogates, which not every file system takes
+            return start + name + end
         except UnicodeEncodeError:
             pass
-    return f"{urllib.parse.quote(encoded, safe='')[:80]}~{digest(encoded, 16)}"
+    return f"{start}{urllib.parse.quote(encoded, safe='')[:80]}~{digest(encoded, 16)}{end}"
 
 
 def digest(content: bytes, size: int) -> str:
@@ -677,7 +678,15 @@ def stat_of(path: str) -> os.stat_result | None:
 def folders_in(folder: str) -> list[str]:
     """The names of the folders in a folder, but for the one that holds its own record."""
     with os.scandir(folder) as entries:
-        return [e.name for e in entries if e.is_dir() and e.name != META_DIR]
+        return [e.name for e in entries if is_folder(e) and e.name != META_DIR]
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder, or a link to one; False for a link that leads to itself."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 class Store:
@@ -860,6 +869,8 @@ class Store:
                 unborn.append(name)
             else:
                 moments.append(moment)
+        if len(ids) + 1 == RUN_DEPTH and any(id_order(STAMP) > m[1] or m[1][0] for m in moments):
+            version = None  # local mode changes the ts_epoch of a run with its tags
         listing = Listing(version, sorted(moments), unborn)
         self._listings.put(folder, listing)
         return listing
@@ -1028,12 +1039,16 @@ class Store:
             self._require(ids, _run, "run")
             with open(f"{self._meta_of(ids)}/{SELF_FILE}", "rb") as f:
                 raw = json.loads(f.read())
-            before, system, gone = raw.get("tags") or [], raw.get("system_tags") or [], set(remove)
+            before, system, gone = (
+                raw.get("tags") or [],
+                set(raw.get("system_tags") or ()),
+                set(remove),
+            )
             if gone.intersection(system):
                 kept = ", ".join(sorted(gone.intersection(system)))
                 raise SystemTagsStay(f"System tags cannot be removed: {kept}.")
-            tags = [tag for tag in before if tag not in gone]
-            tags += [tag for tag in dict.fromkeys(add) if tag not in system and tag not in tags]
+            left = [tag for tag in before if tag not in gone]
+            tags = list(dict.fromkeys((*left, *(tag for tag in add if tag not in system))))
             if tags != before:
                 self._add(ids, [(SELF_FILE, {**raw, "tags": tags})])
         return tags
@@ -1233,6 +1248,10 @@ def _own_id(identifier: str, kind: str) -> str:
     """An id that a client brings: any name but a number, since numbers are the service's."""
     if identifier.isnumeric():
         raise NotAllowed(f"A {kind} id that the client brings must not be a number.")
+    try:
+        identifier.encode()  # a file name may have surrogates in it, a path of a request may not
+    except UnicodeEncodeError:
+        raise NotAllowed(f"{identifier!r} cannot be a name: it is not valid Unicode.") from None
     check_name(identifier)
     return identifier
 
@@ -1456,7 +1475,9 @@ def _tag_test(asked: str, wanted: list[str]) -> Test:
 
     def test(run: Run) -> bool:
         tags = (run["tags"] or []) + (run["system_tags"] or [])
-        among: list[str] | str = json.dumps(tags) if asked.startswith("like") else tags
+        among: list[str] | str = (
+            json.dumps(tags, ensure_ascii=False) if asked.startswith("like") else tags
+        )
         return enough(tag in among for tag in wanted)
 
     return test
@@ -1482,16 +1503,13 @@ class Order(NamedTuple):
 def _cursor_number(value: object) -> int | float:
     if isinstance(value, str) and INTEGER.fullmatch(value):
         return int(value)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return value
     raise ValueError
 
 
-def _cursor_id(value: object) -> object:
-    try:
-        return int(_cursor_number(value))
-    except ValueError:
-        return _cursor_text(value)
+def _cursor_id(value: object) -> Id:
+    return wire_id(value) if isinstance(value, str) else int(_cursor_number(value))
 
 
 def _cursor_text(value: object) -> str:
@@ -1996,7 +2014,11 @@ def passing(records: Iterable[Made], tests: Sequence[Test]) -> Iterable[Made]:
 
 
 def with_status(store: Store, run: Run) -> Run:
-    run["status"] = status_of(store, run)
+    status = status_of(store, run)
+    owner = run.pop("user", None)
+    run["status"] = status
+    if owner is not None:
+        run["user"] = owner
     return run
 
 
