@@ -56,7 +56,7 @@ import textwrap
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from re import Match, Pattern
 from types import SimpleNamespace
@@ -540,6 +540,12 @@ def metadatum_file(field_name: str, stamp: int) -> str:
     return file_name("sysmeta_", field_name, f"_{stamp}.json")
 
 
+def metadatum_prefixes(field_names: Sequence[str]) -> frozenset[str]:
+    """How the names of files begin that have metadata of these names: ours, and local mode's."""
+    ours = (metadatum_file(name, STAMP).rpartition("_")[0] for name in field_names)
+    return frozenset(itertools.chain(ours, (f"sysmeta_{name}" for name in field_names)))
+
+
 def artifact_file(attempt: int, name: str) -> str:
     return file_name(f"{attempt}_artifact_", name, ".json")
 
@@ -599,7 +605,6 @@ class TaskFiles(NamedTuple):
     has_record: bool
     metadata: list[tuple[int, int, str]]  # ts_epoch, id, file name; oldest first
     artifacts: dict[int, list[str]]  # file names, by attempt
-    read: dict[str, Metadatum | None]  # what was read since the folder has this version
 
     def weight(self) -> int:
         return len(self.metadata) + sum(map(len, self.artifacts.values())) + 1
@@ -755,19 +760,25 @@ class Store:
             for task in self._children(ids, _task, before):
                 yield {**task, **tags}
 
-    def metadata(self, ids: Ids, before: Moment | None = None) -> Iterator[Metadatum]:
-        """The metadata of a task, of all its attempts, newest first."""
-        return self._metadata_in(self._files_of(ids), ids, before)
+    def metadata(
+        self, ids: Ids, before: Moment | None = None, fields: Sequence[str] | None = None
+    ) -> Iterator[Metadatum]:
+        """The metadata of a task, of all its attempts, newest first; only `fields`, if given."""
+        prefixes = None if fields is None else metadatum_prefixes(fields)
+        return self._metadata_in(self._files_of(ids), ids, before, prefixes)
 
-    def metadata_of_tasks(self, step: Ids) -> Iterator[tuple[Ids, Iterator[Metadatum]]]:
+    def metadata_of_tasks(
+        self, step: Ids, fields: Sequence[str] | None = None
+    ) -> Iterator[tuple[Ids, Iterator[Metadatum]]]:
         """The ids of the tasks of a step, oldest first, each with its metadata, newest first."""
         folder = self._folder_of(step)
+        prefixes = None if fields is None else metadatum_prefixes(fields)
         for moment in self._listing(folder, step, _task).moments:
             name = str(moment[1][1])
             task = (*step, name)
             files = self._files_in(f"{folder}/{name}/{META_DIR}", task)
             if files.has_record:
-                yield task, self._metadata_in(files, task)
+                yield task, self._metadata_in(files, task, None, prefixes)
 
     def artifacts(self, ids: Ids, attempt: int | None = None) -> list[Artifact]:
         """The artifacts of an attempt of a task, newest first; of the latest one, if None."""
@@ -894,7 +905,7 @@ class Store:
         status = stat_of(folder)
         if status is None:
             os.stat(self.folder)
-            return TaskFiles(None, folder, False, [], {}, {})
+            return TaskFiles(None, folder, False, [], {})
         known = self._task_files.get(folder)
         if known is not None and known.version == version_of(status):
             return known
@@ -914,24 +925,24 @@ class Store:
                     metadatum = self._read(f"{folder}/{name}", (*ids, name), _metadatum)
                     if metadatum is not None:
                         metadata.append((metadatum["ts_epoch"], identifier, name))
-        files = TaskFiles(version, folder, SELF_FILE in names, sorted(metadata), artifacts, {})
+        files = TaskFiles(version, folder, SELF_FILE in names, sorted(metadata), artifacts)
         self._task_files.put(folder, files)
         return files
 
     def _metadata_in(
-        self, files: TaskFiles, ids: Ids, before: Moment | None = None
+        self,
+        files: TaskFiles,
+        ids: Ids,
+        before: Moment | None = None,
+        prefixes: Container[str] | None = None,
     ) -> Iterator[Metadatum]:
         end = len(files.metadata) if before is None else bisect.bisect_left(files.metadata, before)
         for index in range(end - 1, -1, -1):
             name = files.metadata[index][2]
-            if name in files.read:
-                metadatum = files.read[name]
-            else:
+            if prefixes is None or name.rpartition("_")[0] in prefixes:
                 metadatum = self._read(f"{files.folder}/{name}", (*ids, name), _metadatum)
-                if files.version is not None:
-                    files.read[name] = metadatum
-            if metadatum is not None:
-                yield metadatum
+                if metadatum is not None:
+                    yield metadatum
 
     # -- over several tasks ----------------------------------------------------------------------
 
@@ -2025,7 +2036,8 @@ def with_status(store: Store, run: Run) -> Run:
 def status_of(store: Store, run: Run) -> str:
     """What has become of a run, which is told by the metadata of its step `end`."""
     end = (run["flow_id"], str(run["run_number"]), "end")
-    metadata = (m for _, of_task in store.metadata_of_tasks(end) for m in of_task)
+    fields = ("attempt", "attempt_ok")
+    metadata = (m for _, of_task in store.metadata_of_tasks(end, fields) for m in of_task)
     return run_status(metadata, run["last_heartbeat_ts"], time.time())
 
 
@@ -2131,12 +2143,10 @@ def filter_tasks(store: Store, request: Request, flow: str, run: str, step: str)
     field = first(request.query, "metadata_field_name")
     pattern = postgres_regex(first(request.query, "pattern") or "")
 
+    below = store.metadata_of_tasks((*run_ids(flow, run), step), [field] if field else None)
     tasks = [
-        (
-            "/".join(ids),
-            {value_text(m) for m in metadata if field in (None, "", m["field_name"])},
-        )
-        for ids, metadata in store.metadata_of_tasks((*run_ids(flow, run), step))
+        ("/".join(ids), {value_text(m) for m in metadata if field in (None, "", m["field_name"])})
+        for ids, metadata in below
     ]
     found = found_in(pattern, (value for _, values in tasks for value in values))
     return as_json([task for task, values in tasks if values & found])
