@@ -7,26 +7,40 @@ folders is read or written, and no process outlives its test.
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import errno
+import http.client
+import itertools
 import json
+import logging
 import os
+import random
 import re
+import shutil
+import signal
+import socket
+import stat
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from http.client import HTTPConnection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import quote, urlsplit
+from urllib.parse import parse_qsl, quote, urlsplit
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 if TYPE_CHECKING:
     from metaflow.client.core import MetaflowObject, Task
@@ -168,6 +182,7 @@ def served(store: mls.Store, host: str = "127.0.0.1", key: str | None = None) ->
     """Serve a store from this process."""
     server = mls.Server(host, 0, key)
     service = mls.MetadataService(store)
+    mls.TICK_SECONDS = 0.01  # stops at once
     thread = threading.Thread(target=server.serve, args=(service, lambda idle: True))
     thread.start()
     client = Api(server.url, key)
@@ -302,23 +317,3125 @@ def all_paths(folder: Path) -> Sequence[Path]:
 # ==================================================================================================
 
 
-def test_the_root_is_the_nearest_folder_upwards_that_has_a_metaflow_folder(project: Path) -> None:
-    (project / ".metaflow").mkdir()
-    below = project / "a" / "b"
+@pytest.mark.parametrize(
+    ("option", "environment", "expected"),
+    [
+        ("named", {"METAFLOW_DATASTORE_SYSROOT_LOCAL": "/set"}, "named"),
+        (None, {"METAFLOW_DATASTORE_SYSROOT_LOCAL": "set"}, "set"),
+        (None, {"METAFLOW_PROFILE": "work"}, "of-the-profile"),
+        (None, {"METAFLOW_PROFILE": "missing"}, "."),
+        (None, {}, "of-the-config"),
+        (None, {"METAFLOW_DATASTORE_SYSROOT_LOCAL": ""}, "of-the-config"),
+    ],
+)
+def test_the_root_is_what_is_said_most_directly(
+    project: Path, option: str | None, environment: dict[str, str], expected: str
+) -> None:
+    for name, root in (("config", "of-the-config"), ("config_work", "of-the-profile")):
+        content = {"METAFLOW_DATASTORE_SYSROOT_LOCAL": str(project / root)}
+        (project / f"{name}.json").write_text(json.dumps(content))
+    environment = {"METAFLOW_HOME": str(project), **environment}
+    assert mls.root_folder(option, environment, str(project)) == str((project / expected).resolve())
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"\xff", b'{"METAFLOW_DATASTORE_SYSROOT_LOCAL": 5}']
+)
+def test_a_configuration_that_makes_no_sense_names_no_root(project: Path, content: bytes) -> None:
+    (project / "config.json").write_bytes(content)
+    assert mls.root_folder(None, {"METAFLOW_HOME": str(project)}, str(project)) == str(project)
+
+
+def test_the_root_is_here_when_nothing_else_is_said(project: Path) -> None:
+    (project / ".metaflow").write_text("a file is no folder")
+    assert mls.root_folder(None, {"METAFLOW_HOME": str(project)}, str(project)) == str(project)
+
+
+def test_one_root_has_one_name_whatever_links_lead_there(project: Path, tmp_path: Path) -> None:
+    (project / "sub").mkdir()
+    (tmp_path / "real").mkdir()
+    (project / ".metaflow").symlink_to(tmp_path / "real")
+    link = tmp_path / "link"
+    link.symlink_to(project)
+    for option, here in ((str(link), "/"), (None, str(link)), (None, str(link / "sub"))):
+        assert mls.root_folder(option, {"METAFLOW_HOME": "/nowhere"}, here) == str(project)
+
+
+@pytest.mark.parametrize("source", ["environment", "profile", "ancestor"])
+def test_metaflow_itself_would_use_the_same_root(cli: Cli, source: str) -> None:
+    environment = {"METAFLOW_HOME": str(cli.home)}
+    if source == "environment":
+        environment["METAFLOW_DATASTORE_SYSROOT_LOCAL"] = "relative"
+    elif source == "profile":
+        environment["METAFLOW_PROFILE"] = "work"
+        content = {"METAFLOW_DATASTORE_SYSROOT_LOCAL": str(cli.home / "elsewhere")}
+        (cli.home / "config_work.json").write_text(json.dumps(content))
+    (cli.folder / ".metaflow").mkdir()
+    below = cli.folder / "a" / "b"
     below.mkdir(parents=True)
-    assert mls.root_folder(None, {}, str(below)) == str(project)
+    asked = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from metaflow.plugins.datastores.local_storage import LocalStorage\n"
+            "print(LocalStorage.get_datastore_root_from_config(None, create_on_absent=False))",
+        ],
+        cwd=below,
+        env={**cli.environment, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    theirs = os.path.realpath(below / asked.stdout.strip())
+    assert os.path.join(mls.root_folder(None, environment, str(below)), ".metaflow") == theirs
 
 
-def test_the_ping_says_the_version_that_clients_ask_for(api: Api) -> None:
-    reply = api.get("/ping")
-    assert (reply.status, reply.content) == (200, b"pong")
-    assert reply.headers["metadata_service_version"] == "2.5.0"
+@given(st.text(max_size=7) | st.integers(-9, 99999).map(str))
+def test_a_port_is_a_number_from_0_to_65535_and_nothing_else(text: str) -> None:
+    if re.fullmatch("[0-9]{1,5}", text) and int(text) < 65536:
+        assert mls.port_number(text) == int(text)
+    else:
+        with pytest.raises(ValueError, match=r"^a port is a number from 0 to 65535, not "):
+            mls.port_number(text)
 
 
-def test_a_service_starts_and_stops(daemon: Api, cli: Cli) -> None:
-    assert daemon.get("/ping").status == 200
-    assert cli("stop").returncode == 0
-    assert cli("status").returncode == 1
+@pytest.mark.parametrize(("text", "value"), [("0", 0), ("300", 300), ("0.25", 0.25), ("007", 7)])
+def test_an_idle_time_out_is_a_number_of_seconds(text: str, value: float) -> None:
+    assert mls.seconds(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1e3", "nan", "inf", " 5", "5s", "1,5", "٣", "5\n"])
+def test_an_idle_time_out_is_nothing_else(text: str) -> None:
+    with pytest.raises(ValueError, match=r"^an idle time-out is a number of seconds"):
+        mls.seconds(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment"),
+    [
+        (["--port", "65536"], {}),
+        (["--idle-timeout", "soon"], {}),
+        ([], {"METAFLOW_LOCAL_SERVICE_PORT": "http"}),
+        ([], {"METAFLOW_LOCAL_SERVICE_IDLE_TIMEOUT": "-1"}),
+    ],
+)
+def test_a_bad_number_is_one_sentence_and_exit_code_2(
+    cli: Cli, arguments: list[str], environment: dict[str, str]
+) -> None:
+    refused = cli("start", *arguments, **environment)
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
+    assert (arguments or list(environment))[0] in refused.stderr
+    assert not all_paths(cli.folder)
+
+
+def test_an_empty_variable_is_as_good_as_none() -> None:
+    assert mls.from_environment({"PORT": ""}, "PORT", mls.port_number) is None
+    assert mls.from_environment({}, "PORT", mls.port_number) is None
+    assert mls.from_environment({"PORT": "80"}, "PORT", mls.port_number) == 80
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("1", True), ("yes", True), ("", False), ("0", False), ("False", False)]
+)
+def test_debugging_is_asked_for_by_a_variable(text: str, expected: bool) -> None:
+    assert mls.is_debug({"METAFLOW_LOCAL_SERVICE_DEBUG": text}) is expected
+
+
+# ==================================================================================================
+# Store
+# ==================================================================================================
+
+Ids = tuple[str, ...]
+
+in_one_store = settings(
+    deadline=None,
+    max_examples=50,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+"""For properties whose examples share the fixtures of one test."""
+
+
+def labels(tags: Any = ("t",), system_tags: Any = ("user:tester",)) -> mls.Labels:
+    return mls.Labels("tester", tags and list(tags), system_tags and list(system_tags))
+
+
+def new_run(store: mls.Store, run_id: str | None = None, flow: str = "Flow") -> Ids:
+    """Make a run, and its flow if need be, and return its ids."""
+    with contextlib.suppress(mls.AlreadyThere):
+        store.create_flow((flow,), labels())
+    run = store.create_run((flow,), run_id, labels(), beats=False)
+    return (flow, str(run["run_number"]))
+
+
+def new_task(store: mls.Store, run: Ids, step: str = "start", task_id: str | None = None) -> Ids:
+    """Make a task, and its step if need be, and return its ids."""
+    with contextlib.suppress(mls.AlreadyThere):
+        store.create_step((*run, step), labels())
+    task = store.create_task((*run, step), task_id, labels(), beats=False)
+    return (*run, step, str(task["task_id"]))
+
+
+def a_field(name: str, value: Any = "value", attempt: int = 0) -> mls.MetadatumToStore:
+    return mls.MetadatumToStore(name, value, name, labels([f"attempt_id:{attempt}"], []))
+
+
+def an_artifact(name: str, attempt: int = 0) -> mls.ArtifactToStore:
+    return mls.ArtifactToStore(
+        name, f":root:/{name!a}", "local", "sha", "metaflow.artifact", "pickle", attempt, labels()
+    )
+
+
+def folder_of(store: mls.Store, ids: Ids) -> Path:
+    return Path(store.folder, *ids)
+
+
+def record_file(store: mls.Store, ids: Ids) -> Path:
+    return folder_of(store, ids) / "_meta" / "_self.json"
+
+
+@pytest.fixture
+def local(store: mls.Store, project: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Local mode's own recorder of the flow `Flow`, in the root of the store."""
+    monkeypatch.setenv("SUDO_USER", "tester")  # Metaflow wants a name, and `root` is none
+    about = dict.fromkeys(["runtime", "python_version_code", "metaflow_version", "script"], "x")
+    environment = SimpleNamespace(get_environment_info=lambda: about)
+    provider = mls.local_metadata_provider(str(project))
+    return provider(environment, SimpleNamespace(name="Flow"), None, None)
+
+
+def assert_alike(ours: Iterable[Any], theirs: Any) -> None:
+    """Records of the store and of local mode tell the same of all that both tell."""
+    ours = list(ours)
+    theirs = [theirs] if isinstance(theirs, dict) else list(theirs)
+    assert len(ours) == len(theirs) > 0
+    shared = set(ours[0]) & set(theirs[0])
+
+    def told(record: dict[str, Any]) -> str:
+        of_tags = {key: sorted(record[key]) for key in shared & {"tags", "system_tags"}}
+        of_ids = {key: str(record[key]) for key in shared & {"run_number", "task_id"}}
+        kept = {key: record[key] for key in shared}
+        return json.dumps({**kept, **of_tags, **of_ids}, sort_keys=True)
+
+    assert sorted(map(told, ours)) == sorted(map(told, theirs))
+
+
+def assert_both_tell_the_same(store: mls.Store, local: Any) -> None:
+    """The store and local mode answer alike, from the list of flows down to the artifacts."""
+
+    def ask(kind: str, what: str, *ids: str) -> Any:
+        return local.get_object(kind, what, {}, 0 if what == "artifact" else None, *ids)
+
+    assert_alike(store.flows(), ask("root", "flow"))
+    assert_alike(store.runs(("Flow",)), ask("flow", "run", "Flow"))
+    for run in store.runs(("Flow",)):
+        ids = ("Flow", str(run["run_number"]))
+        assert_alike([store.run(ids)], ask("run", "self", *ids))
+        assert_alike(store.steps(ids), ask("run", "step", *ids))
+        for step in store.steps(ids):
+            below = (*ids, step["step_name"])
+            assert_alike([store.step(below)], ask("step", "self", *below))
+            assert_alike(store.tasks(below), ask("step", "task", *below))
+            for record in store.tasks(below):
+                task = (*below, str(record["task_id"]))
+                assert_alike([store.task(task)], ask("task", "self", *task))
+                assert_alike(store.metadata(task), ask("task", "metadata", *task))
+                assert_alike(store.artifacts(task, 0), ask("task", "artifact", *task))
+                for name in [found["name"] for found in store.artifacts(task, 0)]:
+                    theirs = local.get_object("artifact", "self", {}, 0, *task, name)
+                    assert_alike([store.artifact(task, name, 0)], theirs)
+
+
+def test_the_folders_are_called_what_metaflow_calls_them() -> None:
+    from metaflow.metaflow_config import DATASTORE_LOCAL_DIR
+    from metaflow.plugins.datastores.local_storage import LocalStorage
+
+    assert mls.DATASTORE_DIR == DATASTORE_LOCAL_DIR
+    assert mls.META_DIR == LocalStorage.METADATA_DIR
+
+
+def test_local_mode_reads_what_the_store_has_written(store: mls.Store, local: Any) -> None:
+    for run in (new_run(store), new_run(store, "argo-1")):
+        for task in (new_task(store, run), new_task(store, run, "end", "t-1")):
+            rows = [a_field("attempt", "0"), a_field("name with spaces"), a_field("ü", ["a", "b"])]
+            store.create_metadata(task, rows)
+            store.create_artifacts(
+                task, [an_artifact("x"), an_artifact("ü"), an_artifact("_graph")]
+            )
+    store.change_tags(run, add=["new"], remove=["t"])
+    assert_both_tell_the_same(store, local)
+
+
+def test_the_store_reads_what_local_mode_has_written(store: mls.Store, local: Any) -> None:
+    datum = {"field": "ds-type", "value": "local", "type": "ds-type", "tags": ["attempt_id:0"]}
+    of_artifact = {"type": "pickle", "sha": "abc", "ds_type": "local", "url": None, "ds_root": "/d"}
+    local.register_run_id("argo-1", tags=["own"])
+    for run_id in (local.new_run_id(tags=["own"]), "argo-1"):
+        local.register_task_id(run_id, "end", "t-1")
+        for task_id in (local.new_task_id(run_id, "end"), "t-1"):
+            local.register_metadata(run_id, "end", task_id, [SimpleNamespace(**datum)])
+            artifacts = [SimpleNamespace(name=name, **of_artifact) for name in ("x", "_task_ok")]
+            local.register_data_artifacts(run_id, "end", task_id, 0, artifacts)
+    assert_both_tell_the_same(store, local)
+
+
+@pytest.mark.parametrize("length", [1, 200, 201, 239])
+def test_the_longest_artifact_names_of_local_mode_are_found_both_ways(
+    store: mls.Store, local: Any, length: int
+) -> None:
+    task = new_task(store, new_run(store))
+    ours, theirs = "o" * length, "t" * length
+    store.create_artifacts(task, [an_artifact(ours)])
+    detail = SimpleNamespace(name=theirs, type="", sha="", ds_type="local", url="u", ds_root="")
+    local.register_data_artifacts(*task[1:], 0, [detail])
+    for name in (ours, theirs):
+        found = local.get_object("artifact", "self", {}, 0, *task, name)
+        assert_alike([store.artifact(task, name)], found)
+
+
+# -- ids -------------------------------------------------------------------------------------------
+
+
+def test_a_run_id_is_the_microsecond_of_its_making(store: mls.Store) -> None:
+    before = time.time_ns() // 1000
+    assert before <= int(new_run(store)[1]) <= time.time_ns() // 1000
+
+
+def test_run_ids_increase_also_when_the_clock_goes_backwards(
+    store: mls.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(10**18 + 10**9, 0, -(10**6)))
+    monkeypatch.setattr(time, "time_ns", lambda: next(clock))
+    ids = [int(new_run(store)[1]) for _ in range(20)]
+    assert ids == sorted(set(ids))
+
+
+def test_a_run_is_later_than_those_on_disk_whoever_made_them(store: mls.Store) -> None:
+    store.create_flow(("Flow",), labels())
+    ahead = time.time_ns() // 1000 + 3600 * 10**6
+    folder_of(store, ("Flow", str(ahead))).mkdir()
+    assert int(new_run(store)[1]) > ahead
+
+
+def test_task_ids_count_up_in_their_run_across_its_steps(store: mls.Store) -> None:
+    first_run, second_run = new_run(store), new_run(store)
+    assert [new_task(store, first_run, step)[3] for step in "aba"] == ["1", "2", "3"]
+    assert new_task(store, second_run)[3] == "1"
+
+
+def test_task_ids_go_on_from_what_is_on_disk(store: mls.Store, project: Path) -> None:
+    run = new_run(store)
+    new_task(store, run)
+    new_task(store, run, task_id="named")
+    folder_of(store, (*run, "other", "7")).mkdir(parents=True)
+    again = mls.Store(str(project))
+    assert new_task(again, run)[3] == "8"
+    folder_of(store, (*run, "other", "9")).mkdir()  # by another process, meanwhile
+    assert new_task(again, run)[3] == "10"
+
+
+def test_tasks_made_by_64_threads_have_all_numbers_once(store: mls.Store) -> None:
+    run = new_run(store)
+    for step in ("a", "b"):
+        store.create_step((*run, step), labels())
+    with ThreadPoolExecutor(64) as pool:
+        made = pool.map(lambda n: new_task(store, run, "ab"[n % 2])[3], range(128))
+        assert sorted(map(int, made)) == list(range(1, 129))
+
+
+def test_an_id_that_the_client_brings_is_kept_and_taken_once(store: mls.Store) -> None:
+    run = new_run(store, "argo-flow.x:1")
+    task = new_task(store, run, task_id="t é-1")
+    assert (run[1], task[3]) == ("argo-flow.x:1", "t é-1")
+    before = record_file(store, task).read_bytes()
+    with pytest.raises(mls.AlreadyThere):
+        new_run(store, run[1])
+    with pytest.raises(mls.AlreadyThere):
+        new_task(store, run, task_id=task[3])
+    assert record_file(store, task).read_bytes() == before
+
+
+def test_an_id_that_many_bring_at_once_is_made_once(store: mls.Store) -> None:
+    store.create_flow(("Flow",), labels())
+
+    def is_made(_: int) -> bool:
+        with contextlib.suppress(mls.AlreadyThere):
+            return bool(store.create_run(("Flow",), "argo", labels(), beats=True))
+        return False
+
+    with ThreadPoolExecutor(16) as pool:
+        assert sum(pool.map(is_made, range(32))) == 1
+
+
+@pytest.mark.parametrize("number", ["0", "12", "007", "²", "٣"])
+def test_a_number_is_no_id_that_a_client_may_bring(store: mls.Store, number: str) -> None:
+    run = new_run(store)
+    store.create_step((*run, "start"), labels())
+    before = all_paths(Path(store.folder))
+    with pytest.raises(mls.NotAllowed):
+        new_run(store, number)
+    with pytest.raises(mls.NotAllowed):
+        new_task(store, run, task_id=number)
+    assert all_paths(Path(store.folder)) == before
+
+
+# -- names -----------------------------------------------------------------------------------------
+
+NO_FOLDER_NAMES = ["", ".", "..", "_meta", "a/b", "/", "a\0b", "x" * 256, "é" * 128, "\ud800"]
+
+
+@pytest.mark.parametrize("name", NO_FOLDER_NAMES)
+def test_what_cannot_name_a_folder_is_refused(store: mls.Store, name: str) -> None:
+    run = new_run(store)
+    step = (*run, "start")
+    store.create_step(step, labels())
+    before = all_paths(Path(store.folder).parent)
+    for refused in (
+        lambda: store.create_flow((name,), labels()),
+        lambda: store.create_run(run[:1], name, labels(), beats=True),
+        lambda: store.create_step((*run, name), labels()),
+        lambda: store.create_task(step, name, labels(), beats=True),
+        lambda: store.task((*step, name)),
+    ):
+        with pytest.raises(mls.NotAllowed):
+            refused()
+    assert all_paths(Path(store.folder).parent) == before
+
+
+def test_an_id_that_no_path_can_name_is_refused(store: mls.Store) -> None:
+    """A lone surrogate can be in JSON, but is no UTF-8: nobody could ask for the run."""
+    with pytest.raises(mls.NotAllowed):
+        new_run(store, "\udc80")
+
+
+def test_a_flow_cannot_have_the_name_of_a_file_of_the_service(store: mls.Store) -> None:
+    with pytest.raises(mls.NotAllowed):
+        store.create_flow((mls.TEMPORARY_DIR,), labels())
+
+
+@pytest.mark.parametrize("name", ["*", "?", "[ab]", "a*", "**", "[!x]", "%", "~", "$HOME", " a "])
+def test_names_are_never_patterns(store: mls.Store, name: str) -> None:
+    plain = new_task(store, new_run(store, "a", flow="a"), "a", "a")
+    odd = new_task(store, new_run(store, name, flow=name), name, name)
+    store.create_artifacts(plain, [an_artifact("a"), an_artifact("b")])
+    store.create_metadata(plain, [a_field("a")])
+    assert store.artifact(plain, name) is None
+    assert (list(store.artifacts(odd)), list(store.metadata(odd))) == ([], [])
+    store.create_artifacts(odd, [an_artifact("a"), an_artifact(name)])
+    store.create_metadata(odd, [a_field(name)])
+    assert store.artifact(odd, name)["name"] == name
+    assert [m["field_name"] for m in store.metadata(odd)] == [name]
+    assert len(store.artifacts(odd)) == len(store.artifacts(plain)) == 2
+    assert [t["task_id"] for t in store.tasks(odd[:3])] == [name]
+    assert len(list(store.flows())) == 2
+
+
+any_text = st.text(st.characters(), max_size=20) | st.sampled_from(
+    ["/", "..", "../../x", "a/b", ".", "\0", "\ud800", "\udcff", "x" * 300, "é" * 150, "a b", "a\n"]
+)
+"""Text, also such as no file can be called."""
+
+
+@in_one_store
+@given(st.lists(st.tuples(any_text, any_text | st.lists(any_text)), min_size=1, max_size=5))
+def test_metadata_may_be_of_any_name_and_text(
+    store: mls.Store, fields: list[tuple[str, Any]]
+) -> None:
+    task = new_task(store, new_run(store))
+    assert store.create_metadata(task, [a_field(*field) for field in fields]) == len(fields)
+    read = [(m["field_name"], m["value"]) for m in store.metadata(task)]
+    assert read == fields[::-1]  # newest first
+
+
+@in_one_store
+@given(st.lists(any_text, unique=True, min_size=1, max_size=5))
+def test_artifacts_may_be_of_any_name(store: mls.Store, names: list[str]) -> None:
+    task = new_task(store, new_run(store))
+    store.create_artifacts(task, [an_artifact(name) for name in names])
+    assert sorted(a["name"] for a in store.artifacts(task)) == sorted(names)
+    for name in names:
+        assert store.artifact(task, name)["location"] == an_artifact(name).location
+
+
+def test_an_artifact_named_like_the_file_of_another_is_not_the_other(store: mls.Store) -> None:
+    task = new_task(store, new_run(store))
+    store.create_artifacts(task, [an_artifact("a/b")])
+    (path,) = folder_of(store, task).glob("_meta/0_artifact_*")
+    name = path.name[len("0_artifact_") : -len(".json")]
+    assert store.artifact(task, name) is None
+    store.create_artifacts(task, [an_artifact(name)])
+    assert {a["name"] for a in store.artifacts(task)} == {"a/b", name}
+
+
+# -- metadata and artifacts ------------------------------------------------------------------------
+
+
+def test_a_field_given_many_times_in_one_millisecond_is_kept_every_time(
+    store: mls.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = new_task(store, new_run(store))
+    now = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: now)
+    for start in (0, 50, 100):
+        store.create_metadata(task, [a_field("f", str(n)) for n in range(start, start + 50)])
+    read = list(store.metadata(task))
+    assert [m["value"] for m in read] == [str(n) for n in reversed(range(150))]
+    assert len({m["id"] for m in read}) == 150
+
+
+def test_an_artifact_stays_what_it_was_first_said_to_be(store: mls.Store) -> None:
+    task = new_task(store, new_run(store))
+    first = an_artifact("x")
+    assert store.create_artifacts(task, [first, first._replace(sha="2"), an_artifact("y")]) == 2
+    assert store.create_artifacts(task, [first._replace(sha="3"), an_artifact("x", 1)]) == 1
+    assert [store.artifact(task, "x", attempt)["sha"] for attempt in (0, 1)] == ["sha", "sha"]
+
+
+# -- tags and heartbeats ---------------------------------------------------------------------------
+
+
+def test_a_change_of_tags_keeps_all_else_of_the_record(store: mls.Store) -> None:
+    run = new_run(store)
+    path = record_file(store, run)
+    record = {**json.loads(path.read_text()), "ts_epoch": 123, "user_name": "x", "of_others": [1]}
+    path.write_text(json.dumps(record))
+    assert store.change_tags(run, add=["new", "user:tester", "new"], remove=["t", "no"]) == ["new"]
+    assert json.loads(path.read_text()) == {**record, "tags": ["new"]}
+
+
+def test_a_run_without_tags_can_be_tagged(store: mls.Store) -> None:
+    store.create_flow(("Flow",), labels(None, None))
+    store.create_run(("Flow",), "argo", labels(None, None), beats=True)
+    assert store.change_tags(("Flow", "argo"), add=["new"], remove=["x"]) == ["new"]
+    assert store.run(("Flow", "argo"))["system_tags"] is None
+
+
+def test_tags_added_at_once_are_all_kept(store: mls.Store) -> None:
+    run = new_run(store)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: store.change_tags(run, add=[str(n)], remove=["t"]), range(80)))
+    assert set(store.run(run)["tags"]) == {str(n) for n in range(80)}
+
+
+def test_heartbeats_outlive_the_store(store: mls.Store, project: Path) -> None:
+    task = new_task(store, new_run(store))
+    assert store.task(task)["last_heartbeat_ts"] is None
+    before = int(time.time())
+    assert store.heartbeat(task)
+    for reader in (store, mls.Store(str(project))):
+        of_task, of_run = reader.task(task), reader.run(task[:2])
+        assert before <= of_task["last_heartbeat_ts"] <= time.time()
+        assert before <= of_run["last_heartbeat_ts"] <= time.time()
+    store.change_tags(task[:2], add=["new"], remove=[])
+    assert store.run(task[:2])["last_heartbeat_ts"] == of_run["last_heartbeat_ts"]
+
+
+# -- what others do to the files -------------------------------------------------------------------
+
+
+def test_what_local_mode_writes_is_seen_at_the_next_call(store: mls.Store, local: Any) -> None:
+    run = new_run(store)
+    task = new_task(store, run)
+    for n in range(5):
+        assert len(list(store.runs(("Flow",)))) == 1 + n
+        assert len(list(store.tasks(task[:3]))) == 1 + n
+        local.new_run_id()
+        local.register_task_id(run[1], "start", f"t{n}")
+        datum = SimpleNamespace(field=f"f{n}", value="v", type="", tags=[])
+        local.register_metadata(*task[1:], [datum])
+        assert len(list(store.metadata(task))) == 1 + n
+        local.mutate_user_tags_for_run(*run, tags_to_add=[f"tag{n}"])
+        assert f"tag{n}" in store.run(run)["tags"]
+        assert f"tag{n}" in store.task(task)["tags"]
+
+
+def test_what_others_delete_is_gone_at_the_next_call(store: mls.Store) -> None:
+    run, other = new_run(store), new_run(store)
+    task = new_task(store, run)
+    assert store.task(task) and len(list(store.runs(("Flow",)))) == 2
+    shutil.rmtree(folder_of(store, run))
+    assert (store.run(run), store.task(task), list(store.steps(run))) == (None, None, [])
+    assert [str(r["run_number"]) for r in store.runs(("Flow",))] == [other[1]]
+    with pytest.raises(mls.NotThere):
+        store.create_metadata(task, [a_field("f")])
+
+
+def test_changes_within_one_tick_of_the_time_stamps_are_seen(store: mls.Store) -> None:
+    task = new_task(store, new_run(store))
+    store.create_metadata(task, [a_field("f")])
+    record, meta = record_file(store, task[:2]), folder_of(store, task) / "_meta"
+    stamp = (time.time() + 60,) * 2  # so that a slow machine does not take it for settled
+    for n in range(5):
+        staged = record.with_name("staged")
+        staged.write_text(json.dumps({"ts_epoch": 1, "tags": [str(n)]}))
+        os.utime(staged, stamp)
+        staged.rename(record)
+        assert store.run(task[:2])["tags"] == [str(n)]
+        shutil.copytree(meta.parent, meta.parent.with_name(f"t{n}"))
+        os.utime(meta.parent.parent, stamp)
+        assert len(list(store.tasks(task[:3]))) == 2 + n
+        shutil.copy(next(meta.glob("sysmeta_*")), meta / f"sysmeta_f_{n}.json")
+        os.utime(meta, stamp)
+        assert len(list(store.metadata(task))) == 2 + n
+
+
+UNREADABLE = [
+    b"",
+    b'{"ts_epoch": 1',
+    b"[]",
+    b"null",
+    b"\xff\xfe",
+    b"[" * 100_000,
+    b'{"tags": []}',
+    b'{"ts_epoch": "soon", "field_name": "", "value": "", "type": ""}',
+]
+
+
+@pytest.mark.parametrize("content", [*UNREADABLE, None])
+def test_a_file_that_is_no_record_is_left_out_named_in_the_log_and_kept(
+    store: mls.Store, caplog: pytest.LogCaptureFixture, content: bytes | None
+) -> None:
+    good = new_task(store, new_run(store))
+    store.create_metadata(good, [a_field("f")])
+    bad = [
+        record_file(store, ("Flow", "bad")),
+        record_file(store, (*good[:3], "bad")),
+        folder_of(store, good) / "_meta" / "sysmeta_x_1700000000000.json",
+        folder_of(store, good) / "_meta" / "0_artifact_x.json",
+    ]
+    for path in bad:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if content is None:
+            path.mkdir()  # not even a file
+        else:
+            path.write_bytes(content)
+    assert len(list(store.runs(("Flow",)))) == 1
+    assert len(list(store.tasks(good[:3]))) == 1
+    assert len(list(store.metadata(good))) == 1
+    assert (store.artifacts(good), store.artifact(good, "x")) == ([], None)
+    assert store.run(("Flow", "bad")) is None
+    for path in bad:
+        assert str(path) in caplog.text
+        assert path.exists()
+
+
+LISTS_OF_FILES: dict[str, Callable[[mls.Store, Ids], Iterable[Any]]] = {
+    "argo/_meta/_self.json": lambda store, task: store.runs(task[:1]),
+    "start/_meta/_self.json": lambda store, task: store.steps(task[:2]),
+    "1/_meta/_self.json": lambda store, task: store.tasks(task[:3]),
+    "1/_meta/sysmeta_*.json": lambda store, task: store.metadata(task),
+    "1/_meta/0_artifact_*.json": lambda store, task: store.artifacts(task),
+}
+
+
+@pytest.mark.parametrize("pattern", LISTS_OF_FILES)
+def test_what_others_change_in_a_file_is_seen_at_the_next_call(
+    store: mls.Store, pattern: str
+) -> None:
+    """Also when the file's folder has not changed for long, and when there was no record in it."""
+    task = new_task(store, new_run(store, "argo"))
+    store.create_metadata(task, [a_field("f")])
+    store.create_artifacts(task, [an_artifact("x")])
+    (path,) = Path(store.folder).rglob(pattern)
+    good = path.read_bytes()
+    for content, users in (
+        (good, ["tester"]),
+        (good[:20], []),
+        (good, ["tester"]),
+        (good.replace(b"tester", b"other"), ["other"]),
+    ):
+        path.write_bytes(content)
+        for folder in (path.parent, path.parent.parent.parent):
+            os.utime(folder, (1e9, 1e9))
+        found = LISTS_OF_FILES[pattern](store, task)
+        assert [record["user_name"] for record in found] == users
+
+
+def test_links_that_lead_nowhere_are_left_out(store: mls.Store) -> None:
+    new_run(store)
+    folder_of(store, ("Flow", "broken")).symlink_to("nothing")
+    folder_of(store, ("Flow", "loop")).symlink_to("loop")
+    assert len(list(store.runs(("Flow",)))) == 1
+    assert store.run(("Flow", "loop")) is None
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(0, 9))), st.integers(1, 20))
+def test_a_recent_dict_weighs_no_more_than_its_limit(puts: list[Any], limit: int) -> None:
+    recent = mls.Recent(limit, weigh=lambda value: value)
+    for key, value in puts:
+        recent.put(key, value)
+        assert sum(recent.values()) <= limit
+        assert key not in recent or recent[key] == value
+        assert key in recent or value > limit
+
+
+def test_what_the_memory_does_not_hold_is_read_again(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (project / ".metaflow").mkdir()
+    for limit in ("RECORDS_IN_MEMORY", "NAMES_IN_MEMORY"):
+        monkeypatch.setattr(mls, limit, 3)
+    store = mls.Store(str(project))
+    run = new_run(store)
+    tasks = [new_task(store, run) for _ in range(10)]
+    for task in tasks:
+        store.create_metadata(task, [a_field("f", task[3])])
+        store.heartbeat(task)
+    assert [t["task_id"] for t in store.tasks((*run, "start"))] == list(range(10, 0, -1))
+    assert [next(store.metadata(task))["value"] for task in tasks] == [t[3] for t in tasks]
+    assert all(store.task(task)["last_heartbeat_ts"] for task in tasks)
+    assert new_task(store, run)[3] == "11"
+
+
+# -- on the disk -----------------------------------------------------------------------------------
+
+WRITES: dict[str, Callable[[mls.Store, Ids], object]] = {
+    "flow": lambda store, task: store.create_flow(("New",), labels()),
+    "run": lambda store, task: store.create_run(task[:1], None, labels(), beats=True),
+    "run with an id": lambda store, task: store.create_run(task[:1], "x", labels(), beats=True),
+    "step": lambda store, task: store.create_step((*task[:2], "new"), labels()),
+    "task": lambda store, task: store.create_task(task[:3], None, labels(), beats=True),
+    "task with an id": lambda store, task: store.create_task(task[:3], "x", labels(), beats=True),
+    "metadata": lambda store, task: store.create_metadata(task, [a_field("f")] * 5),
+    "artifacts": lambda store, task: store.create_artifacts(task, list(map(an_artifact, "abcde"))),
+    "tags": lambda store, task: store.change_tags(task[:2], add=["new"], remove=[]),
+    "heartbeat": lambda store, task: store.heartbeat(task),
+}
+JSON_WRITES = [kind for kind in WRITES if kind != "heartbeat"]
+
+
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    return {p: p.read_bytes() if p.is_file() else None for p in all_paths(folder)}
+
+
+@pytest.mark.parametrize("broken", ["rename", "write", "half a write"])
+@pytest.mark.parametrize("kind", JSON_WRITES)
+def test_a_write_that_fails_leaves_nothing_behind(
+    store: mls.Store, monkeypatch: pytest.MonkeyPatch, kind: str, broken: str
+) -> None:
+    task = new_task(store, new_run(store))
+    before = contents(Path(store.folder))
+    works = os.rename if broken == "rename" else os.write
+    calls_until_then = 3 if kind in ("metadata", "artifacts") else 1
+    calls = iter(range(1, 100))
+
+    def fails_once(*arguments: Any) -> Any:
+        if next(calls) != calls_until_then:
+            return works(*arguments)
+        if broken == "half a write":
+            return works(arguments[0], arguments[1][:10])
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, works.__name__, fails_once)
+        with pytest.raises(OSError):
+            WRITES[kind](store, task)
+    assert contents(Path(store.folder)) == before
+    WRITES[kind](store, task)
+    assert contents(Path(store.folder)) != before
+
+
+@pytest.mark.parametrize("kind", WRITES)
+@pytest.mark.parametrize("linked", ["flow", "run", "step", "task", "_meta"])
+def test_nothing_is_written_where_a_symbolic_link_leads(
+    store: mls.Store, tmp_path: Path, linked: str, kind: str
+) -> None:
+    task = new_task(store, new_run(store))
+    depth = ["flow", "run", "step", "task", "_meta"].index(linked) + 1
+    inside = folder_of(store, (*task, "_meta")[:depth])
+    outside = tmp_path / "outside"
+    inside.rename(outside)
+    inside.symlink_to(outside)
+    before = contents(outside)
+    assert store.task(task) is not None  # to read is fine
+    with contextlib.suppress(mls.NotAllowed):
+        WRITES[kind](store, task)
+    assert contents(outside) == before
+
+
+def test_records_are_private_to_their_user(store: mls.Store) -> None:
+    task = new_task(store, new_run(store))
+    mask = os.umask(0)
+    try:
+        for kind in WRITES:
+            WRITES[kind](store, task)
+    finally:
+        os.umask(mask)
+    for path in all_paths(Path(store.folder)):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
+
+
+def test_temporary_files_are_gone_when_the_store_is_closed_or_opened(project: Path) -> None:
+    leftover = project / ".metaflow" / mls.TEMPORARY_DIR / "17"
+    leftover.parent.mkdir(parents=True)
+    leftover.write_text('{"half')
+    store = mls.Store(str(project))
+    assert not leftover.exists()
+    new_run(store)
+    store.close()
+    assert [path.name for path in (project / ".metaflow").iterdir()] == ["Flow"]
+
+
+# ==================================================================================================
+# Queries
+# ==================================================================================================
+
+
+def a_run(number: int | str, **fields: Any) -> dict[str, Any]:
+    """A run as the store gives it."""
+    return {
+        "flow_id": "Flow",
+        "run_number": number,
+        "user_name": None,
+        "ts_epoch": 0,
+        "tags": None,
+        "system_tags": None,
+        "last_heartbeat_ts": None,
+        **fields,
+    }
+
+
+SOME_RUNS = [
+    a_run(
+        1, user_name="Alice", user="Alice", ts_epoch=100, tags=["red"], system_tags=["user:Alice"]
+    ),
+    a_run(2, user_name="bob", ts_epoch=200, last_heartbeat_ts=20, tags=["red", "blü"]),
+    a_run("argo-1", user_name="100%_a", ts_epoch=300, last_heartbeat_ts=30, status="failed"),
+    a_run("argo-2", ts_epoch=400, last_heartbeat_ts=40, tags=[], system_tags=["red"]),
+]
+
+
+def passed(query: str, records: list[dict[str, Any]] = SOME_RUNS) -> list[Any]:
+    """The numbers of the runs that a query lets pass."""
+    parameters = parse_qsl(query, keep_blank_values=True)
+    tests = [test for name, test in mls.filters(parameters, mls.RUN_FIELDS) if name != "status"]
+    tests += mls.tag_filters(parameters)
+    return [run["run_number"] for run in records if all(test(run) for test in tests)]
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ("ts_epoch=200", [2]),
+        ("ts_epoch:eq=200,300", [2, "argo-1"]),
+        ("ts_epoch:ne=200", [1, "argo-1", "argo-2"]),
+        ("ts_epoch:lt=200", [1]),
+        ("ts_epoch:le=200", [1, 2]),
+        ("ts_epoch:gt=300", ["argo-2"]),
+        ("ts_epoch:ge=+300", ["argo-1", "argo-2"]),
+        ("ts_epoch:ge=200&ts_epoch:lt=400", [2, "argo-1"]),
+        ("ts_epoch=200&user_name=Alice", []),
+        ("user_name=alice", []),
+        ("user_name:co=LI", [1]),
+        ("user_name:sw=al,B", [1, 2]),
+        ("user_name:ew=OB", [2]),
+        ("user_name:li=%25LI_e", [1]),
+        ("user_name:co=%25", ["argo-1"]),  # no wildcard, but in li
+        ("user_name:sw=1_0", []),
+        ("user_name:ne=bob", [1, "argo-1"]),  # nothing compares with null
+        ("user_name:gt=a", [2]),
+        ("user_name=null", ["argo-2"]),
+        ("user_name:is=null", ["argo-2"]),
+        ("user_name:ne=null", [1, 2, "argo-1"]),
+        ("user_name=null,bob", [2, "argo-2"]),
+        ("user_name=", []),
+        ("user=Alice", [1]),
+        ("user:ne=Alice", []),
+        ("user=null", [2, "argo-1", "argo-2"]),
+        ("run_number=2", [2]),
+        ("run_number:le=2", [1, 2]),
+        ("run_id=argo-1", ["argo-1"]),
+        ("run_id=null", [1, 2]),
+        ("run_id:sw=ARGO", ["argo-1", "argo-2"]),
+        ("last_heartbeat_ts:ge=30", ["argo-1", "argo-2"]),
+        ("last_heartbeat_ts:is=null", [1]),
+        ('tags=["red"]', [1]),
+        ('tags:ne=["red"]', [2, "argo-2"]),
+        ("tags=null", ["argo-1"]),
+        ('tags=["red", "blü"]', [2]),
+        ("_tags=red", [1, 2, "argo-2"]),
+        ("_tags=red,blü", [2]),
+        ("_tags:all=red,user:Alice", [1]),
+        ("_tags:any=blü,user:Alice", [1, 2]),
+        ("_tags=RED", []),
+        ("_tags:likeany=ali,blü", [2]),
+        ("_tags:likeany=Ali", [1]),
+        ("_tags:likeall=r,e,lü", [2]),
+        ("nothing=1&step_name:zz=1&_order=x", [1, 2, "argo-1", "argo-2"]),
+    ],
+)
+def test_a_filter_lets_pass_what_it_says(query: str, expected: list[Any]) -> None:
+    assert passed(query) == expected
+
+
+@pytest.mark.parametrize(
+    ("query", "sentence"),
+    [
+        ("ts_epoch:zz=1", "unsupported operator 'zz' for field 'ts_epoch'"),
+        ("ts_epoch=abc", "invalid ts_epoch: expected integer epoch milliseconds, got 'abc'"),
+        ("ts_epoch=1,", "invalid ts_epoch: expected integer epoch milliseconds, got ''"),
+        (
+            "last_heartbeat_ts:ge=1.5",
+            "invalid last_heartbeat_ts: expected integer epoch seconds, got '1.5'",
+        ),
+        ("status=bogus", "unsupported status filter: bogus"),
+        ("status=failed,Failed", "unsupported status filter: Failed"),
+        ("run_number=argo", None),
+        ("user_name:is=alice", None),
+        ("ts_epoch:co=1", None),
+        ("tags=red", None),
+        ("tags:co=red", None),
+        ("_tags:zz=red", None),
+    ],
+)
+def test_a_filter_that_makes_no_sense_is_refused(query: str, sentence: str | None) -> None:
+    with pytest.raises(mls.BadQuery) as refused:
+        passed(query)
+    assert sentence in (None, str(refused.value))
+
+
+any_name = st.sampled_from(["alice", "Bob", "", "a%_", "ü"])
+any_number = st.integers(0, 4)
+any_run = st.builds(
+    a_run,
+    any_number | st.sampled_from(["argo-1", "x"]),
+    user_name=st.none() | any_name,
+    ts_epoch=any_number,
+    last_heartbeat_ts=st.none() | any_number,
+)
+name_conditions = st.tuples(st.just("user_name"), any_name)
+number_conditions = st.tuples(
+    st.sampled_from(["ts_epoch", "last_heartbeat_ts", "run_number"]), any_number
+)
+
+
+@given(
+    st.lists(any_run),
+    name_conditions | number_conditions,
+    st.sampled_from([("eq", "ne"), ("lt", "ge"), ("gt", "le")]),
+)
+def test_a_filter_and_its_complement_make_the_whole_but_for_nulls(
+    records: list[Any], condition: tuple[str, Any], operators: tuple[str, str]
+) -> None:
+    field, value = condition
+    for run in records:
+        sides = [passed(f"{field}:{one}={quote(str(value))}", [run]) for one in operators]
+        assert sum(map(len, sides)) == (0 if run[field] is None else 1)
+
+
+@given(
+    st.lists(any_run),
+    st.lists(
+        st.tuples(
+            name_conditions | number_conditions | st.just(("user_name", "null")),
+            st.sampled_from(["", ":eq", ":ne", ":lt", ":ge"]),
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+)
+def test_one_more_filter_never_lets_more_pass(records: list[Any], conditions: list[Any]) -> None:
+    parts = [f"{field}{how}={quote(str(value))}" for (field, value), how in conditions]
+    fewer = passed("&".join(parts), records)
+    more = iter(passed("&".join(parts[1:]), records))
+    assert all(run in more for run in fewer)  # a subsequence of them
+
+
+@given(st.text("aAb%_\\\n", max_size=8), st.text("aAb%_\\\n", max_size=6))
+def test_like_is_the_like_of_sql(text: str, pattern: str) -> None:
+    wildcards = {"%": ".*", "_": "."}
+    parts = re.findall(r"\\.|.", pattern, re.DOTALL)
+    reference = "".join(wildcards.get(part) or re.escape(part[-1]) for part in parts)
+    assert mls.is_like(text, pattern) == bool(re.fullmatch(reference, text, re.DOTALL))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "is_found"),
+    [
+        ("w:1", "foreach:w:10", True),  # anywhere
+        ("W", "w", False),
+        ("(?i)W", "w", True),
+        ("^b", "a\nb", False),  # the ends of the whole text
+        ("a$", "a\n", False),
+        ("a$", "ba", True),
+        (r"a\$", "a$", True),
+        ("[$]", "a$b", True),
+        ("[^$a]", "a$", False),
+        ("[]$]", "]", True),
+        ("a.b", "a\nb", True),
+        (r"\d{2}(?=x)", "12x", True),
+        (r"\yfoo\y", "a foo b", True),
+        (r"\yfoo\y", "afoo", False),
+        (r"\Yoo", "foo", True),
+        (r"\mfoo", "a foo", True),
+        (r"o\m", "foo a", False),
+        (r"foo\M", "foo a", True),
+        (r"\Mfoo", "foo", False),
+        (r"\bfoo", "a foo", False),  # a backspace
+        (r"\bfoo", "\bfoo", True),
+        (r"\\yfoo", r"\yfoo", True),
+        ("", "", True),
+    ],
+)
+def test_a_pattern_means_what_it_means_in_postgresql(
+    pattern: str, text: str, is_found: bool
+) -> None:
+    assert bool(mls.postgres_regex(pattern).search(text)) == is_found
+
+
+@pytest.mark.parametrize("pattern", ["(", "[", "*", "a{2,1}", "(?<=a*)b", "(" * 500, "\\"])
+def test_what_is_no_pattern_is_refused(pattern: str) -> None:
+    with pytest.raises(mls.BadQuery):
+        mls.postgres_regex(pattern)
+
+
+@given(st.text("ab$^.()[]{}\\ymMYbd?*+|\n", max_size=12))
+def test_any_text_is_a_pattern_or_refused(pattern: str) -> None:
+    with contextlib.suppress(mls.BadQuery):
+        mls.postgres_regex(pattern).search("ab\n$")
+
+
+@pytest.mark.parametrize(
+    ("rows", "heartbeat", "status"),
+    [
+        ([], None, "failed"),
+        ([], -360, "running"),
+        ([], 360, "running"),
+        ([], -361, "failed"),
+        ([("attempt", "0")], None, "failed"),
+        ([("attempt", "0"), ("attempt_ok", "True")], None, "completed"),
+        ([("attempt", "0"), ("attempt_ok", "False")], -1, "failed"),
+        ([("attempt", "0"), ("attempt_ok", "False"), ("attempt", "1")], None, "running"),
+        ([("attempt_ok", "False"), ("attempt", "1"), ("attempt_ok", "true")], None, "completed"),
+        ([("attempt_ok", "True"), ("attempt", "1")], None, "completed"),
+        ([("attempt_ok", "True"), ("attempt_ok", "1.5")], None, "completed"),  # no boolean
+        ([("attempt_ok", ["True"])], -1, "running"),
+        ([("other", "True")], None, "failed"),
+    ],
+)
+def test_the_status_of_a_run_is_told_by_its_step_end_and_then_by_its_heartbeat(
+    rows: list[tuple[str, Any]], heartbeat: int | None, status: str
+) -> None:
+    records = [
+        {"field_name": field, "value": value, "ts_epoch": 5, "id": number}
+        for number, (field, value) in enumerate(rows)
+    ]
+    beat = None if heartbeat is None else 10_000 + heartbeat
+    random.shuffle(records)
+    assert mls.run_status(records, beat, now=10_000) == status
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        (None, True),
+        ([], False),
+        (["user:x", "version:2.19"], False),
+        (["metaflow_version:2.2.12"], True),
+        (["metaflow_version:2.2.11"], False),
+        (["metaflow_version:2.19.38+local"], True),
+        (["metaflow_version:2.3"], True),
+        (["metaflow_version:1.14.0"], True),
+        (["metaflow_version:1.13.9"], False),
+        (["metaflow_version:2.0.0"], False),
+        (["metaflow_version:unknown"], True),
+        (["metaflow_version:"], True),
+    ],
+)
+def test_newer_clients_send_heartbeats(tags: list[str] | None, expected: bool) -> None:
+    assert mls.sends_heartbeats(tags) is expected
+
+
+# -- places in lists -------------------------------------------------------------------------------
+
+ids_on_the_wire = (st.text(max_size=5) | st.sampled_from(["-1", "+5", " 7", "1e3", "007"])).map(
+    lambda name: mls.wire_id(name)
+) | st.integers(0, 10**17)
+
+any_record = st.fixed_dictionaries(
+    {
+        "ts_epoch": st.integers(0, 3) | st.integers(0, 10**15),
+        "flow_id": st.text(max_size=5),
+        "run_number": ids_on_the_wire,
+        "task_id": ids_on_the_wire,
+        "id": st.integers(0, 10**17),
+        "name": any_text,
+        "step_name": st.text(max_size=5),
+    }
+)
+ORDERS = ["FLOW_ORDER", "RUN_ORDER", "TASK_ORDER", "METADATA_ORDER", "ARTIFACT_ORDER"]
+
+
+@pytest.mark.parametrize("name", ORDERS)
+@given(record=any_record)
+def test_a_cursor_leads_back_to_the_place_of_its_record(name: str, record: Any) -> None:
+    order = getattr(mls, name)
+    assert mls.place_of(order, mls.cursor_after(order, record)) == order.moment(record)
+
+
+json_texts = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=4,
+)
+cursor_keys = st.sampled_from(
+    ["ts_epoch", "flow_id", "run_number", "task_id", "id", "name", "step_name"]
+)
+any_cursor = st.text(max_size=20) | st.one_of(
+    st.binary(max_size=20),
+    (json_texts | st.dictionaries(cursor_keys, json_texts)).map(
+        lambda value: json.dumps(value).encode()
+    ),
+).map(lambda content: base64.b64encode(content).decode())
+
+
+@pytest.mark.parametrize("name", ORDERS)
+@given(cursor=any_cursor, record=any_record)
+def test_a_cursor_is_a_place_or_refused(name: str, cursor: str, record: Any) -> None:
+    order = getattr(mls, name)
+    with contextlib.suppress(mls.BadQuery):
+        place, moment = mls.place_of(order, cursor), order.moment(record)
+        assert (place < moment) + (place == moment) + (place > moment) == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"ts_epoch": NaN, "id": 1}',
+        '{"ts_epoch": 1, "id": NaN}',
+        '{"ts_epoch": 1e999, "id": 1}',
+        '{"ts_epoch": true, "id": 1}',
+        '{"ts_epoch": null, "id": 1}',
+        '{"ts_epoch": 1}',
+        "[]",
+        "5",
+        "null",
+        "[" * 99_999,
+    ],
+)
+def test_a_cursor_that_holds_no_numbers_is_refused(content: str) -> None:
+    with pytest.raises(mls.BadQuery, match=r"^Invalid cursor$"):
+        mls.place_of(mls.METADATA_ORDER, base64.b64encode(content.encode()).decode())
+
+
+def test_a_cursor_may_hold_its_numbers_as_text_or_fractions() -> None:
+    cursor = base64.b64encode(b'{"ts_epoch": "12", "run_number": 3.0}').decode()
+    assert mls.place_of(mls.RUN_ORDER, cursor) == mls.RUN_ORDER.moment(a_run(3, ts_epoch=12))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [(None, 50), ("", 50), ("1", 1), ("500", 500), ("501", 500), ("9" * 99, 500)]
+)
+def test_a_page_has_50_records_or_up_to_500(text: str | None, size: int) -> None:
+    assert mls.page_size([] if text is None else [("_limit", text), ("_limit", "3")]) == size
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "abc", "1 ", "٣", "1e2"])
+def test_a_page_of_another_size_is_refused(text: str) -> None:
+    with pytest.raises(mls.BadQuery):
+        mls.page_size([("_limit", text)])
+
+
+# ==================================================================================================
+# API
+# ==================================================================================================
+
+
+def is_recent(ts: int, unit: int) -> bool:
+    """Whether a time stamp is one of the last minute."""
+    return time.time() - 60 < ts / unit <= time.time() + 1
+
+
+RUN_SHAPE = "flow_id run_number user_name ts_epoch tags system_tags last_heartbeat_ts"
+STEP_SHAPE = "flow_id run_number step_name user_name ts_epoch tags system_tags"
+TASK_SHAPE = (
+    "flow_id run_number step_name task_id user_name ts_epoch tags system_tags last_heartbeat_ts"
+)
+METADATUM_SHAPE = (
+    "id flow_id run_number step_name task_id field_name value type user_name ts_epoch tags "
+    "system_tags"
+)
+ARTIFACT_SHAPE = (
+    "flow_id run_number step_name task_id name location ds_type sha type content_type user_name "
+    "attempt_id ts_epoch tags system_tags"
+)
+
+
+def values(record: dict[str, Any], shape: str) -> list[Any]:
+    """The values of a record but for its times and its metadatum id; its keys are those given."""
+    assert list(record) == shape.split()
+    assert is_recent(record["ts_epoch"], 1000)
+    return [record[key] for key in record if key not in ("ts_epoch", "last_heartbeat_ts", "id")]
+
+
+def test_a_flow_has_its_fields_in_their_order(api: Api) -> None:
+    body = {"user_name": "x", "tags": ["t"], "system_tags": ["s"], "flow_id": "other", "odd": 1}
+    flow = api.post("/flows/Flow", body).json
+    shape = "flow_id user_name ts_epoch tags system_tags"
+    assert values(flow, shape) == ["Flow", "x", ["t"], ["s"]]
+    assert [api.get("/flows/Flow").json] == [flow] == api.get("/flows").json
+    assert (api.post("/flows/Flow").status, api.get("/flows/None").status) == (409, 404)
+
+
+@pytest.mark.parametrize("own_id", [None, "argo-1"])
+def test_runs_steps_and_tasks_have_their_fields_in_their_order(
+    api: Api, own_id: str | None
+) -> None:
+    flow = api.new_flow()
+    body = {"user_name": "x", "tags": ["t"], "system_tags": ["s"], "ts_epoch": 1}
+    run = api.post(f"{flow}/run", {**body, "run_number": own_id}).json
+    number = run["run_number"]
+    assert number == own_id or isinstance(number, int)
+    assert values(run, RUN_SHAPE) == ["Flow", number, "x", ["t"], ["s"]]
+    path = f"{flow}/runs/{number}"
+
+    other = {"user_name": "y", "tags": ["not shown"], "system_tags": None, "run_number": 5}
+    step = api.post(f"{path}/steps/start/step", other).json
+    assert values(step, STEP_SHAPE) == ["Flow", str(number), "start", "y", ["t"], ["s"]]
+
+    task = api.post(f"{path}/steps/start/task", {**other, "task_id": own_id}).json
+    expected = ["Flow", number, "start", own_id or 1, "y", ["t"], ["s"]]
+    assert values(task, TASK_SHAPE) == expected
+
+    # The heartbeat of a task is one of its run, too.
+    assert is_recent(task["last_heartbeat_ts"], 1)
+    (listed_run,) = api.get(f"{flow}/runs").json
+    assert is_recent(listed_run["last_heartbeat_ts"], 1)
+    assert {**listed_run, "last_heartbeat_ts": run["last_heartbeat_ts"]} == run
+    assert api.get(path).json == listed_run
+    assert api.get(f"{path}/steps").json == [step] == [api.get(f"{path}/steps/start").json]
+    below = f"{path}/steps/start/tasks"
+    assert api.get(below).json == [task] == [api.get(f"{below}/{task['task_id']}").json]
+
+
+def test_metadata_has_its_fields_in_their_order(api: Api) -> None:
+    task = api.new_task_of_its_own()
+    number = int(task.split("/")[4])
+    row = metadatum("f", "v", user_name="x", system_tags=["s"], ts_epoch=1, flow_id="other")
+    assert api.post(f"{task}/metadata", [row]).json == {"metadata_created": 1}
+    (read,) = api.get(f"{task}/metadata").json
+    expected = ["Flow", number, "start", 1, "f", "v", "f", "x", ["attempt_id:0"], ["s"]]
+    assert values(read, METADATUM_SHAPE) == expected
+    assert isinstance(read["id"], int)
+
+
+def test_an_artifact_has_its_fields_in_their_order(api: Api) -> None:
+    task = api.new_task_of_its_own()
+    number = int(task.split("/")[4])
+    row = artifact("x", tags=["not shown"])
+    assert api.post(f"{task}/artifact", [row, row]).json == {"artifacts_created": 1}
+    read = api.get(f"{task}/artifacts/x").json
+    own = ["x", ":root:/somewhere/x", "local", "sha-of-x-0", "metaflow.artifact", "gzip+pickle-v4"]
+    expected = ["Flow", number, "start", 1, *own, "tester", 0, [], []]
+    assert values(read, ARTIFACT_SHAPE) == expected
+    run = f"/flows/Flow/runs/{number}"
+    for path in (f"{task}/artifacts", f"{task}/attempt/0/artifacts", f"{run}/artifacts"):
+        assert api.get(path).json == [read]
+    assert api.get(f"{run}/steps/start/artifacts").json == [read]
+    assert api.get(f"{task}/artifacts/x/attempt/0").json == read
+
+
+def test_what_a_request_does_not_say_has_a_default(api: Api) -> None:
+    flow = api.post("/flows/Flow", {}).json
+    run = api.post("/flows/Flow/run", {}).json
+    path = f"/flows/Flow/runs/{run['run_number']}"
+    step = api.post(f"{path}/steps/s/step", {}).json
+    task = api.post(f"{path}/steps/s/task", {}).json
+    assert [made["user_name"] for made in (flow, run, step, task)] == [None, None, "", None]
+    for made in (flow, run, step, task):
+        assert (made["tags"], made["system_tags"]) == (None, None)
+    api.post(f"{path}/steps/s/tasks/1/metadata", [{}])
+    (read,) = api.get(f"{path}/steps/s/tasks/1/metadata").json
+    assert [read[key] for key in METADATUM_SHAPE.split()[5:9]] == [" ", " ", " ", None]
+    assert (read["tags"], read["system_tags"]) == (None, None)
+    api.post(f"{path}/steps/s/tasks/1/artifact", [{}])
+    read = api.get(f"{path}/steps/s/tasks/1/artifacts/%20").json
+    assert [read[key] for key in ARTIFACT_SHAPE.split()[4:12]] == [" "] * 7 + [0]
+
+
+def test_a_verified_owner_is_shown_but_in_the_first_answer(api: Api) -> None:
+    flow = api.new_flow()
+    other = api.get(api.new_run(flow, user_name="x", system_tags=["user:y"])).json
+    run = api.post(f"{flow}/run", {"user_name": "x", "system_tags": ["user:x"]}).json
+    assert "user" not in (run.keys() | other.keys())
+    for query, shape in (("user=x", RUN_SHAPE), ("user=x&status=failed", RUN_SHAPE + " status")):
+        (verified,) = api.get(f"{flow}/runs?{query}").json
+        assert list(verified) == [*shape.split(), "user"]
+        assert verified["user"] == "x"
+
+
+def test_steps_tasks_and_artifacts_show_the_tags_of_their_run(api: Api) -> None:
+    task = api.new_task_of_its_own()
+    step, run = task.rsplit("/", 2)[0], task.rsplit("/", 4)[0]
+    api.post(f"{task}/artifact", [artifact("x")])
+    api.post(f"{task}/metadata", [metadatum("f")])
+    assert api.patch(f"{run}/tag/mutate", {"tags_to_add": ["new"]}).json == {"tags": ["new"]}
+    one_by_one = [step, task, f"{task}/artifacts/x", f"{task}/artifacts/x/attempt/0", run]
+    assert [api.get(path).json["tags"] for path in one_by_one] == [["new"]] * 5
+    lists = [f"{run}/steps", f"{step}/tasks", f"{run}/artifacts", f"{task}/attempt/0/artifacts"]
+    assert [api.get(path).json[0]["tags"] for path in lists] == [["new"]] * 4
+    assert api.get(f"{task}/metadata").json[0]["tags"] == ["attempt_id:0"]
+
+
+# -- what is not there, or not right ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/flows/None/run", {}, 404),
+        ("/flows/None/runs/1/steps/s/step", {}, 404),
+        ("{flow}/runs/1/steps/s/step", {}, 404),
+        ("{flow}/runs/1/steps/s/task", {}, 404),
+        ("{run}/steps/none/task", {}, 404),
+        ("{run}/steps/none/task", {"task_id": "x"}, 404),
+        ("{run}/steps/none/tasks/1/metadata", [{}], 400),
+        ("{step}/tasks/7/metadata", [{}], 400),
+        ("{step}/tasks/7/metadata", [], 400),
+        ("{flow}/runs/1/steps/s/tasks/1/artifact", [{}], 400),
+        ("{step}/tasks/7/artifact", [{}], 400),
+        ("{flow}/runs/1/heartbeat", {}, 404),
+        ("/flows/None/runs/1/steps/s/tasks/1/heartbeat", {}, 404),
+        ("{flow}/run", {"run_number": "1"}, 400),
+        ("{flow}/run", {"run_number": 0}, 400),
+        ("{flow}/run", {"run_number": ""}, 400),
+        ("{flow}/run", {"run_number": "a/b"}, 400),
+        ("{flow}/run", {"user_name": 5}, 400),
+        ("{flow}/run", {"tags": "red"}, 400),
+        ("{flow}/run", {"system_tags": [1]}, 400),
+        ("{flow}/run", [], 400),
+        ("{step}/task", {"task_id": "12"}, 400),
+        ("{step}/task", {"task_id": ["x"]}, 400),
+        ("/flows/..", {}, 400),
+        ("/flows/a%2Fb", {}, 400),
+        ("/flows/" + "x" * 256, {}, 400),
+        ("{run}/steps/_meta/step", {}, 400),
+        ("{flow}", {}, 409),
+        ("{step}/step", {}, 409),
+    ],
+)
+def test_a_post_that_cannot_be_is_a_sentence_and_leaves_nothing_behind(
+    api: Api, project: Path, path: str, body: Any, status: int
+) -> None:
+    flow = api.new_flow()
+    run = api.new_run(flow)
+    step = api.new_step(run)
+    before = all_paths(project)
+    reply = api.post(path.format(flow=flow, run=run, step=step), body)
+    assert (reply.status, list(reply.json)) == (status, ["message"])
+    assert all_paths(project) == before
+
+
+@pytest.mark.parametrize("missing", ["/flows/None", "{flow}/runs/1", "{run}/steps/none"])
+def test_what_is_not_there_is_a_404_and_what_is_below_it_an_empty_list(
+    api: Api, missing: str
+) -> None:
+    flow = api.new_flow()
+    path = missing.format(flow=flow, run=api.new_run(flow))
+    reply = api.get(path)
+    assert (reply.status, list(reply.json)) == (404, ["message"])
+    depth = path.count("/") // 2
+    for below in ("/runs", "/runs/1/steps", "/runs/1/metadata", "/runs/1/artifacts") * (depth == 1):
+        assert api.get(path + below).json == []
+    for below in ("/steps", "/metadata", "/artifacts") * (depth == 2):
+        assert api.get(path + below).json == []
+    for below in ("/tasks", "/artifacts", "/filtered_tasks", "/tasks/1/metadata") * (depth == 3):
+        assert api.get(path + below).json == []
+    for below in ("/tasks/1", "/tasks/1/artifacts/x", "/tasks/1/artifacts/x/attempt/0"):
+        assert api.get(path + below).status == 404
+
+
+BAD_ROWS = {
+    "metadata": [
+        {"field_name": 5},
+        {"field_name": None},
+        {"value": None},
+        {"value": {"a": 1}},
+        {"value": [1]},
+        {"tags": [1]},
+        {"value": "a\0b"},
+        "row",
+        None,
+    ],
+    "artifact": [
+        {"name": None},
+        {"location": 5},
+        {"sha": []},
+        {"attempt_id": -1},
+        {"attempt_id": 32768},
+        {"attempt_id": 1.5},
+        {"attempt_id": True},
+        {"attempt_id": None},
+        {"user_name": {}},
+        "row",
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "bad"), [(kind, bad) for kind, rows in BAD_ROWS.items() for bad in rows]
+)
+def test_a_bulk_post_with_one_bad_row_stores_nothing(
+    api: Api, project: Path, kind: str, bad: Any
+) -> None:
+    task = api.new_task_of_its_own()
+    before = all_paths(project)
+    good = {"field_name": "f", "name": "x"}
+    reply = api.post(f"{task}/{kind}", [good, {**good, **bad} if isinstance(bad, dict) else bad])
+    assert (reply.status, list(reply.json)) == (400, ["message"])
+    assert all_paths(project) == before
+
+
+def test_what_the_reference_loses_in_a_bulk_post_is_kept(api: Api) -> None:
+    task = api.new_task_of_its_own()
+    given = [5, True, 1.5, "", ["a", "b"], "x" * 10_000]
+    rows = [metadatum("n" * 300, value) for value in given]
+    assert api.post(f"{task}/metadata", rows).json == {"metadata_created": 6}
+    read = api.get(f"{task}/metadata").json
+    assert [m["value"] for m in read[::-1]] == ["5", "true", "1.5", *given[3:]]
+    assert {m["field_name"] for m in read} == {"n" * 300}
+    row = artifact("x", location="s3://" + "x" * 1000, sha=None, type=None, content_type=None)
+    assert api.post(f"{task}/artifact", [row]).json == {"artifacts_created": 1}
+    read = api.get(f"{task}/artifacts/x").json
+    assert {key: read[key] for key in row} == row
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "a b", "ü+é", "*", "100%", "?x=1", "#", "a\nb"])
+def test_names_come_and_go_percent_encoded(api: Api, name: str) -> None:
+    task = api.new_task_of_its_own()
+    api.post(f"{task}/artifact", [artifact(name), artifact("plain")])
+    assert api.get(f"{task}/artifacts/{quote(name, safe='')}").json["name"] == name
+    if name not in ("a/b", ".."):
+        run = api.new_run(api.new_flow(name), run_number=name)
+        task = api.new_task(api.new_step(run, name), task_id=name)
+        read = api.get(task).json
+        assert [read[key] for key in TASK_SHAPE.split()[:4]] == [name] * 4
+
+
+def test_a_number_in_a_path_may_have_zeros_in_front(api: Api) -> None:
+    task = api.new_task_of_its_own()
+    assert api.get(task[:-1] + "001").json == api.get(task).json
+
+
+# -- attempts --------------------------------------------------------------------------------------
+
+
+def test_the_artifacts_of_the_latest_attempt_are_those_that_count(api: Api) -> None:
+    task = api.new_task_of_its_own()
+    step, run = task.rsplit("/", 2)[0], task.rsplit("/", 4)[0]
+    api.post(f"{task}/artifact", [artifact("x"), artifact("name"), artifact("once")])
+    api.post(f"{task}/artifact", [artifact("x", 2), artifact("y", 2)])
+    for path in (f"{task}/artifacts", f"{step}/artifacts", f"{run}/artifacts"):
+        for query in ("", "?_limit=9"):
+            found = api.get(path + query).json
+            assert [(a["name"], a["attempt_id"]) for a in found] == [("y", 2), ("x", 2)]
+    assert api.get(f"{task}/artifacts/x").json["sha"] == "sha-of-x-2"
+    assert api.get(f"{task}/artifacts/once").status == 404  # an earlier attempt has it
+    assert api.get(f"{task}/artifacts/once/attempt/0").json["name"] == "once"
+    assert api.get(f"{task}/artifacts/x/attempt/0").json["sha"] == "sha-of-x-0"
+    assert api.get(f"{task}/artifacts/x/attempt/1").status == 404
+    assert len(api.get(f"{task}/attempt/0/artifacts").json) == 3
+    assert api.get(f"{task}/attempt/99999/artifacts").json == []
+    assert api.get(f"{task}/attempt/x/artifacts").status == 400
+    assert api.get(f"{task}/artifacts/x/attempt/-1").status == 400
+
+
+def test_tasks_of_one_name_have_latest_attempts_of_their_own(api: Api) -> None:
+    run = api.new_run(api.new_flow())
+    for step, attempt in (("a", 0), ("b", 3)):
+        task = api.new_task(api.new_step(run, step), task_id="same")
+        api.post(f"{task}/artifact", [artifact("x", attempt)])
+        api.post(f"{task}/metadata", [metadatum("f", step, attempt)])
+    found = api.get(f"{run}/artifacts").json
+    assert {(a["step_name"], a["attempt_id"]) for a in found} == {("a", 0), ("b", 3)}
+    assert [m["value"] for m in api.get(f"{run}/metadata").json] == ["b", "a"]
+
+
+# -- heartbeats, tags, filtered tasks --------------------------------------------------------------
+
+
+def test_a_heartbeat_is_answered_with_json_in_a_json_string(api: Api) -> None:
+    task = api.new_task_of_its_own()
+    for path in (task, task, task.rsplit("/", 4)[0]):  # also one that comes early
+        reply = api.post(f"{path}/heartbeat", b"no JSON at all")
+        assert (reply.status, json.loads(reply.json)) == (200, {"wait_time_in_seconds": 10})
+    assert is_recent(api.get(task).json["last_heartbeat_ts"], 1)
+    assert api.post(f"{task}0/heartbeat").status == 404
+
+
+@pytest.mark.parametrize(
+    ("system_tags", "beats"),
+    [(None, True), (["metaflow_version:2.19.0"], True), (["metaflow_version:2.0.1"], False)],
+)
+def test_to_make_a_run_or_task_is_a_heartbeat_of_a_client_that_sends_them(
+    api: Api, system_tags: list[str] | None, beats: bool
+) -> None:
+    flow = api.new_flow()
+    run = api.post(f"{flow}/run", {"system_tags": system_tags}).json
+    step = api.new_step(f"{flow}/runs/{run['run_number']}")
+    task = api.post(f"{step}/task", {"system_tags": system_tags}).json
+    assert [(record["last_heartbeat_ts"] is not None) for record in (run, task)] == [beats] * 2
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "answer"),
+    [
+        ({"tags_to_add": ["c", "s", "a"], "tags_to_remove": ["b", "x"]}, 200, ["a", "c"]),
+        ({"tags_to_add": ["b"], "tags_to_remove": ["b"]}, 200, ["a", "b"]),
+        ({"tags_to_add": ["", "x" * 100_000]}, 200, ["", "a", "b", "x" * 100_000]),
+        ({}, 200, ["a", "b"]),
+        ({"tags_to_add": ["c"], "tags_to_remove": ["s"]}, 422, None),
+        ({"tags_to_add": "c"}, 400, "tags_to_add must be a list"),
+        ({"tags_to_remove": {}}, 400, "tags_to_remove must be a list"),
+        ({"tags_to_add": None}, 400, "tags_to_add must be a list"),
+        ({"tags_to_add": ["c", 1]}, 400, "All tag values must be strings"),
+        ([], 400, None),
+    ],
+)
+def test_tags_are_changed_as_asked_or_not_at_all(
+    api: Api, body: Any, status: int, answer: Any
+) -> None:
+    run = api.new_run(api.new_flow(), tags=["a", "b"], system_tags=["s"])
+    reply = api.patch(f"{run}/tag/mutate", body)
+    assert reply.status == status
+    if status == 200:
+        assert sorted(reply.json["tags"]) == answer == sorted(api.get(run).json["tags"])
+    else:
+        assert answer in (None, reply.json["message"])
+        assert api.get(run).json["tags"] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ("", [1, 2, 3]),
+        ("?metadata_field_name=&pattern=", [1, 2, 3]),
+        ("?metadata_field_name=path", [1, 2]),
+        ("?metadata_field_name=Path", []),
+        ("?metadata_field_name=path&pattern=w:1", [1, 2]),  # anywhere in the value
+        ("?metadata_field_name=path&pattern=w:1$", [1]),
+        ("?metadata_field_name=other&pattern=w:10", []),  # both in one row
+        ("?pattern=W:1", []),
+        ("?pattern=a,%20b", []),
+        ("?pattern=%22a%22,%20%22b%22", [3]),  # a list as JSON has it
+    ],
+)
+def test_tasks_are_found_by_their_metadata(api: Api, query: str, expected: list[int]) -> None:
+    step = api.new_step(api.new_run(api.new_flow()))
+    for rows in (
+        [metadatum("path", "w:1"), metadatum("path", "w:1")],
+        [metadatum("path", "w:10"), metadatum("other", "w:2")],
+        [metadatum("stack", ["a", "b"])],
+        [],
+    ):
+        api.post(f"{api.new_task(step)}/metadata", rows)
+    spec = step[len("/flows/") :].replace("/runs/", "/").replace("/steps/", "/")
+    found = api.get(f"{step}/filtered_tasks{query}").json
+    assert found == [f"{spec}/{task}" for task in expected]
+
+
+# -- lists and pages -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lists(api: Api, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+    """Every list that comes in pages, with seven records of which some are equally old."""
+    clock = itertools.chain.from_iterable([t] * 23 for t in itertools.count(time.time_ns(), 10**6))
+    monkeypatch.setattr(time, "time_ns", lambda: next(clock))
+    for n in range(6):
+        api.new_flow(f"Flow{n}")
+    flow = api.new_flow()
+    for n in range(6):
+        api.new_run(flow, run_number=f"argo-{n}" if n % 2 else None)
+    run = api.new_run(flow)
+    step = api.new_step(run)
+    for n in range(6):
+        api.new_task(step, task_id=f"t{n}" if n % 2 else None)
+    task = api.new_task(step)
+    for n in range(7):
+        api.post(f"{task}/artifact", [artifact(f"x{n}")])
+        api.post(f"{task}/metadata", [metadatum(f"f{n}")])
+    paths = ["/flows", f"{flow}/runs", f"{step}/tasks", f"{task}/metadata", f"{run}/metadata"]
+    paths += [f"{owner}/artifacts" for owner in (task, step, run)]
+    return {path: api.get(path).json for path in paths}
+
+
+def pages(api: Api, path: str, limit: int) -> Iterator[list[Any]]:
+    cursor = ""
+    while cursor is not None:
+        reply = api.get(f"{path}?_limit={limit}&_cursor={quote(cursor, safe='')}")
+        assert reply.headers["x-limit"] == str(limit)
+        cursor = reply.headers.get("x-next-cursor")
+        yield reply.json
+
+
+@pytest.mark.parametrize("limit", [1, 3, 7])
+def test_the_pages_of_a_list_make_the_list(
+    api: Api, lists: dict[str, list[Any]], limit: int
+) -> None:
+    for path, whole in lists.items():
+        assert len(whole) == 7
+        assert [r["ts_epoch"] for r in whole] == sorted(r["ts_epoch"] for r in whole)[::-1]
+        found = list(pages(api, path, limit))
+        assert [record for page in found for record in page] == whole, path
+        assert len(found) == -(-7 // limit)
+
+
+def test_pages_are_complete_while_records_are_added(api: Api, lists: dict[str, list[Any]]) -> None:
+    _, runs, tasks, metadata = list(lists)[:4]
+    for path, add in (
+        (runs, lambda: api.new_run(runs[: -len("/runs")])),
+        (tasks, lambda: api.new_task(tasks[: -len("/tasks")])),
+        (metadata, lambda: api.post(metadata, [metadatum("new")])),
+    ):
+        found = []
+        for page in pages(api, path, 2):
+            found += page
+            add()
+        assert [record for record in found if record in lists[path]] == lists[path]
+
+
+@in_one_store
+@given(
+    st.dictionaries(
+        st.integers(0, 99).map(str)
+        | st.sampled_from(["-1", "+5", " 7", "007"])
+        | st.text("ab-+ 1é", min_size=1, max_size=3),
+        st.integers(0, 3),
+        max_size=12,
+    ),
+    st.integers(1, 4),
+)
+def test_the_pages_of_tasks_of_any_id_make_the_list(
+    store: mls.Store, tasks: dict[str, int], limit: int
+) -> None:
+    step = new_task(store, new_run(store))[:3]
+    shutil.rmtree(folder_of(store, (*step, "1")))
+    for name, ts_epoch in tasks.items():
+        path = record_file(store, (*step, name))
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"ts_epoch": ts_epoch}))
+    assert_pages_make_the_list(mls.TASK_ORDER, lambda place: store.tasks(step, place), limit)
+
+
+def assert_pages_make_the_list(order: Any, records: Callable[[Any], Any], limit: int) -> None:
+    whole, found, query = list(records(None)), [], [("_limit", str(limit))]
+    for _ in range(len(whole) + 1):
+        answer = mls.listed(mls.Request("GET", [], query, None), order, records)
+        found += json.loads(answer.content)
+        cursor = dict(answer.headers).get("X-Next-Cursor")
+        if cursor is None:
+            break
+        query = [("_limit", str(limit)), ("_cursor", cursor)]
+    assert found == whole
+
+
+def test_pages_make_the_list_after_local_mode_has_changed_a_run(
+    store: mls.Store, local: Any
+) -> None:
+    """Local mode gives a run a new ts_epoch when it changes its tags."""
+    for name in "abc":
+        run = new_run(store, name)
+        path = record_file(store, run)
+        record = {**json.loads(path.read_text()), "ts_epoch": 1 + "abc".index(name)}
+        path.write_text(json.dumps(record))
+    os.utime(folder_of(store, run[:1]), (1e9, 1e9))  # as if the last run had come long ago
+    assert [r["run_number"] for r in store.runs(run[:1])] == ["c", "b", "a"]
+    local.mutate_user_tags_for_run("Flow", "b", tags_to_add=["new"])
+    assert [r["run_number"] for r in store.runs(run[:1])] == ["b", "c", "a"]
+    assert_pages_make_the_list(mls.RUN_ORDER, lambda place: store.runs(("Flow",), place), 1)
+
+
+def test_a_list_is_whole_unless_a_page_or_a_filter_is_asked_for(api: Api) -> None:
+    flow = api.new_flow()
+    for n in range(51):
+        api.new_run(flow, run_number=f"argo-{n}")
+    for query, length, limit in (
+        ("", 51, None),
+        ("?nothing=1", 51, None),
+        ("?_limit=", 50, "50"),
+        ("?_cursor=", 50, "50"),
+        ("?ts_epoch:gt=0", 50, "50"),
+        ("?_tags:any=x", 0, "50"),
+        ("?status=failed", 50, "50"),
+        ("?_limit=501", 51, "500"),
+        ("?_limit=2&_limit=3", 2, "2"),
+    ):
+        reply = api.get(f"{flow}/runs{query}")
+        assert (len(reply.json), reply.headers.get("x-limit")) == (length, limit), query
+        assert ("x-next-cursor" in reply.headers) == (length in (2, 50))
+    steps = api.get(f"{flow}/runs/argo-0/steps?_limit=1")  # not in pages
+    assert (steps.status, "x-limit" in steps.headers) == (200, False)
+
+
+def test_what_is_filtered_comes_in_pages_too(api: Api) -> None:
+    flow = api.new_flow()
+    for n in range(6):
+        run = api.new_run(flow, run_number=f"argo-{n}", tags=["odd"] * (n % 2))
+    for query in ("_tags=odd", "status=failed&_tags=odd"):
+        first = api.get(f"{flow}/runs?{query}&_limit=2")
+        cursor = quote(first.headers["x-next-cursor"], safe="")
+        second = api.get(f"{flow}/runs?{query}&_limit=2&_cursor={cursor}")
+        assert [run["run_number"] for run in first.json] == ["argo-5", "argo-3"]
+        assert [run["run_number"] for run in second.json] == ["argo-1"]
+        assert "x-next-cursor" not in second.headers
+    step = api.new_step(run)
+    for n in range(3):
+        api.new_task(step, user_name=f"user{n}")
+    found = api.get(f"{step}/tasks?user_name:ne=user1&step_name=ignored")
+    assert ([t["task_id"] for t in found.json], found.headers["x-limit"]) == ([3, 1], "50")
+
+
+def test_runs_are_found_by_their_status(api: Api) -> None:
+    flow = api.new_flow()
+    for name, value in (("good", "True"), ("bad", "False"), ("odd", "perhaps"), ("new", None)):
+        task = api.new_task(api.new_step(api.new_run(flow, run_number=name), "end"))
+        api.post(f"{task}/metadata", [metadatum("attempt", "0")])
+        api.post(f"{task}/metadata", [metadatum("attempt_ok", value)] if value else [])
+        if name == "odd":
+            api.post(f"{task}/heartbeat")
+    for status, expected in (
+        ("completed", ["good"]),
+        ("running", ["odd"]),
+        ("failed", ["new", "bad"]),
+    ):
+        found = api.get(f"{flow}/runs?status={status}").json
+        assert [(run["run_number"], run["status"]) for run in found] == [
+            (name, status) for name in expected
+        ]
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "/runs?_limit=0",
+        "/runs?_cursor=any_cursor",
+        "/runs?ts_epoch=x",
+        "/runs?status=odd",
+        "/runs?_tags:x=y",
+        "/runs/1/steps/s/filtered_tasks?pattern=(",
+    ],
+)
+def test_a_query_that_makes_no_sense_is_a_400(api: Api, query: str) -> None:
+    reply = api.get(api.new_flow() + query)
+    assert (reply.status, list(reply.json)) == (400, ["message"])
+
+
+# -- routes ----------------------------------------------------------------------------------------
+
+
+def test_every_route_of_the_protocol_answers(api: Api) -> None:
+    task = api.new_task_of_its_own()
+    flow, step, run = "/flows/Flow", task.rsplit("/", 2)[0], task.rsplit("/", 4)[0]
+    api.post(f"{task}/artifact", [artifact("x")])
+    gets = ["/ping", "/version", "/healthcheck", "/flows", flow, f"{flow}/runs", run]
+    gets += [f"{run}/{of_run}" for of_run in ("metadata", "artifacts", "steps")]
+    gets += [step, f"{step}/artifacts", f"{step}/tasks", f"{step}/filtered_tasks", task]
+    gets += [f"{task}/{of_task}" for of_task in ("metadata", "artifacts", "artifacts/x")]
+    gets += [f"{task}/artifacts/x/attempt/0", f"{task}/attempt/0/artifacts"]
+    for path in gets:
+        got, head = api.get(path), api.request("HEAD", path)
+        assert (got.status, head.status, head.content) == (200, 200, b""), path
+        kind = "text/plain" if path in ("/ping", "/version") else "application/json"
+        assert got.headers["content-type"].startswith(kind)
+        for header in ("content-length", "content-type", "metadata_service_version"):
+            assert head.headers[header] == got.headers[header]
+    for path, body in {
+        f"{run}/heartbeat": {},
+        f"{task}/heartbeat": {},
+        f"{task}/metadata": [],
+        f"{task}/artifact": [],
+    }.items():
+        assert api.post(path, body).status == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("DELETE", "/flows", {"GET", "HEAD"}),
+        ("POST", "/ping", {"GET", "HEAD"}),
+        ("PUT", "/flows/F", {"GET", "HEAD", "POST"}),
+        ("GET", "/flows/F/run", {"POST"}),
+        ("HEAD", "/flows/F/runs/1/steps/s/task", {"POST"}),
+        ("POST", "/flows/F/runs/1/tag/mutate", {"PATCH"}),
+        ("OPTIONS", "/flows/F/runs/1/steps/s/tasks/1/metadata", {"GET", "HEAD", "POST"}),
+    ],
+)
+def test_a_method_that_is_not_for_a_path_is_told_which_are(
+    api: Api, method: str, path: str, allowed: set[str]
+) -> None:
+    reply = api.request(method, path)
+    assert reply.status == 405
+    assert set(reply.headers["allow"].split(", ")) == allowed
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/nothing", "/flows/", "/flows//runs", "//ping", "/ping/", "/Ping", "/auth/token"]
+)
+def test_a_path_that_leads_nowhere_is_a_404(api: Api, path: str) -> None:
+    reply = api.get(path)
+    assert (reply.status, list(reply.json)) == (404, ["message"])
+
+
+def test_the_version_is_that_of_the_protocol(api: Api) -> None:
+    assert api.get("/version").content == b"2.5.0"
+
+
+def test_the_health_is_whether_records_can_be_written(api: Api, project: Path) -> None:
+    assert api.get("/healthcheck").json == {"status": "UP"}
+    shutil.rmtree(project / ".metaflow")
+    ill = api.get("/healthcheck")
+    assert (ill.status, list(ill.json)) == (503, ["message"])
+    (project / ".metaflow").mkdir()
+    assert api.get("/healthcheck").status == 200
+
+
+# ==================================================================================================
+# Server
+# ==================================================================================================
+
+
+class Wire:
+    """A connection on which bytes go out as they are, and on which every answer is checked."""
+
+    def __init__(self, api: Api, timeout: float = 30) -> None:
+        self.socket = socket.create_connection((api.host, api.port), timeout)
+        self._stream = self.socket.makefile("rb")
+
+    def __enter__(self) -> Wire:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+        self.socket.close()
+
+    def send(self, content: bytes) -> None:
+        """Send; a server that has answered and gone need not take all of it."""
+        with contextlib.suppress(ConnectionError):
+            self.socket.sendall(content)
+
+    def answer(self, to: str = "GET") -> Reply | None:
+        """The next answer; None where the connection has ended instead."""
+        try:
+            line = self._stream.readline()
+        except ConnectionError:
+            return None
+        if not line:
+            return None
+        status = int(line.split()[1])
+        headers = {k.lower(): v for k, v in http.client.parse_headers(self._stream).items()}
+        if status == 100:
+            return Reply(status, headers, b"")
+        has_body = to != "HEAD"
+        reply = Reply(status, headers, self._stream.read(int(headers["content-length"]) * has_body))
+        assert headers["metadata_service_version"] == "2.5.0"
+        assert not any(name.startswith("access-control-") for name in headers)
+        assert b"Traceback" not in reply.content
+        if status >= 400 and has_body:
+            assert headers["content-type"] == "application/json"
+            assert list(reply.json) == ["message"]
+            assert isinstance(reply.json["message"], str) and reply.json["message"]
+        return reply
+
+
+def http_request(line: str, *headers: str, body: bytes = b"", host: str = "localhost") -> bytes:
+    """A request as bytes; without a word on the length of its body."""
+    head = "\r\n".join((f"{line} HTTP/1.1", f"Host: {host}", *headers, "", ""))
+    return head.encode("utf-8", "surrogateescape") + body
+
+
+def answers(api: Api, content: bytes) -> list[Reply]:
+    """All answers that a client gets who sends this and then nothing any more."""
+    with Wire(api) as wire:
+        wire.send(content)
+        with contextlib.suppress(OSError):
+            wire.socket.shutdown(socket.SHUT_WR)
+        return list(iter(wire.answer, None))
+
+
+def answer_to(api: Api, line: str, *headers: str, body: bytes = b"", **options: str) -> Reply:
+    """The one answer to a request; a body is announced."""
+    length = [f"Content-Length: {len(body)}"] if body else []
+    (reply,) = answers(api, http_request(line, *length, *headers, body=body, **options))
+    return reply
+
+
+# -- bodies ----------------------------------------------------------------------------------------
+
+
+BAD_BODIES = {
+    "half": b"{",
+    "form": b"user_name=me",
+    "byte order mark": "\ufeff{}".encode(),
+    "UTF-16": "{}".encode("utf-16"),
+    "invalid UTF-8": b'{"user_name": "\xff"}',
+    "NUL": b'{"user_name": "\0"}',
+    "escaped NUL": b'{"user_name": "\\u0000"}',
+    "NaN": b'{"anything": NaN}',
+    "infinity": b'{"anything": -Infinity}',
+    "endless number": b'{"anything": ' + b"9" * 5000 + b"e",
+    "absurdly deep list": b"[" * 100_000,
+    "absurdly deep object": b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+    "list": b"[]",
+    "null": b"null",
+    "string": b'"text"',
+    "user_name is a number": b'{"user_name": 5}',
+    "a tag is a number": b'{"tags": [1]}',
+}
+
+
+@pytest.mark.parametrize("body", BAD_BODIES.values(), ids=list(BAD_BODIES))
+def test_a_bad_body_is_refused_and_nothing_is_stored(api: Api, body: bytes) -> None:
+    assert answer_to(api, "POST /flows/Flow", body=body).status == 400
+    assert api.get("/flows").json == []
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_that_is_too_large_is_told_the_limit(
+    api: Api, monkeypatch: pytest.MonkeyPatch, chunked: bool
+) -> None:
+    monkeypatch.setattr(mls, "LARGEST_BODY", 1000)
+    size = 20_000_000
+    header = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {size}"
+    with Wire(api) as wire:  # the client hears of it although it is still sending
+        wire.send(http_request("POST /flows/Flow", header))
+        wire.send(b"%x\r\n" % size * chunked + b"x" * size)
+        reply = wire.answer()
+    assert reply is not None and reply.status == 413
+    assert "1000 bytes" in reply.json["message"]
+    assert answer_to(api, "POST /flows/Flow", body=b"{}".ljust(1000)).status == 200
+
+
+def test_a_post_without_a_length_is_told_that_it_needs_one(api: Api) -> None:
+    run = api.new_run(api.new_flow())
+    assert answer_to(api, "POST /flows/Other").status == 411
+    assert answer_to(api, "POST /flows/Other", "Content-Length: 0").status == 400
+    assert answer_to(api, f"POST {run}/heartbeat").status == 200  # which has no body to read
+
+
+UNCLEAR_LENGTHS = [
+    ["Content-Length: 2", "Content-Length: 3"],
+    ["Content-Length: -2"],
+    ["Content-Length: +2"],
+    ["Content-Length: 0x2"],
+    ["Content-Length: 1_0"],
+    ["Content-Length:"],
+    ["Content-Length: " + "9" * 30],
+    ["Content-Length: 2", "Transfer-Encoding: chunked"],
+    ["Transfer-Encoding: gzip, chunked"],
+    ["Transfer-Encoding: chunked", "Transfer-Encoding: identity"],
+    ["no header at all", "Content-Length: 2"],
+]
+
+
+@pytest.mark.parametrize("headers", UNCLEAR_LENGTHS, ids=" & ".join)
+def test_a_length_that_is_not_clear_is_refused_and_the_connection_closed(
+    api: Api, headers: list[str]
+) -> None:
+    smuggled = http_request("POST /flows/Smuggled", "Content-Length: 2", body=b"{}")
+    (reply,) = answers(api, http_request("POST /flows/Flow", *headers, body=b"{}" + smuggled))
+    assert (reply.status, reply.headers["connection"]) == (400, "close")
+    assert api.get("/flows").json == []
+
+
+CHUNKED_BODIES = {
+    b"2\r\n{}\r\n0\r\n\r\n": 200,
+    b"1\r\n{\r\n1\r\n}\r\n0\r\n\r\n": 200,
+    b"0002;extension=1\r\n{}\r\n0\r\n\r\n": 200,
+    b"A\r\n{        }\r\n0\r\nTrailer: value\r\n\r\n": 200,
+    b"two\r\n{}\r\n0\r\n\r\n": 400,
+    b"-2\r\n{}\r\n0\r\n\r\n": 400,
+    b"0x2\r\n{}\r\n0\r\n\r\n": 400,
+    b"\r\n": 400,
+    b"2\r\n{}0\r\n\r\n": 400,
+    b"5\r\n{}\r\n0\r\n\r\n": 400,
+    b"2\r\n{}\r\n": 400,
+    b"2;" + b"x" * 5000 + b"\r\n{}\r\n0\r\n\r\n": 400,
+    b"f" * 16 + b"\r\n{}\r\n0\r\n\r\n": 413,
+    b"2\r\n{}\r\n0\r\n" + b"Trailer: value\r\n" * 5000 + b"\r\n": 431,
+}
+
+
+@pytest.mark.parametrize("body", CHUNKED_BODIES, ids=lambda body: str(body[:25]))
+def test_a_body_may_come_in_chunks_that_are_proper(api: Api, body: bytes) -> None:
+    post = http_request("POST /flows/Flow", "Transfer-Encoding: chunked", body=body)
+    replies = answers(api, post + http_request("GET /ping"))
+    is_good = CHUNKED_BODIES[body] == 200
+    assert [reply.status for reply in replies] == [CHUNKED_BODIES[body]] + [200] * is_good
+    assert len(api.get("/flows").json) == is_good
+
+
+def test_a_body_that_ends_early_is_not_stored(api: Api) -> None:
+    (reply,) = answers(api, http_request("POST /flows/Flow", "Content-Length: 9", body=b"{}"))
+    assert reply.status == 400
+    assert api.get("/flows").json == []
+
+
+def test_a_client_that_waits_for_a_continue_gets_one_unless_it_is_refused_anyway(api: Api) -> None:
+    for header, statuses in {
+        "Content-Length: 2": [100, 200],
+        "Content-Length: 999999999999": [413],
+        "Origin: http://evil.example": [403],
+    }.items():
+        with Wire(api) as wire:
+            wire.send(
+                http_request(
+                    "POST /flows/Flow", "Expect: 100-continue", header, "Connection: close"
+                )
+            )
+            assert wire.answer().status == statuses[0]
+            wire.send(b"{}")
+            assert [reply.status for reply in iter(wire.answer, None)] == statuses[1:]
+
+
+# -- request lines, paths and methods --------------------------------------------------------------
+
+
+FOUND = ["/ping", "/p%69ng", "/ping?", "http://localhost/ping", "/flows/Fl%6Fw"]
+MISSING = ["http://localhost", "/", "//ping", "/ping/", "/./ping", "/flows/../ping", "/flows//runs"]
+MISSING += ["/flows/Flow+", "/flows/%zz", "/flows/" + "x" * 255]
+BAD = ["ping", "*", "/flows/..", "/flows/%2e%2E", "/flows/_meta", "/flows/..%2F..%2Fetc"]
+BAD += ["/flows/Flow%00", "/flows/%FF", "/flows/\udcff", "/flows/%ED%A0%80", "/flows?_limit=%FF"]
+BAD += ["/flows/" + "x" * 256, "/flows/" + "%C3%A4" * 128, "/flows?" + "x=1&" * 101]
+TARGETS_OF_STATUS = {200: FOUND, 404: MISSING, 400: BAD, 414: ["/" + "x" * 70_000]}
+
+
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [(target, status) for status, targets in TARGETS_OF_STATUS.items() for target in targets],
+    ids=lambda value: ascii(value)[:30],
+)
+def test_every_path_has_its_status(api: Api, target: str, status: int) -> None:
+    api.new_flow("Flow")
+    assert answer_to(api, f"GET {target}").status == status
+
+
+STATUS_OF_REQUESTS = {
+    b"GET /ping\r\n\r\n": 400,
+    b"nonsense\r\n\r\n": 400,
+    b"GET /a path HTTP/1.1\r\n\r\n": 400,
+    b"GET /ping HTTP/x\r\n\r\n": 400,
+    b"GET /ping HTTP/3.0\r\n\r\n": 505,
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 the hello of TLS\r\n\r\n": 400,
+    http_request("BREW /ping"): 501,
+    http_request("get /ping"): 501,
+    http_request("DELETE /ping"): 405,
+    http_request("OPTIONS /ping"): 405,
+    http_request("GET /ping", *["Name: value"] * 101): 431,
+    http_request("GET /ping", "Name: " + "x" * 70_000): 431,
+    http_request("GET /ping", "no header", "Origin: http://evil.example"): 400,
+}
+
+
+@pytest.mark.parametrize("sent", STATUS_OF_REQUESTS, ids=lambda sent: str(sent[:40]))
+def test_what_is_no_request_of_ours_is_refused(api: Api, sent: bytes) -> None:
+    assert [reply.status for reply in answers(api, sent)] == [STATUS_OF_REQUESTS[sent]]
+
+
+@pytest.mark.parametrize("path", ["/ping", "/flows/Flow", "/flows", "/flows/None", "/nothing"])
+def test_head_is_get_without_the_body(api: Api, path: str) -> None:
+    api.new_flow("Flow")
+    with Wire(api) as wire:
+        wire.send(http_request(f"HEAD {path}") + http_request(f"GET {path}"))
+        head, get = wire.answer(to="HEAD"), wire.answer()
+    assert head.status == get.status
+    for name in ("content-type", "content-length"):
+        assert head.headers[name] == get.headers[name]
+
+
+# -- connections -----------------------------------------------------------------------------------
+
+
+def test_pipelined_requests_are_answered_in_order(api: Api) -> None:
+    posts = [
+        http_request(f"POST /flows/Flow{n}", "Content-Length: 2", body=b"{}") for n in range(20)
+    ]
+    replies = answers(api, b"".join(posts))
+    assert [reply.json["flow_id"] for reply in replies] == [f"Flow{n}" for n in range(20)]
+
+
+def test_a_connection_is_kept_also_after_an_error(api: Api) -> None:
+    bad = http_request("POST /flows/Flow", "Content-Length: 1", body=b"{")
+    requests = bad + http_request("GET /flows/Flow") + http_request("BREW /ping")
+    assert [r.status for r in answers(api, requests + http_request("GET /ping"))] == [400, 404, 501]
+
+
+@pytest.mark.parametrize(
+    ("request_", "kept"),
+    [
+        (b"GET /ping HTTP/1.1\r\n\r\n", True),
+        (b"GET /ping HTTP/1.1\r\nConnection: close\r\n\r\n", False),
+        (b"GET /ping HTTP/1.0\r\n\r\n", False),
+        (b"GET /ping HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", True),
+    ],
+)
+def test_the_client_says_whether_the_connection_is_kept(
+    api: Api, request_: bytes, kept: bool
+) -> None:
+    replies = answers(api, request_ * 2)
+    assert [reply.content for reply in replies] == [b"pong"] * (1 + kept)
+
+
+# -- whatever comes --------------------------------------------------------------------------------
+
+SEGMENTS = st.one_of(
+    st.sampled_from(
+        ["flows", "runs", "Flow", "known", "start", "metadata", "artifacts", "attempt"]
+    ),
+    st.sampled_from(
+        ["0", "007", "²", "a%2Fb", "..", "%2e%2e", "_meta", "%00", "%ff", "%0d%0a", ""]
+    ),
+    st.text(max_size=8).map(lambda text: quote(text.encode("utf-8", "surrogatepass"), safe="")),
+    st.text(st.characters(min_codepoint=33, max_codepoint=255), max_size=8),
+)
+ROUTES = [
+    "/flows/Flow{}",
+    "/flows/Flow/run{}",
+    "/flows/Flow/runs/{}",
+    "/flows/Flow/runs/known/tag/mutate{}",
+    "/flows/Flow/runs/known/steps/{}/step",
+    "/flows/Flow/runs/known/steps/start/task{}",
+    "/flows/Flow/runs/known/steps/start/filtered_tasks{}",
+    "/flows/Flow/runs/known/steps/start/tasks/known/metadata{}",
+    "/flows/Flow/runs/known/steps/start/tasks/known/artifact{}",
+    "/flows/Flow/runs/known/steps/start/tasks/known/artifacts/{}/attempt/0",
+]
+ANY_TARGET = st.one_of(
+    st.lists(SEGMENTS, max_size=9).map(lambda segments: "/" + "/".join(segments)),
+    st.builds(str.replace, st.sampled_from(ROUTES), st.just("{}"), st.just("") | SEGMENTS),
+    st.text(st.characters(max_codepoint=255), max_size=20),
+)
+QUERIES = st.dictionaries(
+    st.sampled_from(["_limit", "_cursor", "_tags:any", "status", "ts_epoch:ge", "pattern", "x"]),
+    st.sampled_from(["", "1", "-1", "null", "a,b", "%", "e30=", "(", "1e9"]) | SEGMENTS,
+    max_size=3,
+).map(lambda query: "?" + "&".join("=".join(pair) for pair in query.items()))
+FIELDS = ["user_name", "tags", "system_tags", "run_number", "task_id", "field_name", "value"]
+FIELDS += ["name", "location", "attempt_id", "sha", "tags_to_add", "tags_to_remove"]
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["..", "/etc", "a/../b", "_meta", "known", "\0", "\udcff", "x" * 300]),
+    lambda values: (
+        st.lists(values, max_size=3) | st.dictionaries(st.sampled_from(FIELDS), values, max_size=5)
+    ),
+    max_leaves=8,
+)
+BODIES = JSON.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=20)
+LENGTHS = ["Content-Length: {}", "Content-Length: 5", "Transfer-Encoding: chunked", "no header"]
+OTHERS = ["Expect: 100-continue", "Host: [", "Origin: null", "x-api-key: \udcff", ": x", "\0: \x7f"]
+HEADERS = st.lists(st.sampled_from(LENGTHS[:1] * 5 + LENGTHS + OTHERS), max_size=3)
+METHODS = st.sampled_from(
+    ["GET", "POST", "POST", "PATCH", "HEAD", "PUT", "OPTIONS", "CONNECT", "X"]
+)
+
+
+def test_whatever_comes_is_answered_without_a_failure_and_stays_in_the_root(
+    api: Api, project: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = api.new_run(api.new_flow(), run_number="known")
+    api.new_task(api.new_step(run), task_id="known")
+    outside = [p for p in all_paths(tmp_path) if project / ".metaflow" not in p.parents]
+
+    @settings(max_examples=700, deadline=None)
+    @given(METHODS, ANY_TARGET, QUERIES, HEADERS, BODIES)
+    def send(method: str, target: str, query: str, headers: list[str], body: bytes) -> None:
+        lines = [header.replace("{}", str(len(body))) for header in headers]
+        with Wire(api) as wire:
+            wire.send(http_request(f"{method} {target}{query}", *lines, body=body))
+            with contextlib.suppress(OSError):
+                wire.socket.shutdown(socket.SHUT_WR)
+            while True:  # a body that was not announced is a request of its own
+                reply = wire.answer(to=method)
+                if reply is None or method == "HEAD":
+                    break
+                assert reply.status != 500, reply
+
+    send()
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert api.get("/ping").status == 200
+    assert outside == [p for p in all_paths(tmp_path) if project / ".metaflow" not in p.parents]
+
+
+# -- who may talk to it ----------------------------------------------------------------------------
+
+
+OUR_HOSTS = ["localhost", "LocalHost:1", "127.0.0.1:65535", "127.1.2.3", "[::1]:80"]
+FOREIGN_HOSTS = ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "127.evil"]
+FOREIGN_HOSTS += ["evil.example#@localhost", "192.0.2.1", "0.0.0.0", "[::2]", "[", ""]
+
+
+@pytest.mark.parametrize("host", OUR_HOSTS + FOREIGN_HOSTS)
+def test_only_a_host_header_that_means_us_is_answered(api: Api, host: str) -> None:
+    assert (answer_to(api, "GET /ping", host=host).status == 403) == (host in FOREIGN_HOSTS)
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
+@pytest.mark.parametrize(
+    ("host", "origin", "is_let_in"),
+    [
+        ("localhost:80", "http://localhost:80", True),
+        ("localhost:80", "http://localhost:81", False),
+        ("localhost:80", "http://127.0.0.1:80", False),
+        ("localhost:80", "http://evil.example", False),
+        ("localhost:80", "null", False),
+        ("localhost:80", "", False),
+        ("evil.example:80", "http://evil.example:80", False),  # whose name leads here
+    ],
+)
+def test_a_page_of_another_origin_can_neither_read_nor_write(
+    api: Api, host: str, origin: str, is_let_in: bool, method: str
+) -> None:
+    headers = [f"Origin: {origin}", "Content-Type: text/plain"]
+    reply = answer_to(api, f"{method} /flows/Flow", *headers, body=b"{}", host=host)
+    assert (reply.status != 403) == is_let_in
+    assert len(api.get("/flows").json) == (is_let_in and method == "POST")
+
+
+def test_a_service_listens_on_ipv6(store: mls.Store) -> None:
+    try:
+        socket.socket(socket.AF_INET6).bind(("::1", 0))
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with served(store, host="::1") as api:
+        assert api.url.startswith("http://[::1]:")
+        assert api.get("/ping").status == 200
+        assert answer_to(api, "GET /ping", host="evil.example").status == 403
+
+
+@pytest.mark.parametrize("line", ["GET /ping", "GET /flows", "POST /flows/Flow", "GET /nothing"])
+def test_every_request_needs_the_key(store: mls.Store, line: str) -> None:
+    with served(store, key="the-key") as api:
+        for headers in ([], ["x-api-key:"], ["x-api-key: the-keys"], ["x-api-key: \udcff"]):
+            reply = answer_to(api, line, *headers, body=b"{}")
+            assert reply.status == 401
+            assert "the-key" not in str(reply)
+        assert answer_to(api, line, "X-API-Key: the-key", body=b"{}").status in (200, 404)
+
+
+def test_a_service_for_other_machines_is_meant_by_any_address_but_not_by_any_name(
+    store: mls.Store,
+) -> None:
+    with served(store, host="0.0.0.0", key="the-key") as api:
+        for host in ("192.0.2.1:80", "[2001:db8::1]", socket.gethostname(), "localhost"):
+            assert answer_to(api, "GET /ping", "x-api-key: the-key", host=host).status == 200
+        assert answer_to(api, "GET /ping", "x-api-key: the-key", host="evil.example").status == 403
+
+
+def test_the_key_is_told_to_nobody_but_the_user(cli: Cli, project: Path) -> None:
+    key = {"METAFLOW_SERVICE_AUTH_KEY": "tell-nobody"}
+    assert cli("start", METAFLOW_LOCAL_SERVICE_DEBUG="1", **key).returncode == 0
+    service = cli.status()
+    with contextlib.closing(Api(service["url"])) as api:
+        assert api.get("/ping").status == 401
+        assert api.get("/ping", **{"x-api-key": "tell-nobody"}).status == 200
+        assert api.get("/ping", **{"x-api-key": "tell-nobody-else"}).status == 401
+    pidfile = project / ".metaflow" / "metaflow-local-service.pid"
+    assert pidfile.stat().st_mode & 0o777 == 0o600
+    told = [Path(service["log"]).read_text(), json.dumps(service), cli("status").stdout]
+    told.append(cli("start", "--port", 1, **key).stderr)
+    told.append(cli("start", METAFLOW_SERVICE_AUTH_KEY="another").stderr)
+    if shutil.which("ps"):
+        ps = ["ps", "-ww", "-o", "args=", "-p", str(service["pid"])]
+        told.append(subprocess.run(ps, capture_output=True, text=True).stdout)
+    assert all(told)
+    assert "tell-nobody" not in "".join(told)
+    assert "export METAFLOW_SERVICE_AUTH_KEY=tell-nobody" in cli("env").stdout.splitlines()
+    assert cli("run", "printenv", "METAFLOW_SERVICE_AUTH_KEY").stdout == "tell-nobody\n"
+
+
+@pytest.mark.parametrize("command", [["start"], ["serve"], ["url"], ["run", "true"]])
+def test_other_machines_are_not_let_in_without_a_key(
+    cli: Cli, project: Path, command: list[str]
+) -> None:
+    refused = cli(command[0], "--host", "0.0.0.0", *command[1:])
+    assert refused.returncode == 2
+    assert "METAFLOW_SERVICE_AUTH_KEY" in refused.stderr
+    assert all_paths(project) == []
+
+
+def test_a_key_is_made_on_demand_and_kept_in_the_pidfile(cli: Cli, project: Path) -> None:
+    started = cli("start", "--host", "0.0.0.0", "--generate-key")
+    pidfile = project / ".metaflow" / "metaflow-local-service.pid"
+    key = json.loads(pidfile.read_text())["key"]
+    assert len(key) >= 32
+    assert f"export METAFLOW_SERVICE_AUTH_KEY={key}" in started.stdout.splitlines()
+    assert pidfile.stat().st_mode & 0o777 == 0o600
+    assert (
+        cli("run", "--generate-key", "printenv", "METAFLOW_SERVICE_AUTH_KEY").stdout == f"{key}\n"
+    )
+
+
+def test_everything_that_the_program_makes_is_private(
+    daemon: Api, cli: Cli, tmp_path: Path
+) -> None:
+    task = daemon.new_task_of_its_own()
+    daemon.post(f"{task}/metadata", [metadatum("field")])
+    daemon.post(f"{task}/heartbeat")
+    assert cli("run", "true").returncode == 0
+    made = [*all_paths(cli.folder), *all_paths(cli.home)]
+    assert len(made) > 10
+    assert [p for p in made if not p.is_symlink() and p.stat().st_mode & 0o077] == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("path", ["services", "pidfile"])
+def test_what_belongs_to_somebody_else_is_not_trusted(cli: Cli, project: Path, path: str) -> None:
+    if path == "services":
+        foreign = cli.home / "services"
+        foreign.mkdir()
+    else:
+        (project / ".metaflow").mkdir()
+        foreign = project / ".metaflow" / "metaflow-local-service.pid"
+        foreign.touch()
+    os.chown(foreign, 65534, 65534)
+    refused = cli("start")
+    os.chown(foreign, 0, 0)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert f"{foreign} belongs to another user" in refused.stderr
+
+
+# -- links, and names that lead elsewhere ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", range(5))
+def test_nothing_is_written_where_a_link_leads_out_of_the_root(
+    api: Api, project: Path, tmp_path: Path, level: int
+) -> None:
+    task = api.new_task_of_its_own()
+    run = "/".join(task.split("/")[:5])
+    ids = [*task.split("/")[2::2], "_meta"]  # the folders from the flow's to the task's own record
+    inside = project.joinpath(".metaflow", *ids[: level + 1])
+    outside = tmp_path / "outside"
+    inside.rename(outside)
+    inside.symlink_to(outside)
+
+    def state() -> list[tuple[Path, int]]:
+        return [(p, p.lstat().st_mtime_ns) for p in (outside, *all_paths(outside))]
+
+    before = state()
+    for path, body in [
+        ("/flows/Flow", {}),
+        ("/flows/Flow/run", {}),
+        ("/flows/Flow/run", {"run_number": "given"}),
+        (f"{run}/heartbeat", {}),
+        (f"{run}/steps/start/step", {}),
+        (f"{run}/steps/other/step", {}),
+        (f"{run}/steps/start/task", {}),
+        (f"{run}/steps/start/task", {"task_id": "given"}),
+        (f"{task}/heartbeat", {}),
+        (f"{task}/metadata", [metadatum("field")]),
+        (f"{task}/artifact", [artifact("name")]),
+    ]:
+        assert api.post(path, body).status in (200, 400, 409)
+    assert api.patch(f"{run}/tag/mutate", {"tags_to_add": ["tag"]}).status in (200, 400)
+    assert state() == before
+
+
+def test_a_link_in_the_way_of_a_record_is_not_followed(
+    api: Api, project: Path, tmp_path: Path
+) -> None:
+    task = api.new_task_of_its_own()
+    folder = project.joinpath(".metaflow", *task.split("/")[2::2])
+    outside = tmp_path / "outside"
+    for path in (
+        project / ".metaflow" / "Other",
+        folder.parent / "2",
+        folder / "_meta" / "0_artifact_name.json",
+        folder / "_meta" / "_heartbeat",
+    ):
+        path.symlink_to(outside)
+    assert api.post("/flows/Other").status == 400
+    assert api.new_task(task.rsplit("/tasks/", 1)[0]).endswith("/3")
+    assert api.post(f"{task}/artifact", [artifact("name")]).json == {"artifacts_created": 0}
+    api.post(f"{task}/heartbeat")
+    assert not outside.exists()
+
+
+def test_a_datastore_that_is_a_link_is_the_users_choice(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (project / ".metaflow").symlink_to(tmp_path / "elsewhere")
+    with served(mls.Store(str(project))) as api:
+        api.new_task_of_its_own()
+    assert (tmp_path / "elsewhere" / "Flow").is_dir()
+
+
+def test_no_name_reaches_outside_the_root(api: Api, project: Path, tmp_path: Path) -> None:
+    known = api.new_task_of_its_own()
+    run, step = known.split("/steps/")[0], known.split("/tasks/")[0]
+    names = st.one_of(
+        st.sampled_from(["..", "../..", "../../outside", "/tmp/x", "a/../../b", "_meta", "./x"]),
+        st.text(max_size=12),
+        st.lists(st.sampled_from(["..", ".", "", "a", "\0", "~"]), max_size=5).map("/".join),
+    )
+    outside = [p for p in all_paths(tmp_path) if project / ".metaflow" not in p.parents]
+
+    @settings(max_examples=60, deadline=None)
+    @given(names)
+    def write(name: str) -> None:
+        path = quote(name.encode("utf-8", "surrogatepass"), safe="")
+        for target, body in [
+            (f"/flows/{path}", {}),
+            ("/flows/Flow/run", {"run_number": name}),
+            (f"{run}/steps/{path}/step", {}),
+            (f"{step}/task", {"task_id": name}),
+            (f"{known}/metadata", [metadatum(name)]),
+            (f"{known}/artifact", [artifact(name)]),
+        ]:
+            assert api.post(target, body).status in (200, 400, 404, 409)
+
+    write()
+    assert outside == [p for p in all_paths(tmp_path) if project / ".metaflow" not in p.parents]
+    assert [p for p in all_paths(project / ".metaflow") if p.is_symlink()] == []
+
+
+# -- slow, stuck and many clients ------------------------------------------------------------------
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time limits that a test can wait for."""
+    for name in ("KEEP_ALIVE_SECONDS", "REQUEST_SECONDS", "SHUTDOWN_SECONDS"):
+        monkeypatch.setattr(mls, name, 0.3)
+    monkeypatch.setattr(mls, "TICK_SECONDS", 0.05)
+
+
+def stuck(api: Api, content: bytes) -> Wire:
+    """A client that sends this, then nothing more, and never reads."""
+    wire = Wire(api)
+    wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    wire.send(content)
+    return wire
+
+
+STUCK = {
+    "nothing": b"",
+    "half a line": b"GET /pi",
+    "half a head": b"GET /ping HTTP/1.1\r\nHost: loc",
+    "half a body": b"POST /flows/Stuck HTTP/1.1\r\nContent-Length: 9\r\n\r\n{",
+    "half a chunk": b"POST /flows/Stuck HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n9\r\n{",
+    "a request, and then nothing": b"GET /ping HTTP/1.1\r\n\r\n",
+    "a request, and never reads": b"GET /flows HTTP/1.1\r\n\r\n" * 1000,
+}
+
+
+@pytest.mark.parametrize("content", STUCK.values(), ids=list(STUCK))
+def test_a_stuck_client_costs_one_thread_for_a_while_and_holds_up_nobody(
+    store: mls.Store, impatient: None, content: bytes
+) -> None:
+    before = threading.active_count()
+    with served(store) as api, contextlib.ExitStack() as clients:
+        for n in range(50):
+            api.post(f"/flows/Flow{n}", {"tags": ["x" * 2000]})
+        api.close()
+        wires = [clients.enter_context(stuck(api, content)) for _ in range(8)]
+        assert eventually(lambda: threading.active_count() >= before + 8)
+        assert api.get("/ping").status == 200
+        api.close()
+        # What is left in the end are the two threads of the server itself.
+        assert eventually(lambda: threading.active_count() <= before + 2)
+        assert len(wires) == 8
+        assert api.get("/ping").status == 200
+
+
+@pytest.mark.parametrize("content", STUCK.values(), ids=list(STUCK))
+def test_stuck_clients_do_not_keep_the_service_from_stopping(
+    store: mls.Store, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    monkeypatch.setattr(mls, "SHUTDOWN_SECONDS", 0.1)
+    with contextlib.ExitStack() as clients:
+        with served(store) as api:
+            for n in range(50):
+                api.post(f"/flows/Flow{n}", {"tags": ["x" * 2000]})
+            clients.enter_context(stuck(api, content))
+            assert api.get("/ping").status == 200
+        assert refuses_connections(api)
+
+
+def refuses_connections(api: Api) -> bool:
+    try:
+        socket.create_connection((api.host, api.port), 5).close()
+    except ConnectionError:
+        return True
+    return False
+
+
+def test_a_connection_that_is_idle_is_closed(store: mls.Store, impatient: None) -> None:
+    with served(store) as api, Wire(api) as wire:
+        wire.send(http_request("GET /ping"))
+        assert wire.answer().status == 200
+        assert wire.answer() is None
+
+
+class Held:
+    """A method of the store that waits, once it is called, to be let go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, store: mls.Store, name: str) -> None:
+        self.is_called, self.go_on = threading.Event(), threading.Event()
+        self._method = getattr(store, name)
+        monkeypatch.setattr(store, name, self)
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.is_called.set()
+        assert self.go_on.wait(20)
+        return self._method(*arguments)
+
+
+def test_an_answer_may_take_its_time(
+    store: mls.Store, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(monkeypatch, store, "flows")
+    with served(store) as api, ThreadPoolExecutor() as pool:
+        answer = pool.submit(api.get, "/flows")
+        assert held.is_called.wait(20)
+        with Wire(api) as wire:  # once this one is overdue, so would the other be
+            assert wire.answer() is None
+        held.go_on.set()
+        assert answer.result().status == 200
+
+
+def test_requests_in_flight_are_answered_when_the_service_stops(
+    store: mls.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(monkeypatch, store, "create_flow")
+    with ThreadPoolExecutor() as pool:
+        with served(store) as api:
+            answer = pool.submit(api.post, "/flows/Flow")
+            assert held.is_called.wait(20)
+            pool.submit(lambda: eventually(lambda: refuses_connections(api)) and held.go_on.set())
+        reply = answer.result()
+    assert (reply.status, reply.headers["connection"]) == (200, "close")
+
+
+def test_connections_beyond_the_limit_are_told_so(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mls, "MOST_CONNECTIONS", 3)
+    with contextlib.ExitStack() as clients:
+        for _ in range(3):
+            wire = clients.enter_context(Wire(api))
+            wire.send(http_request("GET /ping"))
+            assert wire.answer().status == 200
+        reply = answer_to(api, "GET /ping")
+        assert (reply.status, reply.headers["connection"]) == (503, "close")
+        assert "too many connections" in reply.json["message"]
+    assert eventually(lambda: answer_to(api, "GET /ping").status == 200)
+
+
+def test_a_regular_expression_that_never_ends_holds_up_nobody(daemon: Api, cli: Cli) -> None:
+    task = daemon.new_task_of_its_own()
+    daemon.post(f"{task}/metadata", [metadatum("field", "a" * 50 + "!")])
+    step = task.rsplit("/tasks/", 1)[0]
+    pid = cli.status()["pid"]
+    with ThreadPoolExecutor() as pool, contextlib.ExitStack() as on_failure:
+        on_failure.callback(os.kill, pid, signal.SIGKILL)  # nothing else would end it
+        endless = pool.submit(
+            daemon.get, f"{step}/filtered_tasks?pattern={quote('^(a+)+$', safe='')}"
+        )
+        assert daemon.get("/ping").status == 200
+        assert endless.result().status == 400
+        on_failure.pop_all()
+
+
+# -- a machine that has run out of something -------------------------------------------------------
+
+
+def temporary_files(project: Path) -> list[Path]:
+    return all_paths(project / ".metaflow" / "metaflow-local-service.tmp")
+
+
+def records(project: Path) -> list[Any]:
+    """All files of the root that are JSON by name; all of them are by content."""
+    return [json.loads(path.read_bytes()) for path in (project / ".metaflow").rglob("*.json")]
+
+
+@pytest.fixture
+def disk(project: Path) -> Iterator[Path]:
+    """The project, on a file system of its own of half a megabyte."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(project)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("file systems cannot be mounted here")
+    (project / ".metaflow").mkdir()
+    yield project
+    subprocess.run(["umount", "-l", str(project)], check=True)
+
+
+def test_a_full_disk_costs_single_requests(disk: Path) -> None:
+    with served(mls.Store(str(disk))) as api:
+        task = api.new_task_of_its_own()
+        ballast = disk / "ballast"
+        with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as f:
+            while True:
+                f.write(b"x" * 4096)
+        run = task.split("/steps/")[0]
+        for reply in (
+            api.post(f"{task}/metadata", [metadatum("field")] * 3),
+            api.post(f"{task}/artifact", [artifact("name")] * 3),
+            api.post("/flows/Other"),
+            api.post("/flows/Flow/run"),
+            api.post(f"{run}/steps/end/step"),
+            api.post(f"{run}/steps/start/task"),
+            api.patch(f"{run}/tag/mutate", {"tags_to_add": ["tag"]}),
+        ):
+            assert (reply.status, list(reply.json)) == (507, ["message"])
+        assert api.get("/healthcheck").status == 503
+        before = records(disk)
+        assert len(before) == 4  # the flow, run, step and task
+        assert temporary_files(disk) == []
+        assert api.get(task).status == 200
+        ballast.unlink()
+        assert api.post(f"{task}/metadata", [metadatum("field")] * 3).status == 200
+        assert len(api.get(f"{task}/metadata").json) == 3
+        assert api.new_task(f"{run}/steps/start") and api.get("/healthcheck").status == 200
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, None])
+def test_a_write_that_ends_half_way_leaves_nothing(
+    api: Api, project: Path, monkeypatch: pytest.MonkeyPatch, error: int | None
+) -> None:
+    task = api.new_task_of_its_own()
+    before = all_paths(project)
+    write = os.write
+
+    def half(descriptor: int, content: bytes) -> int:
+        written = write(descriptor, content[: len(content) // 2])
+        if error is not None:
+            raise OSError(error, os.strerror(error))
+        return written
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", half)
+        assert api.post(f"{task}/metadata", [metadatum("field")] * 2).status == 507
+        assert api.post("/flows/Other").status == 507
+        assert api.post("/flows/Flow/run").status == 507
+    assert all_paths(project) == before
+    assert api.post("/flows/Other").status == 200
+
+
+def test_a_root_that_cannot_be_written_is_still_read(disk: Path) -> None:
+    with served(mls.Store(str(disk))) as api:
+        task = api.new_task_of_its_own()
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        for reply in (
+            api.post("/flows/Other"),
+            api.post(f"{task}/metadata", [metadatum("field")]),
+            api.post(f"{task}/heartbeat"),
+        ):
+            assert (reply.status, "Read-only" in reply.json["message"]) == (500, True)
+        assert api.get("/healthcheck").status == 503
+        assert api.get(task).status == 200
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+        assert api.post(f"{task}/metadata", [metadatum("field")]).status == 200
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_root_that_may_not_be_written_is_still_read(api: Api, project: Path) -> None:
+    api.new_flow()
+    (project / ".metaflow").chmod(0o500)
+    assert [api.post("/flows/Other").status, api.get("/flows/Flow").status] == [500, 200]
+    (project / ".metaflow").chmod(0o700)
+    assert api.post("/flows/Other").status == 200
+
+
+def test_a_root_that_vanishes_may_come_back(api: Api, project: Path) -> None:
+    task = api.new_task_of_its_own()
+    run = task.split("/steps/")[0]
+    (project / ".metaflow").rename(project / "away")
+    for reply in (
+        api.get("/flows"),
+        api.get("/flows/Flow"),
+        api.get(f"{run}/steps/end"),  # a 404 would be taken for an answer
+        api.get(f"{task}/metadata"),
+        api.post("/flows/Other"),
+        api.post(f"{task}/heartbeat"),
+        api.post(f"{task}/metadata", [metadatum("field")]),
+        api.patch(f"{run}/tag/mutate", {"tags_to_add": ["tag"]}),
+        api.get("/healthcheck"),
+    ):
+        assert (reply.status, list(reply.json)) == (503, ["message"])
+    assert not (project / ".metaflow").exists()
+    (project / "away").rename(project / ".metaflow")
+    assert api.post(f"{task}/metadata", [metadatum("field")]).status == 200
+    assert api.get("/flows/Flow").status == 200
+
+
+def test_too_many_open_files_cost_single_requests(cli: Cli) -> None:
+    limited = ["sh", "-c", 'ulimit -n 40 && exec "$@"', "sh", *cli.command("start")]
+    started = subprocess.run(limited, cwd=cli.folder, env=cli.environment, capture_output=True)
+    assert started.returncode == 0
+    with contextlib.closing(Api(cli.status()["url"])) as api, contextlib.ExitStack() as clients:
+        wires = [clients.enter_context(Wire(api)) for _ in range(60)]
+        for n, wire in enumerate(wires):
+            wire.send(http_request(f"POST /flows/F{n}", "Content-Length: 2", body=b"{}"))
+        replies: dict[str, int] = {}
+
+        def collect() -> bool:
+            """Answers come on as many connections as it could open, and not on the others."""
+            for n, wire in enumerate(wires):
+                wire.socket.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    if f"F{n}" not in replies and wire.socket.recv(1, socket.MSG_PEEK):
+                        wire.socket.settimeout(30)
+                        replies[f"F{n}"] = wire.answer().status
+            return 503 in replies.values()
+
+        assert eventually(collect)
+        assert set(replies.values()) <= {200, 503}
+        clients.close()
+        stored = {name for name, status in replies.items() if status == 200}
+        assert eventually(lambda: api.post("/flows/Later").status in (200, 409))
+        listed = {flow["flow_id"] for flow in api.get("/flows").json}
+        assert stored <= listed
+        assert not listed & {name for name, status in replies.items() if status == 503}
+
+
+SPOILERS: dict[str, Any] = {  # what stands in the place of a record instead
+    "truncated": lambda path, content: path.write_bytes(content[:-5]),
+    "empty": lambda path, content: path.write_bytes(b""),
+    "zeros": lambda path, content: path.write_bytes(bytes(100)),
+    "another shape": lambda path, content: path.write_bytes(b"[1]"),
+    "no fields": lambda path, content: path.write_bytes(b"{}"),
+    "absurdly deep": lambda path, content: path.write_bytes(b"[" * 100_000),
+    "text for a number": lambda path, content: path.write_bytes(
+        json.dumps({**json.loads(content), "ts_epoch": "yesterday"}).encode()
+    ),
+    "folder": lambda path, content: path.mkdir(),
+    "link": lambda path, content: path.symlink_to(path),
+    "pipe": lambda path, content: os.mkfifo(path),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILERS)
+@pytest.mark.parametrize("kind", ["run", "task", "metadata", "artifact"])
+def test_a_spoiled_file_is_left_out_and_named_and_the_rest_is_served(
+    api: Api, project: Path, caplog: pytest.LogCaptureFixture, kind: str, spoil: str
+) -> None:
+    flow = api.new_flow()
+    run = api.new_run(flow)
+    api.new_run(flow, run_number="other")
+    task = api.new_task(api.new_step(run))
+    api.new_task(f"{run}/steps/start")
+    api.post(f"{task}/metadata", [metadatum("first"), metadatum("second")])
+    api.post(f"{task}/artifact", [artifact("first"), artifact("second")])
+    folder = project.joinpath(".metaflow", *task.split("/")[2::2])
+    listing, pattern = {
+        "run": (f"{flow}/runs", f"{project}/.metaflow/Flow/other/_meta/_self.json"),
+        "task": (f"{run}/steps/start/tasks", f"{folder}/_meta/_self.json"),
+        "metadata": (f"{task}/metadata", f"{folder}/_meta/sysmeta_first_*.json"),
+        "artifact": (f"{task}/artifacts", f"{folder}/_meta/0_artifact_first.json"),
+    }[kind]
+    (path,) = Path("/").glob(pattern[1:])
+    assert len(api.get(listing).json) == 2
+    content = path.read_bytes()
+    path.unlink()
+    SPOILERS[spoil](path, content)
+    reply = api.get(listing)
+    assert reply.status == 200
+    assert len(reply.json) == 1
+    assert str(path) in caplog.text
+    assert os.path.lexists(path)
+    path.rmdir() if path.is_dir() else path.unlink()
+    path.write_bytes(content)
+    assert len(api.get(listing).json) == 2
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("of", ["the file", "its folder"])
+def test_what_may_not_be_read_is_left_out_until_it_may(api: Api, project: Path, of: str) -> None:
+    flow = api.new_flow()
+    api.new_run(flow)
+    spoiled = project.joinpath(".metaflow", *api.new_run(flow).split("/")[2::2], "_meta")
+    if of == "the file":
+        spoiled /= "_self.json"
+        os.utime(spoiled)  # or what is in memory of it would do
+    mode = spoiled.stat().st_mode
+    spoiled.chmod(0)
+    reply = api.get(f"{flow}/runs")
+    assert (reply.status, len(reply.json)) == (200, 1)
+    spoiled.chmod(mode)
+    assert len(api.get(f"{flow}/runs").json) == 2
+
+
+# -- time ------------------------------------------------------------------------------------------
+
+
+def test_a_time_zone_changes_nothing(cli: Cli) -> None:
+    assert cli("start", TZ="Asia/Tokyo").returncode == 0
+    with contextlib.closing(Api(cli.status()["url"])) as api:
+        task = api.new_task_of_its_own()
+        api.post(f"{task}/heartbeat")
+        run = api.get(task.split("/steps/")[0]).json
+        assert abs(run["ts_epoch"] / 1000 - time.time()) < 3000
+        assert abs(run["last_heartbeat_ts"] - time.time()) < 3000
+        assert abs(api.get(task).json["last_heartbeat_ts"] - time.time()) < 3000
+        assert len(api.get("/flows/Flow/runs?status=running").json) == 1
+        assert api.get("/flows/Flow/runs?status=failed").json == []
+
+
+def test_ids_increase_also_when_the_clock_goes_back(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (project / ".metaflow").mkdir()
+    now = time.time_ns()
+    ids = []
+    for hours in (0, 1, 5):
+        monkeypatch.setattr(time, "time_ns", lambda hours=hours: now - hours * 3_600 * 10**9)
+        with served(mls.Store(str(project))) as api:  # as after a restart
+            flow = "/flows/Flow" if ids else api.new_flow()
+            ids += [api.post(f"{flow}/run").json["run_number"] for _ in range(3)]
+            monkeypatch.setattr(time, "time_ns", lambda: now - 9_000 * 10**9)
+            ids += [api.post(f"{flow}/run").json["run_number"] for _ in range(3)]
+    assert ids == sorted(set(ids))
+
+
+# -- nothing lost ----------------------------------------------------------------------------------
+
+FLOW_OF_LOCAL_MODE = textwrap.dedent(
+    """
+    import os, time
+    from metaflow import FlowSpec, step
+
+    class Flow(FlowSpec):
+        @step
+        def start(self):
+            open("is-running", "w").close()
+            while not os.path.exists("go-on"):
+                time.sleep(0.02)
+            self.value = 42
+            self.next(self.end)
+
+        @step
+        def end(self):
+            pass
+
+    if __name__ == "__main__":
+        Flow()
+    """
+)
+
+
+class RunningFlow:
+    """A run of a real flow, which waits in its first step to be told to go on."""
+
+    def __init__(self, cli: Cli, *prefix: str, **environment: str) -> None:
+        self._folder = cli.folder
+        (cli.folder / "flow.py").write_text(FLOW_OF_LOCAL_MODE)
+        self._process = subprocess.Popen(
+            [*prefix, sys.executable, "flow.py", "run"],
+            cwd=cli.folder,
+            env={**cli.environment, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def __enter__(self) -> RunningFlow:
+        is_running = self._folder / "is-running"
+        assert eventually(lambda: is_running.exists() or self._process.poll() is not None, 60)
+        assert is_running.exists(), self._process.communicate()[0]
+        return self
+
+    def go_on(self) -> None:
+        (self._folder / "go-on").touch()
+
+    def __exit__(self, *_: object) -> None:
+        self.go_on()
+        self.output, _ = self._process.communicate(timeout=90)
+        self.exit_code = self._process.returncode
+
+
+def by_local_mode(project: Path, what: str, *ids: str) -> list[dict[str, Any]]:
+    """The runs, steps, tasks, metadata or artifacts of an object, as local mode reads them."""
+    parents = ["root", "flow", "run", "step", "task"]
+    provider = mls.local_metadata_provider(str(project))
+    attempt = 0 if what == "artifact" else None
+    return list(provider.get_object(parents[len(ids)], what, {}, attempt, *ids) or ())
+
+
+def ids_in(path: str) -> list[str]:
+    return path.split("/")[2::2]
+
+
+def test_64_clients_at_once_lose_nothing(api: Api, cli: Cli, project: Path) -> None:
+    run = api.new_run(api.new_flow())
+    steps = [api.new_step(run, name) for name in ("start", "middle", "end")]
+
+    def work(number: int) -> list[str]:
+        tasks = []
+        for step in steps:
+            task = api.new_task(step)
+            for field in ("a", "b"):
+                rows = [metadatum(field, str(number)) for _ in range(2)]
+                assert api.post(f"{task}/metadata", rows).json == {"metadata_created": 2}
+            rows = [artifact(name) for name in ("x", "y", "z")]
+            assert api.post(f"{task}/artifact", rows).json == {"artifacts_created": 3}
+            tasks.append(task)
+        api.close()
+        return tasks
+
+    with RunningFlow(cli, METAFLOW_DEFAULT_METADATA="local") as local_mode:
+        with ThreadPoolExecutor(64) as pool:
+            tasks = [task for made in pool.map(work, range(64)) for task in made]
+        local_mode.go_on()
+    assert local_mode.exit_code == 0, local_mode.output
+    assert sorted(int(ids_in(task)[-1]) for task in tasks) == list(range(1, 3 * 64 + 1))
+    metadata = api.get(f"{run}/metadata").json
+    assert len(metadata) == len({datum["id"] for datum in metadata}) == len(tasks) * 4
+    assert len(api.get(f"{run}/artifacts").json) == len(tasks) * 3
+    assert len(api.get("/flows/Flow/runs").json) == 2
+    for task in tasks:
+        fields = [m["field_name"] for m in by_local_mode(project, "metadata", *ids_in(task))]
+        assert sorted(fields) == ["a", "a", "b", "b"]
+        names = [a["name"] for a in by_local_mode(project, "artifact", *ids_in(task))]
+        assert sorted(names) == ["x", "y", "z"]
+
+
+def test_32_clients_that_change_the_tags_of_a_run_lose_no_change(
+    api: Api, cli: Cli, project: Path
+) -> None:
+    gone = [f"gone-{n}" for n in range(32)]
+    run = api.new_run(api.new_flow(), tags=["stays", *gone])
+
+    def change(number: int) -> None:
+        for n in range(5):
+            tags = {"tags_to_add": [f"{number}-{n}"], "tags_to_remove": [gone[number]]}
+            assert api.patch(f"{run}/tag/mutate", tags).status == 200
+        api.close()
+
+    with RunningFlow(cli, METAFLOW_DEFAULT_METADATA="local") as local_mode:
+        with ThreadPoolExecutor(32) as pool:
+            list(pool.map(change, range(32)))
+        local_mode.go_on()
+    assert local_mode.exit_code == 0, local_mode.output
+    wanted = {"stays", *(f"{number}-{n}" for number in range(32) for n in range(5))}
+    tags = api.get(run).json["tags"]
+    assert (set(tags), len(tags)) == (wanted, len(wanted))
+    (read,) = (r for r in by_local_mode(project, "run", "Flow") if r["run_number"] in run)
+    assert set(read["tags"]) == wanted
+
+
+class Told:
+    """What clients have been told is stored."""
+
+    def __init__(self) -> None:
+        self.runs: list[str] = []
+        self.tasks: list[str] = []
+        self.rows: list[tuple[str, str, str]] = []  # the list that must have it, a key, its value
+        self.heartbeats: dict[str, int] = {}
+        self.tags: list[str] = []
+
+    def keep_writing(self, api: Api, run: str) -> None:
+        """Write to a run, and more, until the service is gone."""
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            for number in itertools.count():
+                task = api.new_task(f"{run}/steps/start")
+                self.tasks.append(task)
+                rows = [metadatum(f"{name}-{number}") for name in "ab"]
+                assert api.post(f"{task}/metadata", rows).status == 200
+                self.rows += [(f"{task}/metadata", "field_name", r["field_name"]) for r in rows]
+                rows = [artifact(f"{name}{number}") for name in "xy"]
+                assert api.post(f"{task}/artifact", rows).status == 200
+                self.rows += [(f"{task}/artifacts", "name", row["name"]) for row in rows]
+                now = int(time.time())
+                assert api.post(f"{task}/heartbeat").status == 200
+                self.heartbeats[task] = now
+                tag = f"{threading.get_ident()}-{time.time_ns()}"
+                assert api.patch(f"{run}/tag/mutate", {"tags_to_add": [tag]}).status == 200
+                self.tags.append(tag)
+                self.runs.append(api.new_run("/flows/Flow"))
+        api.close()
+
+    def check(self, api: Api, project: Path, run: str) -> None:
+        """Whether all of it is there, through the service and through local mode."""
+        assert len(set(self.tasks)) == len(self.tasks)
+        assert len(set(self.runs)) == len(self.runs)
+        assert set(self.tags) <= set(api.get(run).json["tags"])
+        assert {*self.runs} <= {
+            f"/flows/Flow/runs/{r['run_number']}" for r in api.get("/flows/Flow/runs").json
+        }
+        local_runs = by_local_mode(project, "run", "Flow")
+        assert {*self.runs} <= {f"/flows/Flow/runs/{r['run_number']}" for r in local_runs}
+        (local_run,) = (r for r in local_runs if str(r["run_number"]) == ids_in(run)[-1])
+        assert set(self.tags) <= set(local_run["tags"])
+        for task in self.tasks:
+            heartbeat = api.get(task).json["last_heartbeat_ts"]
+            assert (heartbeat or 0) >= self.heartbeats.get(task, 0)
+        for listing, rows in itertools.groupby(sorted(self.rows), lambda row: row[0]):
+            task, _, kind = listing.rpartition("/")
+            here = api.get(listing).json
+            there = by_local_mode(project, kind.rstrip("s"), *ids_in(task))
+            for _, key, value in rows:
+                assert value in [row[key] for row in here]
+                assert value in [row[key] for row in there]
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there, and not only waits for its end to be noticed."""
+    ps = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    return ps.stdout.strip()[:1] not in ("", "Z")
+
+
+@pytest.mark.skipif(not shutil.which("ps"), reason="there is no ps here")
+def test_what_was_acknowledged_outlives_a_kill_at_any_moment(cli: Cli, project: Path) -> None:
+    """As often as KILLS says; with -s, prints how much there was to lose."""
+    kills, acknowledged = int(os.environ.get("KILLS", "5")), 0
+    assert cli("start").returncode == 0
+    service = cli.status()
+    api = Api(service["url"])
+    run = api.new_run(api.new_flow())
+    api.new_step(run)
+    everything = Told()
+    for _ in range(kills):
+        told = Told()
+        with ThreadPoolExecutor(4) as pool:
+            clients = [pool.submit(told.keep_writing, api, run) for _ in range(4)]
+            time.sleep(random.uniform(0, 0.5))
+            os.kill(service["pid"], signal.SIGKILL)
+        for client in clients:
+            client.result()
+        assert eventually(lambda pid=service["pid"]: not is_running(pid))
+        api.close()
+        restarted = cli("start", "--port", service["port"])
+        assert restarted.returncode == 0, restarted.stderr
+        service = cli.status()
+        told.check(api, project, run)
+        assert temporary_files(project) == []
+        everything.tasks += told.tasks
+        everything.runs += told.runs
+        everything.tags += told.tags
+        acknowledged += sum(map(len, (told.tasks, told.runs, told.rows, told.tags)))
+    everything.check(api, project, run)
+    on_disk = len(records(project))  # each of which can be read
+    api.close()
+    assert cli("run", "true").returncode == 0
+    print(f"{kills} kills, {acknowledged} acknowledged records, {on_disk} files")
+    assert acknowledged > kills or kills < 5
+
+
+def test_a_flow_survives_its_service(cli: Cli, daemon: Api) -> None:
+    with RunningFlow(
+        cli, METAFLOW_SERVICE_URL=daemon.url, METAFLOW_DEFAULT_METADATA="service"
+    ) as flow:
+        os.kill(cli.status()["pid"], signal.SIGKILL)
+        flow.go_on()  # from here on the flow asks a service that is not there
+        assert eventually(lambda: refuses_connections(daemon))
+        daemon.close()
+        restarted = cli("start", "--port", daemon.port)
+        assert restarted.returncode == 0, restarted.stderr
+    assert flow.exit_code == 0, flow.output
+    (run,) = daemon.get("/flows/Flow/runs?status=completed").json
+    steps = daemon.get(f"/flows/Flow/runs/{run['run_number']}/steps").json
+    assert {step["step_name"] for step in steps} == {"_parameters", "start", "end"}
+
+
+# -- nothing left ----------------------------------------------------------------------------------
+
+
+def traces(cli: Cli) -> list[str]:
+    """What a service has made and not removed, but for its log."""
+    left = [*all_paths(cli.folder / ".metaflow"), *all_paths(cli.home / "services")]
+    return [path.name for path in left if path.name != "metaflow-local-service.log"]
+
+
+@pytest.mark.skipif(not shutil.which("ps"), reason="there is no ps here")
+@pytest.mark.parametrize("how", ["stop", "SIGTERM", "idle", "root removed"])
+def test_a_service_that_has_stopped_leaves_nothing(cli: Cli, how: str) -> None:
+    command = ["start"] if how == "root removed" else ["run", "true"]
+    timeout = 1 if how in ("idle", "root removed") else 60
+    assert cli(command[0], "--idle-timeout", timeout, *command[1:]).returncode == 0
+    (pidfile,) = cli.folder.glob(".metaflow/*.pid")
+    pid = json.loads(pidfile.read_text())["pid"]
+    if how == "stop":
+        assert cli("stop").returncode == 0
+        assert traces(cli) == []
+    elif how == "SIGTERM":
+        os.kill(pid, signal.SIGTERM)
+    elif how == "root removed":
+        shutil.rmtree(cli.folder / ".metaflow")
+    assert eventually(lambda: not is_running(pid))
+    assert traces(cli) == []
+
+
+def test_a_start_that_fails_leaves_nothing(cli: Cli) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        failed = cli("start", "--port", taken.getsockname()[1])
+    assert (failed.returncode, "Cannot listen on" in failed.stderr) == (1, True)
+    assert traces(cli) == []
+    (cli.folder / ".metaflow" / "metaflow-local-service.log").mkdir()
+    failed = cli("start")
+    assert (failed.returncode, "The service cannot start" in failed.stderr) == (1, True)
+    assert traces(cli) == []
+
+
+def test_a_start_without_a_metaflow_that_works_leaves_nothing(cli: Cli, tmp_path: Path) -> None:
+    broken = tmp_path / "broken" / "metaflow"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('it is broken')")
+    failed = cli("start", PYTHONPATH=str(broken.parent))
+    assert (failed.returncode, "it is broken" in failed.stderr) == (1, True)
+    assert eventually(lambda: traces(cli) == [])
+    assert cli("start").returncode == 0
+
+
+# -- another machine -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other_machine() -> Iterator[tuple[list[str], str]]:
+    """How to run a command where only a network leads here, and our address in that network."""
+    name = f"mls{os.getpid()}"
+    ours, theirs = (f"198.18.{os.getpid() // 64 % 256}.{os.getpid() % 64 * 4 + n}" for n in (1, 2))
+    there = ["ip", "netns", "exec", name]
+
+    def ip(*words: str) -> bool:
+        return subprocess.run(["ip", *words], capture_output=True).returncode == 0
+
+    if not shutil.which("ip") or not ip("netns", "add", name):
+        pytest.skip("network namespaces cannot be made here (ip netns add)")
+    try:
+        for words in (
+            ["link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name],
+            ["addr", "add", f"{ours}/30", "dev", name],
+            ["link", "set", name, "up"],
+            ["-n", name, "addr", "add", f"{theirs}/30", "dev", "eth0"],
+            ["-n", name, "link", "set", "eth0", "up"],
+        ):
+            if not ip(*words):
+                pytest.skip(f"two network namespaces cannot be joined here (ip {' '.join(words)})")
+        yield there, ours
+    finally:
+        ip("netns", "del", name)
+
+
+def test_a_worker_on_another_machine_runs_its_tasks_with_the_key_and_not_without(
+    cli: Cli, other_machine: tuple[list[str], str]
+) -> None:
+    there, address = other_machine
+    assert cli("start", "--host", address, "--generate-key").returncode == 0
+    url = cli.status()["url"]
+    exports = [line.partition("=") for line in cli("env").stdout.splitlines()]
+    told = {name.replace("export ", ""): value for name, _, value in exports}
+    assert told["METAFLOW_SERVICE_URL"] == url == f"http://{address}:{urlsplit(url).port}"
+    cli.folder.joinpath("go-on").touch()
+    with RunningFlow(cli, *there, **told) as flow:
+        pass
+    assert flow.exit_code == 0, flow.output
+    key = {"x-api-key": told["METAFLOW_SERVICE_AUTH_KEY"]}
+    with contextlib.closing(Api(url)) as api:
+        assert len(api.get("/flows/Flow/runs?status=completed", **key).json) == 1
+        assert api.get("/flows").status == 401
+    del told["METAFLOW_SERVICE_AUTH_KEY"]
+    ask = "import sys, urllib.request as r; r.urlopen(sys.argv[1] + '/ping', timeout=20)"
+    refused = subprocess.run(
+        [*there, sys.executable, "-c", ask, url], capture_output=True, text=True, timeout=60
+    )
+    assert "HTTP Error 401" in refused.stderr
 
 
 # ==================================================================================================
