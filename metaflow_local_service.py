@@ -56,7 +56,7 @@ import textwrap
 import threading
 import time
 import urllib.parse
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from re import Match, Pattern
 from types import SimpleNamespace
@@ -1630,6 +1630,11 @@ def sends_heartbeats(system_tags: Sequence[object] | None) -> bool:
     return version >= (2, 2, 12) or (1, 14, 0) <= version < (2, 0, 0)
 
 
+REGEX_PIECE = re.compile(
+    r"\\.|\[\^?\]?(?:\\.|[^]\\])*\]|\(\?[A-Za-z]+\)|\(\?(?:<?[=!]|P?<\w+>|[A-Za-z]*:)|.", re.DOTALL
+)
+"""An escape, a class, the beginning of a group, or a single character."""
+
 ESCAPES = {r"\y": r"\b", r"\Y": r"\B", r"\m": r"\b(?=\w)", r"\M": r"\b(?<=\w)", r"\b": r"\x08"}
 
 
@@ -1644,51 +1649,46 @@ def postgres_regex(pattern: str) -> Pattern[str]:
         piece = match.group()
         return r"\Z" if piece == "$" else ESCAPES.get(piece, piece)
 
-    pieces = re.compile(r"\\.|\[\^?\]?(?:\\.|[^]\\])*\]|.", re.DOTALL)
     try:
-        return re.compile(pieces.sub(translate, pattern), re.DOTALL)
+        return re.compile(REGEX_PIECE.sub(translate, pattern), re.DOTALL)
     except (re.error, RecursionError, OverflowError) as error:
         raise BadQuery(f"{pattern!r} is not a regular expression: {error}.") from None
 
 
-PATTERN_SECONDS = 2.0
-QUICK_STEPS = 10**7
-"""What Python's backtracking may take in this process, where it holds up every other request."""
-
-SEARCH = """\
-import json, re, sys
-pattern, flags, texts = json.load(sys.stdin)
-print(json.dumps([text for text in texts if re.search(pattern, text, flags)]))
-"""
+MOST_STEPS = 10**8
+"""What a search may take at most, in steps of Python's matcher: it holds up every other request."""
 
 
-def is_quick(pattern: str, longest: int) -> bool:
-    """Whether a search in a text of that length is over soon: no repeats in repeats, and few."""
-    repeats = len(re.findall(r"[*+?{]", pattern))
-    return not re.search(r"\)[*+?{]", pattern) and (longest + 1) ** (repeats + 1) <= QUICK_STEPS
+def found_in(pattern: Pattern[str], texts: Collection[str]) -> set[str]:
+    """Those of the texts in which a pattern is found; BadQuery where that could take too long.
 
-
-def found_in(pattern: Pattern[str], texts: Iterable[str]) -> frozenset[str]:
-    """Those of the texts in which a pattern is found; BadQuery where that takes too long.
-
-    PostgreSQL's patterns take a time in proportion to the text, Python's sometimes for ever.
+    PostgreSQL searches in a time in proportion to the text. Python tries all ways to share a text
+    out between the repeats of a pattern, and cannot be interrupted.
     """
-    texts = frozenset(texts)
-    if is_quick(pattern.pattern, max(map(len, texts), default=0)):
-        return frozenset(filter(pattern.search, texts))
-    import subprocess
+    if most_steps(pattern.pattern, max(map(len, texts), default=0)) > MOST_STEPS:
+        raise BadQuery(f"{pattern.pattern!r} repeats too much to be searched for in such values.")
+    return set(filter(pattern.search, texts))
 
-    try:
-        search = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", SEARCH],
-            input=json.dumps([pattern.pattern, pattern.flags, list(texts)]).encode(),
-            stdout=subprocess.PIPE,
-            timeout=PATTERN_SECONDS,
-            check=True,
-        )
-    except subprocess.TimeoutExpired:
-        raise BadQuery(f"To search for {pattern.pattern!r} takes too long.") from None
-    return frozenset(json.loads(search.stdout))
+
+def most_steps(pattern: str, longest: int) -> float:
+    """How many steps a search in a text of that length can take, at a rough guess upwards."""
+    starts, optional = 1, 0  # a search may begin anywhere, and each repeat end anywhere
+    branching = [False]  # whether there is a choice in each of the open groups
+    closed = False  # whether the last piece was the end of a group with a choice in it
+    for piece in REGEX_PIECE.findall(pattern):
+        if closed and piece in ("*", "+", "{"):
+            return math.inf
+        closed = False
+        if piece.startswith("("):
+            branching.append(False)
+        elif piece == ")" and len(branching) > 1:
+            closed = branching.pop()
+            branching[-1] = branching[-1] or closed
+        elif piece in ("*", "+", "{", "?", "|"):
+            starts += piece in ("*", "+", "{")
+            optional += piece == "?"
+            branching[-1] = True
+    return float(longest + 1) ** starts * 2.0**optional
 
 
 # ==================================================================================================
@@ -2148,7 +2148,7 @@ def filter_tasks(store: Store, request: Request, flow: str, run: str, step: str)
         ("/".join(ids), {value_text(m) for m in metadata if field in (None, "", m["field_name"])})
         for ids, metadata in below
     ]
-    found = found_in(pattern, (value for _, values in tasks for value in values))
+    found = found_in(pattern, {value for _, values in tasks for value in values})
     return as_json([task for task, values in tasks if values & found])
 
 
@@ -2916,9 +2916,9 @@ class Index:
     def __init__(self, folder: str) -> None:
         """Failure where the folder belongs to somebody else."""
         self.folder = folder
-        status = stat_of(folder)
-        if status is not None and status.st_uid != os.geteuid():
-            raise Failure(f"{folder} belongs to another user.")
+        with contextlib.suppress(OSError):
+            if os.stat(folder).st_uid != os.geteuid():
+                raise Failure(f"{folder} belongs to another user.")
 
     def add(self, root: str) -> None:
         with contextlib.suppress(OSError):
@@ -2929,18 +2929,22 @@ class Index:
         remove_file(self._link(root))
 
     def services(self) -> list[Service]:
-        """All running services that it knows, by root; links to others are removed."""
+        """All running services that it knows, by root; links to others are removed.
+
+        A root that cannot be looked at is passed over.
+        """
         found = []
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with contextlib.suppress(OSError):
             for name in os.listdir(self.folder):
                 link = os.path.join(self.folder, name)
                 if name.endswith(".pid") and os.path.islink(link):
                     root = os.path.dirname(os.path.dirname(os.readlink(link)))
-                    service = find_service(root)
-                    if service is None:
-                        remove_file(link)
-                    else:
-                        found.append(service)
+                    with contextlib.suppress(Failure):
+                        service = find_service(root)
+                        if service is None:
+                            remove_file(link)
+                        else:
+                            found.append(service)
         return sorted(found, key=lambda service: service.root)
 
     def _link(self, root: str) -> str:
@@ -3015,8 +3019,6 @@ def _launch(options: Options) -> Service:
     """Start a service in the background. Under the exclusive `registry_lock`."""
     lock, server = _bind(options)
     reader, writer = os.pipe()
-    sys.stdout.flush()
-    sys.stderr.flush()
     child = os.fork()
     if child == 0:
         _become_daemon(options, lock, server, writer)
@@ -3041,7 +3043,7 @@ def _bind(options: Options) -> tuple[LockedFile, Server]:
     assert lock is not None  # it was waited for, which takes no time under the registry lock
     try:
         return lock, Server(options.host, options.port, options.key)
-    except (OSError, OverflowError) as error:
+    except (OSError, TypeError) as error:  # TypeError: the host is no name at all
         reason = error.strerror if isinstance(error, OSError) else str(error)
         remove_file(lock.path)
         lock.release()
@@ -3141,10 +3143,11 @@ class Daemon:
     def _open(self) -> MetadataService | BrokenService:
         try:
             return MetadataService(Store(self._options.root))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             log.exception("cannot start")
             self._idle_timeout = BROKEN_IDLE_TIMEOUT
-            return BrokenService(f"{PROGRAM} cannot start: {error}.")
+            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+            return BrokenService(f"The service cannot start: {reason}.")
 
     def _is_wanted(self, idle_seconds: float) -> bool:
         if not self._owns_root():
@@ -3171,7 +3174,8 @@ class Daemon:
 
     def _announce_stop(self) -> None:
         """Let those who look for a service wait until this one is gone."""
-        with contextlib.suppress(OSError, Failure):  # the pidfile may be gone, with the root
+        suppressed = contextlib.suppress(OSError, Failure)  # the pidfile may be gone, with the root
+        with suppressed, registry_lock(self._options.root, fcntl.LOCK_EX):
             service = read_pidfile(self._lock.path)
             self._lock.write(json.dumps(service._replace(is_stopping=True)._asdict()))
 
@@ -3259,8 +3263,15 @@ def command(
     return declare
 
 
+def current_folder() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        raise Failure("The current folder is not there any more.") from None
+
+
 def chosen_root(arguments: Arguments) -> str:
-    return root_folder(arguments.root, os.environ, os.getcwd())
+    return root_folder(arguments.root, os.environ, current_folder())
 
 
 def chosen_options(arguments: Arguments, idle_timeout: float = DEFAULT_IDLE_TIMEOUT) -> Options:
@@ -3513,7 +3524,9 @@ def do_demo(arguments: Arguments) -> None:
     """
     import subprocess
 
-    folder = os.path.abspath(arguments.folder)
+    called = os.path.abspath(sys.argv[0])
+    program = f"{sys.executable} {called}" if called.endswith(".py") else called
+    folder = os.path.normpath(os.path.join(current_folder(), arguments.folder))
     flow = os.path.join(folder, "demo_flow.py")
     try:
         os.makedirs(folder, exist_ok=True)
@@ -3535,11 +3548,11 @@ def do_demo(arguments: Arguments) -> None:
     )
     if ran.returncode != 0:
         raise Failure("The demo flow failed; what it said is above.", ran.returncode)
-    print_recorded(service, folder)
+    print_recorded(service, folder, program)
     lease.release()
 
 
-def print_recorded(service: Service, folder: str) -> None:
+def print_recorded(service: Service, folder: str, program: str) -> None:
     """Say what the service has of the newest run of the demo, and what one can do with it."""
 
     def ask_json(path: str) -> Any:
@@ -3555,11 +3568,11 @@ The service at {service.url} keeps it in {datastore_folder(service.root)},
 where local mode reads it too.
 
 Try next, in {folder}:
-    {PROGRAM} run python demo_flow.py run --count 10
-    {PROGRAM} run python demo_flow.py tag list --run-id {run}
-    METAFLOW_DEFAULT_METADATA=local python demo_flow.py tag list --run-id {run}
+    {program} run {sys.executable} demo_flow.py run --count 10
+    {program} run {sys.executable} demo_flow.py tag list --run-id {run}
+    METAFLOW_DEFAULT_METADATA=local {sys.executable} demo_flow.py tag list --run-id {run}
     curl {service.url}/flows/DemoFlow/runs
-    {PROGRAM} status"""
+    {program} status"""
     )
 
 
@@ -3657,12 +3670,25 @@ def add_service_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def prepare_standard_streams() -> None:
+    """Open what is closed of stdin, stdout and stderr, so that no file of ours takes its number.
+
+    What `run` becomes does not inherit them. Names of folders are printed even if they are no text.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")
+
+
 def main() -> NoReturn:
     """Do what the command line says; what cannot be done is one line on stderr."""
+    prepare_standard_streams()
     try:
         arguments = make_parser().parse_args()
         arguments.function(arguments)
-        sys.stdout.flush()
+        print(end="", flush=True)  # sys.stdout is None where it was closed
     except Failure as failure:
         print(f"{PROGRAM}: {failure}", file=sys.stderr)
         raise SystemExit(failure.exit_code) from None

@@ -7,22 +7,29 @@ folders is read or written, and no process outlives its test.
 
 from __future__ import annotations
 
+import ast
 import base64
 import contextlib
 import errno
+import fcntl
+import functools
 import http.client
+import importlib.metadata
 import itertools
 import json
 import logging
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
 import stat
 import subprocess
+import symtable
 import sys
+import tarfile
 import textwrap
 import threading
 import time
@@ -310,6 +317,152 @@ def eventually(condition: Any, seconds: float = 20) -> bool:
 def all_paths(folder: Path) -> Sequence[Path]:
     """Every file and folder below a folder."""
     return sorted(folder.rglob("*"))
+
+
+# ==================================================================================================
+# The source: what can be said of it without running it (`pytest -m structural`)
+# ==================================================================================================
+
+REPOSITORY = MODULE.parent
+SOURCE = MODULE.read_text(encoding="utf-8")
+SUBCOMMANDS = re.findall(r"^def do_(\w+)", SOURCE, re.MULTILINE)
+
+LAYERS = ("Settings", "Store", "Queries", "API", "Server", "Registry", "Daemon", "Commands")
+PROCESSES = {"argparse", "select", "signal", "subprocess"}
+NETWORK = {"http", "socket", "socketserver"}
+FOREIGN = {
+    **dict.fromkeys(("Settings", "Store", "Queries", "API"), PROCESSES | NETWORK),
+    "Server": {"argparse", "fcntl", "subprocess"},
+    "Registry": NETWORK | {"argparse"},
+    "Daemon": {"argparse"},
+}
+
+
+class Statement(NamedTuple):
+    """A statement at the top level of the module."""
+
+    layer: str | None  # None above the first banner
+    tree: ast.stmt
+    defined: set[str]
+    used: set[str]  # names of the module, of its imports and of Python itself
+    imported: set[str]  # the modules, wherever the import stands
+
+
+@functools.cache
+def banners() -> dict[str, int]:
+    """The titles of the layers, and the lines in which they stand."""
+    found = re.finditer(r"^# =+\n# (\w+): .+\n# =+$", SOURCE, re.MULTILINE)
+    return {banner[1]: SOURCE.count("\n", 0, banner.start()) for banner in found}
+
+
+@functools.cache
+def statements() -> list[Statement]:
+    """The module, statement by statement; annotations count as uses."""
+    found = []
+    for tree in ast.parse(SOURCE).body:
+        above = [layer for layer, line in banners().items() if line < tree.lineno]
+        top = symtable.symtable(ast.unparse(tree), "", "exec")
+        used = {symbol.get_name() for symbol in top.get_symbols() if symbol.is_referenced()}
+        tables = top.get_children()
+        for table in tables:  # which grows meanwhile
+            tables += table.get_children()
+            used |= {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
+        imported = {
+            name.partition(".")[0]
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+            for name in (getattr(node, "module", None) or alias.name for alias in node.names)
+        }
+        defined = {symbol.get_name() for symbol in top.get_symbols() if symbol.is_assigned()}
+        found.append(Statement(above[-1] if above else None, tree, defined, used, imported))
+    return found
+
+
+def text_of(name: str) -> str:
+    return (REPOSITORY / name).read_text(encoding="utf-8")
+
+
+@structural
+def test_the_layers_stand_in_their_order_as_the_docstring_lists_them() -> None:
+    docstring = ast.get_docstring(ast.parse(SOURCE))
+    listed = re.findall(r"^    ([A-Z]\w+) {2,}\w", docstring, re.MULTILINE)
+    assert tuple(listed) == tuple(banners()) == LAYERS
+
+
+@structural
+def test_a_layer_names_only_what_is_defined_above_it_or_in_it() -> None:
+    height = {layer: number for number, layer in enumerate((None, *LAYERS))}
+    defining = {name: s.layer for s in statements() for name in s.defined}
+    assert not [
+        f"{s.layer} names {name} of {defining[name]}"
+        for s in statements()
+        for name in s.used & defining.keys()
+        if height[defining[name]] > height[s.layer]
+    ]
+
+
+@structural
+@pytest.mark.parametrize("layer", FOREIGN)
+def test_a_layer_knows_nothing_of_what_is_not_its_business(layer: str) -> None:
+    known = (s.used | s.imported for s in statements() if s.layer == layer)
+    assert not set().union(*known) & FOREIGN[layer]
+
+
+@structural
+@pytest.mark.skipif(sys.version_info < (3, 10), reason="older Pythons do not list their library")
+def test_nothing_is_imported_but_the_standard_library_and_metaflow() -> None:
+    imported = set().union(*(s.imported for s in statements()))
+    assert imported - sys.stdlib_module_names == {"metaflow"}
+
+
+@structural
+def test_metaflow_is_imported_only_inside_functions_of_the_store() -> None:
+    importing = [s for s in statements() if "metaflow" in s.imported]
+    assert {(s.layer, type(s.tree)) for s in importing} == {("Store", ast.FunctionDef)}
+
+
+@structural
+def test_the_repository_holds_its_files_and_no_others() -> None:
+    git = ["git", "ls-files"]
+    if not shutil.which("git") or subprocess.run(git, cwd=REPOSITORY).returncode != 0:
+        pytest.skip("this is not a git checkout")
+    assert subprocess.check_output(git, cwd=REPOSITORY, text=True).split() == [
+        ".ci/run",
+        ".gitignore",
+        "LICENSE",
+        "README.md",
+        "metaflow_local_service.py",
+        "noxfile.py",
+        "pyproject.toml",
+        "test_metaflow_local_service.py",
+    ]
+
+
+@structural
+@pytest.mark.parametrize("name", ["metaflow_local_service.py", "noxfile.py", "README.md"])
+def test_nothing_is_left_to_be_done_later(name: str) -> None:
+    assert not re.findall(r"\b(?:TODO|FIXME|XXX)\b.*", text_of(name))
+
+
+@structural
+def test_the_readme_names_every_environment_variable_and_subcommand() -> None:
+    variables = re.findall(r'^ENV_\w+ = "(\w+)"$', SOURCE, re.MULTILINE)
+    wanted = [*variables, *(f"metaflow-local-service {name}" for name in SUBCOMMANDS)]
+    assert len(wanted) > 10
+    assert [text for text in wanted if text not in text_of("README.md")] == []
+
+
+@structural
+def test_ci_runs_the_one_test_command_of_the_readme_and_ends_as_it_does(tmp_path: Path) -> None:
+    command = r"^ *python3 -m venv .*pytest.*$"
+    assert len(re.findall(command, text_of("README.md"), re.MULTILINE)) == 1
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(REPOSITORY / ".ci" / "run", tmp_path / ".ci")
+    pretended = "python3 -m venv --help > ran && echo 1 passed by pytest && exit 3"
+    (tmp_path / "README.md").write_text(f"## Development\n\n    {pretended}\n")
+    ran = subprocess.run([tmp_path / ".ci" / "run"], cwd="/", capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout.splitlines()[-1]) == (3, "1 passed by pytest")
+    assert (tmp_path / "ran").exists()
 
 
 # ==================================================================================================
@@ -3436,6 +3589,550 @@ def test_a_worker_on_another_machine_runs_its_tasks_with_the_key_and_not_without
         [*there, sys.executable, "-c", ask, url], capture_output=True, text=True, timeout=60
     )
     assert "HTTP Error 401" in refused.stderr
+
+
+# ==================================================================================================
+# Registry
+# ==================================================================================================
+
+only_root_can = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+URL = re.compile(r"http://[0-9.]+:[0-9]+")
+
+
+def running(folder: Path) -> mls.Service | None:
+    """The service of a folder."""
+    return mls.find_service(str(folder))
+
+
+def running_soon(folder: Path) -> mls.Service:
+    """The service that is about to start in a folder."""
+    assert eventually(lambda: running(folder))
+    return running(folder)
+
+
+def stays(folder: Path, seconds: float = 1) -> bool:
+    """Whether the service of a folder is the same all the time."""
+    service = running(folder)
+    return bool(service) and not eventually(lambda: running(folder) != service, seconds)
+
+
+def pidfile(folder: Path) -> Path:
+    return folder / ".metaflow" / mls.PIDFILE
+
+
+def in_shell(
+    cli: Cli, script: str, *arguments: object, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run a shell script, in which PROGRAM stands for the program and its arguments."""
+    return subprocess.run(
+        ["sh", "-c", script.replace("PROGRAM", shlex.join(cli.command(*arguments)))],
+        **{"cwd": cli.folder, "env": cli.environment, **options},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def is_refused(ran: subprocess.CompletedProcess[str], *words: object, code: int = 1) -> bool:
+    """Whether a command has said in one sentence what is the matter, and nothing else."""
+    assert (ran.returncode, ran.stdout) == (code, ""), ran
+    assert re.fullmatch(r"metaflow-local-service: .+\n", ran.stderr), ran.stderr
+    assert [word for word in words if str(word) not in ran.stderr] == [], ran.stderr
+    return True
+
+
+def test_a_root_has_one_service(cli: Cli) -> None:
+    first, second = cli("start").stdout, cli("start").stdout
+    assert (first.split()[0], second.split()[0]) == ("Started", "Running")
+    assert URL.findall(first) == URL.findall(second)
+
+
+def test_two_roots_have_two_services_that_share_nothing(cli: Cli, tmp_path: Path) -> None:
+    one, two = (Api(cli("url", "--root", tmp_path / name).stdout.strip()) for name in ("1", "2"))
+    with contextlib.closing(one), contextlib.closing(two):
+        one.new_flow("OfOne")
+        assert [flow["flow_id"] for flow in one.get("/flows").json] == ["OfOne"]
+        assert two.get("/flows").json == []
+
+
+def test_all_who_come_at_once_get_the_same_service(cli: Cli) -> None:
+    ways = (("run", "printenv", "METAFLOW_SERVICE_URL"), ("url",), ("start",), ("env",))
+    processes = [cli.popen(*way) for way in ways * 3]
+    told = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0] * 12, told
+    assert len({URL.search(output)[0] for output, _ in told}) == 1
+
+
+@pytest.mark.parametrize("content", ["", "garbage", "[]", '{"pid": 1}'])
+def test_a_pidfile_that_nobody_holds_is_no_service(project: Path, content: str) -> None:
+    (project / ".metaflow").mkdir()
+    pidfile(project).write_text(content)
+    assert running(project) is None
+
+
+def test_a_service_that_was_killed_needs_no_clean_up(daemon: Api, cli: Cli) -> None:
+    killed = running(cli.folder)
+    os.kill(killed.pid, signal.SIGKILL)
+    assert eventually(lambda: not running(cli.folder))
+    assert pidfile(cli.folder).exists()
+    assert cli("start").stdout.startswith("Started")
+    assert running(cli.folder).pid != killed.pid
+
+
+def test_a_pid_that_is_anothers_by_now_is_left_alone(daemon: Api, cli: Cli) -> None:
+    service = running(cli.folder)
+    assert cli("stop").returncode == 0
+    with subprocess.Popen(["sleep", "60"]) as bystander:
+        pidfile(cli.folder).write_text(json.dumps(service._replace(pid=bystander.pid)._asdict()))
+        assert cli("stop").stdout.startswith("No service runs")
+        assert cli("start").stdout.startswith("Started")
+        assert bystander.poll() is None
+        bystander.kill()
+
+
+def test_a_service_does_not_rewrite_its_pidfile_while_somebody_reads(daemon: Api, cli: Cli) -> None:
+    service = running(cli.folder)
+    with mls.registry_lock(str(cli.folder), fcntl.LOCK_SH):
+        os.kill(service.pid, signal.SIGTERM)
+        assert stays(cli.folder)
+    assert eventually(lambda: not running(cli.folder))
+
+
+@pytest.mark.parametrize("home", ["file", "file/below", "read-only", "closed/home"])
+def test_a_home_that_cannot_be_used_costs_nothing(cli: Cli, tmp_path: Path, home: str) -> None:
+    if os.geteuid() == 0 and "file" not in home:
+        pytest.skip("root may write everywhere")
+    (tmp_path / "file").touch()
+    (tmp_path / "read-only").mkdir(mode=0o500)
+    (tmp_path / "closed").mkdir(mode=0o000)
+    elsewhere = {"METAFLOW_LOCAL_SERVICE_HOME": str(tmp_path / home)}
+    ran = cli("run", "--idle-timeout", 0.1, "true", **elsewhere)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert cli("status", "--all", **elsewhere).stdout == "No service runs.\n"
+    assert eventually(lambda: not running(cli.folder))
+
+
+@only_root_can
+def test_a_pidfile_or_a_home_of_another_user_is_refused(cli: Cli) -> None:
+    (cli.folder / ".metaflow").mkdir()
+    for anothers in (pidfile(cli.folder), cli.home / "services"):
+        anothers.touch()
+        os.chown(anothers, 1, 1)
+        assert is_refused(cli("start"), anothers, "another user")
+        anothers.unlink()
+
+
+@only_root_can
+def test_a_root_of_another_user_hides_no_other(daemon: Api, cli: Cli, tmp_path: Path) -> None:
+    assert cli("start", "--root", tmp_path / "other").returncode == 0
+    os.chown(pidfile(tmp_path / "other"), 1, 1)
+    listed = cli("status", "--all")
+    os.chown(pidfile(tmp_path / "other"), 0, 0)
+    assert (listed.returncode, daemon.url in listed.stdout) == (0, True), listed
+
+
+def test_the_files_of_a_service_are_its_users_alone(cli: Cli) -> None:
+    assert in_shell(cli, "umask 0; PROGRAM", "start").returncode == 0
+    datastore = cli.folder / ".metaflow"
+    files = (pidfile(cli.folder), datastore / mls.LOG_FILE)
+    assert [file.stat().st_mode & 0o777 for file in files] == [0o600, 0o600]
+    folders = (datastore, cli.home / "services")
+    assert [folder.stat().st_mode & 0o777 for folder in folders] == [0o700, 0o700]
+
+
+def test_stop_returns_when_all_but_the_log_is_gone(daemon: Api, cli: Cli) -> None:
+    assert cli("stop").stdout == f"Stopped {daemon.url} for {cli.folder}\n"
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((daemon.host, daemon.port))
+    left = [path.name for path in (cli.folder / ".metaflow").iterdir() if path.is_file()]
+    assert (left, list((cli.home / "services").iterdir())) == ([mls.LOG_FILE], [])
+
+
+# ==================================================================================================
+# Daemon
+# ==================================================================================================
+
+
+def test_commands_keep_their_service_past_its_time_out_until_the_last_is_killed(cli: Cli) -> None:
+    with cli.popen("run", "--idle-timeout", 0.2, "sleep", 60) as first:
+        assert running_soon(cli.folder)
+        with cli.popen("run", "sh", "-c", "echo runs; exec sleep 60") as second:
+            assert second.stdout.readline() == "runs\n"
+            first.kill()
+            assert stays(cli.folder)
+            second.kill()
+    assert eventually(lambda: not running(cli.folder))
+
+
+def test_a_service_that_nobody_uses_goes_by_itself(cli: Cli) -> None:
+    assert cli("start", METAFLOW_LOCAL_SERVICE_IDLE_TIMEOUT="0.2").returncode == 0
+    assert eventually(lambda: not running(cli.folder))
+    assert list((cli.home / "services").iterdir()) == []
+
+
+def test_an_idle_time_out_of_zero_is_never_and_wins_over_the_environment(cli: Cli) -> None:
+    assert cli("start", "--idle-timeout", 0, METAFLOW_LOCAL_SERVICE_IDLE_TIMEOUT="0.1")
+    assert stays(cli.folder)
+
+
+@pytest.mark.parametrize("path", ["/ping", "{task}/heartbeat", "/nothing"])
+def test_every_request_starts_the_idle_clock_anew(store: mls.Store, path: str) -> None:
+    server = mls.Server("127.0.0.1", 0, None)
+    last_requests: list[float] = []  # when the last one was, each time that the server looks
+
+    def note(idle_seconds: float) -> bool:
+        last_requests.append(time.monotonic() - idle_seconds)
+        return True
+
+    thread = threading.Thread(target=server.serve, args=(mls.MetadataService(store), note))
+    thread.start()
+    with contextlib.closing(Api(server.url)) as client:
+        task = client.new_task_of_its_own()
+        before, looked = time.monotonic(), len(last_requests)
+        client.post(path.format(task=task))
+        assert eventually(lambda: len(last_requests) > looked + 1)
+    server.stop()
+    thread.join()
+    server.finish()
+    assert last_requests[-1] >= before
+
+
+class SlowRequest:
+    """A POST of a flow of which the service has got only a part."""
+
+    def __init__(self, api: Api) -> None:
+        self.socket = socket.create_connection((api.host, api.port), timeout=30)
+        self.socket.sendall(b"POST /flows/Slow HTTP/1.1\r\nContent-Length: 2\r\n\r\n{")
+        assert api.get("/ping").status == 200  # on a later connection: the first is accepted
+
+    def finish(self) -> bytes:
+        """Send the rest, and return all of the answer."""
+        self.socket.sendall(b"}")
+        with self.socket, self.socket.makefile("rb") as answer:
+            return answer.read()
+
+
+def is_stopping(folder: Path) -> bool:
+    return json.loads(pidfile(folder).read_text() or "{}").get("is_stopping", False)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_requests_in_flight_finish(daemon: Api, cli: Cli, number: int) -> None:
+    request = SlowRequest(daemon)
+    os.kill(running(cli.folder).pid, number)
+    assert eventually(lambda: is_stopping(cli.folder))
+    answer = request.finish()
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert b"\r\nConnection: close\r\n" in answer
+    assert (cli.folder / ".metaflow" / "Slow" / "_meta" / "_self.json").exists()
+    assert running(cli.folder) is None
+
+
+def test_a_run_that_comes_while_the_service_stops_gets_a_new_one(daemon: Api, cli: Cli) -> None:
+    old, request = running(cli.folder), SlowRequest(daemon)
+    os.kill(old.pid, signal.SIGTERM)
+    assert eventually(lambda: is_stopping(cli.folder))
+    with cli.popen("run", "printenv", "METAFLOW_SERVICE_URL") as command:
+        assert not eventually(lambda: command.poll() is not None, seconds=0.5)
+        assert request.finish().startswith(b"HTTP/1.1 200 ")
+        told, _ = command.communicate(timeout=60)
+    new = running(cli.folder)
+    assert (command.returncode, told) == (0, f"{new.url}\n")
+    assert new.pid != old.pid
+
+
+def test_a_service_whose_root_is_gone_stops_like_any_other(cli: Cli) -> None:
+    with cli.popen("serve") as command:
+        with contextlib.closing(Api(running_soon(cli.folder).url)) as client:
+            assert client.get("/ping").status == 200
+        shutil.rmtree(cli.folder / ".metaflow")
+        command.send_signal(signal.SIGTERM)
+        _, log = command.communicate(timeout=60)
+    assert (command.returncode, "Traceback" in log) == (0, False), log
+
+
+def test_a_root_that_cannot_be_is_one_sentence(cli: Cli) -> None:
+    (cli.folder / ".metaflow").touch()
+    for command in (["start"], ["serve"], ["run", "true"], ["url"]):
+        assert is_refused(cli(*command), cli.folder / ".metaflow")
+    (cli.folder / "closed").mkdir(mode=0o500)
+    closed = ["closed"] if os.geteuid() != 0 else []  # root may write everywhere
+    for root in (".metaflow", ".metaflow/below", *closed):
+        assert is_refused(cli("start", "--root", root), cli.folder / root)
+
+
+def test_where_it_cannot_listen_is_one_sentence_and_leaves_nothing(cli: Cli) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for command in ("start", "serve", "url"):
+            assert is_refused(cli(command, "--port", port), port, "in use")
+    for host in ("192.0.2.1", "ü..b"):
+        assert is_refused(cli("start", "--generate-key", "--host", host), host)
+    assert not pidfile(cli.folder).exists()
+    assert cli("start", "--port", port).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["start", "serve", "run true", "url"])
+def test_a_python_without_metaflow_is_one_sentence(cli: Cli, command: str) -> None:
+    without = [sys.executable, "-S", str(MODULE), *command.split()]  # -S: without site-packages
+    assert is_refused(in_shell(cli, shlex.join(without)), "Metaflow is not installed")
+
+
+@pytest.mark.parametrize("error", ["RuntimeError", "SystemExit"])
+def test_a_broken_metaflow_is_one_sentence(cli: Cli, tmp_path: Path, error: str) -> None:
+    (tmp_path / "metaflow.py").write_text(f"raise {error}('out of\\norder')")
+    broken = {"PYTHONPATH": str(tmp_path)}
+    assert is_refused(cli("start", **broken), "out of order")
+    with cli.popen("run", "sleep", 60, **broken) as command:
+        with contextlib.closing(Api(running_soon(cli.folder).url)) as client:
+            reply = client.post("/flows/Flow")
+        command.kill()
+    assert (reply.status, "out of order" in reply.json["message"]) == (500, True)
+    assert cli("stop").returncode == 0
+    assert cli("start").stdout.startswith("Started")  # for nothing is left of the other
+
+
+@pytest.mark.parametrize("way", ["metaflow_local_service.py", "-m metaflow_local_service"])
+def test_modules_of_the_user_are_not_taken_for_the_standard_librarys(cli: Cli, way: str) -> None:
+    shutil.copy(MODULE, cli.folder)
+    for name in ("http", "json", "logging", "queue", "typing"):
+        if name != "typing" or way[0] != "-" or sys.version_info >= (3, 10):
+            # `python3.9 -m` imports typing itself, before it comes to us
+            (cli.folder / f"{name}.py").write_text("raise RuntimeError('the wrong one')")
+    started = in_shell(cli, f"{shlex.quote(sys.executable)} {way} start")
+    assert (started.returncode, started.stderr) == (0, "")
+
+
+def test_a_daemon_lets_the_pipes_and_files_of_its_starter_go(cli: Cli) -> None:
+    reader, writer = os.pipe()
+    piped = in_shell(cli, "PROGRAM | cat; url=$(PROGRAM); echo $url", "url", pass_fds=[writer])
+    os.close(writer)
+    with open(reader, "rb") as end:
+        assert end.read() == b""  # nobody has the other end any more
+    assert piped.stdout == f"{running(cli.folder).url}\n" * 2
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("command", ["start", "run true"])
+def test_a_starter_may_lack_standard_streams(cli: Cli, command: str, closed: str) -> None:
+    started = in_shell(cli, f"PROGRAM {closed}", *command.split())
+    assert (started.returncode, started.stderr) == (0, "")
+    assert running(cli.folder)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="looks into /proc")
+def test_a_daemon_has_only_files_of_its_own_open(daemon: Api, cli: Cli) -> None:
+    pid, log = running(cli.folder).pid, str(cli.folder / ".metaflow" / mls.LOG_FILE)
+
+    def files() -> list[str]:
+        links = [os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()]
+        return sorted(link.partition(":")[0] for link in links)
+
+    # The log is stdout, stderr and the logger's own; the pipe wakes the main thread.
+    own = ["/dev/null", *[log] * 3, str(pidfile(cli.folder)), "pipe", "pipe", "socket"]
+    assert eventually(lambda: [f for f in files() if f != "anon_inode"] == sorted(own)), files()
+    assert os.readlink(f"/proc/{pid}/cwd") == "/"
+    assert os.getsid(pid) != os.getsid(0)
+
+
+@pytest.mark.parametrize("debug", ["1", "0"])
+def test_the_log_holds_every_request_when_asked_to(cli: Cli, debug: str) -> None:
+    assert cli("start", METAFLOW_LOCAL_SERVICE_DEBUG=debug).returncode == 0
+    log = (cli.folder / ".metaflow" / mls.LOG_FILE).read_text()
+    assert ("serving" in log, "GET /ping" in log) == (True, debug == "1")
+
+
+# ==================================================================================================
+# Commands
+# ==================================================================================================
+
+
+@pytest.mark.parametrize(("end", "code"), [("exit 7", 7), ("kill -TERM $$", -signal.SIGTERM)])
+def test_run_becomes_its_command_and_ends_as_it_does(cli: Cli, end: str, code: int) -> None:
+    with cli.popen("run", "sh", "-c", f"echo $$; {end}") as command:
+        assert int(command.stdout.readline()) == command.pid
+    assert command.returncode == code
+
+
+def test_run_passes_everything_after_the_command_on(daemon: Api, cli: Cli) -> None:
+    printing = (sys.executable, "-c", "import json, sys; print(json.dumps(sys.argv[1:]))")
+    arguments = ["--port", "5", "-h", "--", "--root", "", "*", "a b", "--", "--json"]
+    for ours in ([], ["--"], ["--idle-timeout", "9"], ["--idle-timeout", "9", "--"]):
+        ran = cli("run", *ours, *printing, *arguments)
+        assert json.loads(ran.stdout) == arguments, ran.stderr
+
+
+def test_run_leaves_input_and_broken_pipes_to_its_command(daemon: Api, cli: Cli) -> None:
+    assert in_shell(cli, "echo through | PROGRAM", "run", "cat").stdout == "through\n"
+    ran = cli("run", "sh", "-c", "kill -PIPE $$; echo survived")
+    assert (ran.returncode, ran.stdout) == (-signal.SIGPIPE, "")
+
+
+def test_run_says_which_command_there_is_not_or_cannot_be_executed(daemon: Api, cli: Cli) -> None:
+    (cli.folder / "data").touch(mode=0o644)
+    for missing in ("no-such-command", "./no-such-file"):
+        assert is_refused(cli("run", missing, "-x"), missing, code=127)
+    for not_executable in ("./data", "."):
+        assert is_refused(cli("run", not_executable), not_executable, code=126)
+
+
+def test_a_key_is_made_once_and_is_the_services_from_then_on(cli: Cli) -> None:
+    first, second = (cli("start", "--generate-key").stdout.splitlines() for _ in range(2))
+    assert first[1:] == second[1:] == cli("env").stdout.splitlines()
+    assert re.fullmatch(r"export METAFLOW_SERVICE_AUTH_KEY=[\w-]{32}", first[-1])
+
+
+def test_run_gives_its_command_the_two_settings(daemon: Api, cli: Cli) -> None:
+    told = cli("run", "env", METAFLOW_SERVICE_URL="http://other").stdout.splitlines()
+    assert f"METAFLOW_SERVICE_URL={daemon.url}" in told
+    assert "METAFLOW_DEFAULT_METADATA=service" in told
+    assert not [line for line in told if line.startswith("METAFLOW_DATASTORE_SYSROOT_LOCAL")]
+
+
+def test_a_root_on_the_command_line_is_where_artifacts_go_too(cli: Cli) -> None:
+    command = ("run", "--root", "root", "printenv", "METAFLOW_DATASTORE_SYSROOT_LOCAL")
+    assert cli(*command).stdout == f"{cli.folder / 'root'}\n"
+    assert cli(*command, METAFLOW_DATASTORE_SYSROOT_LOCAL="/else").stdout == "/else\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_serve_logs_on_stderr_and_ends_well_on_a_signal(cli: Cli, number: int) -> None:
+    with cli.popen("serve") as command:
+        service = running_soon(cli.folder)
+        assert service.pid == command.pid
+        with contextlib.closing(Api(service.url)) as client:
+            assert client.get("/ping").status == 200
+        assert is_refused(cli("serve"), service.url)
+        command.send_signal(number)
+        output, log = command.communicate(timeout=60)
+    assert (command.returncode, output) == (0, "")
+    assert f"serving {cli.folder} at {service.url}" in log
+    assert not running(cli.folder)
+
+
+def test_status_says_what_one_wants_to_know(daemon: Api, cli: Cli) -> None:
+    status, told = cli.status(), cli("status").stdout
+    assert (status["url"], "key" in status) == (daemon.url, False)
+    for name in ("pid", "port", "url", "root", "log"):
+        assert re.search(rf"^{name} +{re.escape(str(status[name]))}$", told, re.MULTILINE)
+    assert re.search(r"^since +20", told, re.MULTILINE)
+
+
+@pytest.mark.parametrize("options", [(), ("--all",)])
+def test_nothing_running_is_1_for_status_and_0_for_stop(cli: Cli, options: Sequence[str]) -> None:
+    told = cli("status", "--json", *options)
+    assert (told.returncode, bool(json.loads(told.stdout))) == (1, False)
+    for command, code in (("status", 1), ("stop", 0)):
+        ran = cli(command, *options)
+        assert (ran.returncode, ran.stdout[:15], ran.stderr) == (code, "No service runs", "")
+    assert all_paths(cli.folder) == []
+
+
+def test_all_services_of_a_user_are_listed_and_stopped(cli: Cli, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        assert cli("url", "--root", tmp_path / name).returncode == 0
+    assert [Path(service["root"]).name for service in cli.status("--all")] == ["one", "two"]
+    assert cli("status", "--all").stdout.count("url ") == 2
+    assert cli("stop", "--all").stdout.count("Stopped ") == 2
+
+
+def test_url_prints_nothing_but_the_url_from_cold(cli: Cli) -> None:
+    assert is_refused(cli("url", "--no-start"), cli.folder)
+    told = cli("url")
+    assert (told.stdout, told.stderr) == (f"{running(cli.folder).url}\n", "")
+    ours = json.loads(pidfile(cli.folder).read_text())
+    pidfile(cli.folder).write_text(json.dumps({**ours, "of a later version": 1}))
+    assert cli("url", "--no-start").stdout == told.stdout
+
+
+def test_start_and_env_print_the_settings_for_a_shell(cli: Cli, tmp_path: Path) -> None:
+    root = tmp_path.resolve() / "it's $HOME"
+    names = "METAFLOW_SERVICE_URL METAFLOW_DEFAULT_METADATA METAFLOW_DATASTORE_SYSROOT_LOCAL"
+    shell = in_shell(cli, f'eval "$(PROGRAM)"; printenv {names}', "env", "--root", root)
+    assert shell.stdout.splitlines() == [running(root).url, "service", str(root)]
+    assert cli("start", "--root", root).stdout.endswith(cli("env", "--root", root).stdout)
+
+
+def test_the_demo_says_what_it_has_recorded(cli: Cli) -> None:
+    ran = cli("demo", "here")
+    assert (ran.returncode, "warning" in ran.stderr.lower()) == (0, False), ran.stderr
+    assert (cli.folder / "here" / "demo_flow.py").exists()
+    assert (cli.folder / "here" / ".metaflow" / "DemoFlow").exists()
+    assert re.search(r"^Recorded as DemoFlow/[0-9]+: 9 tasks in the steps ", ran.stdout, re.M)
+
+
+def test_another_port_is_refused_with_the_one_there_is(daemon: Api, cli: Cli) -> None:
+    other = {"METAFLOW_LOCAL_SERVICE_PORT": str(1 + daemon.port % 60000)}
+    for command in (["start"], ["url"], ["env"], ["run", "true"]):
+        assert is_refused(cli(*command, **other), f"port {daemon.port}")
+    assert cli("url", "--port", daemon.port, **other).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("command_line", "word"),
+    [
+        ("", "COMMAND"),
+        ("dance", "dance"),
+        ("run", "command"),
+        ("start --port x", "--port"),
+        ("start --port 65536", "65536"),
+        ("start --idle-timeout nan", "nan"),
+        ("start --host 0.0.0.0", "0.0.0.0"),
+    ],
+)
+def test_a_bad_command_line_is_one_sentence(cli: Cli, command_line: str, word: str) -> None:
+    assert is_refused(cli(*command_line.split()), word, code=2)
+
+
+@pytest.mark.parametrize("name", ["PORT", "IDLE_TIMEOUT"])
+def test_a_bad_value_in_the_environment_is_one_sentence(cli: Cli, name: str) -> None:
+    variable = f"METAFLOW_LOCAL_SERVICE_{name}"
+    assert is_refused(cli("start", **{variable: "many"}), variable, "many", code=2)
+    assert cli("start", **{variable: ""}).returncode == 0  # as good as unset
+
+
+@pytest.mark.parametrize("command", ["start", "status", "stop", "run true", "demo"])
+def test_a_folder_that_is_gone_is_one_sentence(cli: Cli, command: str) -> None:
+    script = "mkdir gone && cd gone && rmdir ../gone && PROGRAM"
+    assert is_refused(in_shell(cli, script, *command.split()), "current folder")
+
+
+def test_the_help_of_every_subcommand_has_an_example(cli: Cli) -> None:
+    listed = re.findall(r"^ +([a-z]+) +[A-Z]", cli("--help").stdout, re.MULTILINE)
+    assert set(listed) >= {"run", "start", "serve", "status", "url", "env", "stop", "demo"}
+    for name in listed:
+        told = cli(name, "--help").stdout
+        assert f"metaflow-local-service {name}" in told.partition("\nExample: ")[2]
+
+
+# ==================================================================================================
+# The package
+# ==================================================================================================
+
+
+def test_the_package_is_a_command_and_a_module(cli: Cli, tmp_path: Path) -> None:
+    for needed in ("flit_core", "pip"):
+        pytest.importorskip(needed)
+    files = ("LICENSE", "README.md", "metaflow_local_service.py", "pyproject.toml")
+    for name in files:
+        shutil.copy(REPOSITORY / name, tmp_path)
+
+    def built(kind: str) -> Path:
+        program = f"from flit_core import buildapi; print(buildapi.build_{kind}('.'))"
+        made = subprocess.check_output([sys.executable, "-c", program], cwd=tmp_path, text=True)
+        return tmp_path / made.strip()
+
+    with tarfile.open(built("sdist")) as archive:
+        assert {Path(name).name for name in archive.getnames()} >= set(files)
+    installed = tmp_path / "installed"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
+    subprocess.run([*pip, "--target", installed, built("wheel")], check=True)
+    assert [file.read_text() for file in installed.rglob("LICENSE")] == [text_of("LICENSE")]
+    environment = {**cli.environment, "PYTHONPATH": str(installed)}
+    for command in (f"{installed}/bin/metaflow-local-service", "python -m metaflow_local_service"):
+        told = in_shell(cli, f"{command} --version", env=environment).stdout
+        metaflows = importlib.metadata.version("metaflow")
+        assert told == f"metaflow-local-service {mls.__version__} (Metaflow {metaflows})\n"
 
 
 # ==================================================================================================
