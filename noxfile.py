@@ -7,7 +7,19 @@ newest supported Metaflow; `nox -s tests-3.9` on one of them. What follows `--` 
 
 from __future__ import annotations
 
+import itertools
+import json
+import os
+import statistics
+import subprocess
 import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any, Callable
 
 import nox
 
@@ -53,4 +65,337 @@ def tests(session: nox.Session, metaflow: str) -> None:
     wanted = "metaflow" if metaflow == "newest" else f"metaflow=={metaflow}"
     session.install(".[dev]", wanted)
     session.run("python", "-c", "import metaflow; print('Metaflow', metaflow.__version__)")
-    session.run("pytest", "-q", "-n", "auto", *session.posargs)
+    session.run("pytest", "-q", "-n", "auto", "--dist", "loadgroup", *session.posargs)
+
+
+@nox.session
+def kills(session: nox.Session) -> None:
+    """`kill -9` of a service under load, 300 times (or as often as KILLS says)."""
+    session.install(".[dev]")
+    kills = os.environ.get("KILLS", "300")
+    session.run("pytest", "-q", "-s", "-k", "kill_at", env={"KILLS": kills})
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """The table of how fast it is, each row side by side with what it is held against."""
+    session.install(".", "nox")
+    session.run("python", "noxfile.py")
+
+
+# -- the benchmark: `nox -s bench` runs this file as a script in the session's environment --------
+#
+# Each row is measured side by side with what it is compared to, in turn, and told as the median of
+# the ratios: machines are noisy, and drift.
+
+
+PROGRAM = [str(Path(sys.executable).with_name("metaflow-local-service"))]
+
+CONSTANT_SERVER = """
+import http.server, os, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Type", "text/plain")
+        self.send_header("Content-Length", "4")
+        self.end_headers()
+        self.wfile.write(b"pong")
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        files = int(self.path[1:])
+        for n in range(files):
+            name = f"{self.client_address[1]}-{Handler.count}-{n}"
+            descriptor = os.open(f"tmp/{name}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+            os.write(descriptor, b"x" * 400)
+            os.close(descriptor)
+            os.rename(f"tmp/{name}", f"files/{name}")
+        Handler.count += 1
+        self.do_GET()
+    count = 0
+    def log_message(self, *args):
+        pass
+os.makedirs("tmp")
+os.makedirs("files")
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+
+WIDE_FLOW = """
+from metaflow import FlowSpec, step
+class WideFlow(FlowSpec):
+    @step
+    def start(self):
+        self.items = list(range(100))
+        self.next(self.work, foreach="items")
+    @step
+    def work(self):
+        self.result = self.input
+        self.next(self.join)
+    @step
+    def join(self, inputs):
+        self.next(self.end)
+    @step
+    def end(self):
+        pass
+if __name__ == "__main__":
+    WideFlow()
+"""
+
+ROW = Callable[[], float]  # does a thing and returns the seconds it took
+LABELS = {
+    "user_name": "tester",
+    "tags": ["bench"],
+    "system_tags": ["metaflow_version:2.19.38", "python_version:3.11.7", "user:tester"],
+}
+METADATA = [
+    {"field_name": f"field-{i}", "type": "text", "value": f"value {i}", "tags": ["attempt_id:0"]}
+    for i in range(10)
+]
+
+
+def seconds_of(command: list[str], cwd: Path) -> float:
+    """How long a command takes."""
+    start = time.perf_counter()
+    subprocess.run(command, cwd=cwd, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+def ratio(ours: ROW, theirs: ROW, rounds: int = 15) -> float:
+    """The median of the ratios of two things done in turn, after one round that does not count."""
+    ours(), theirs()
+    return statistics.median(ours() / theirs() for _ in range(rounds))
+
+
+def report(what: str, value: float, limit: float) -> None:
+    verdict = "" if value <= limit else "   <-- over"
+    print(f"| {what:<58} | {value:6.2f} | {limit:6.2f} |{verdict}", flush=True)
+
+
+class Client:
+    """Requests over keep-alive connections, one a thread."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+
+    def burst(self, requests: Sequence[tuple[str, str, bytes | None]], threads: int) -> float:
+        """Send all requests, spread over threads, and return the seconds that they took."""
+
+        def work(mine: Sequence[tuple[str, str, bytes | None]]) -> None:
+            connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
+            for method, path, body in mine:
+                connection.request(method, path, body)
+                answer = connection.getresponse()
+                answer.read()
+                assert answer.status == 200, (path, answer.status)
+            connection.close()
+
+        workers = [
+            threading.Thread(target=work, args=(requests[n::threads],)) for n in range(threads)
+        ]
+        start = time.perf_counter()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        return time.perf_counter() - start
+
+    def json(self, method: str, path: str, body: object = None) -> Any:
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=600)
+        connection.request(method, path, None if body is None else json.dumps(body))
+        answer = json.loads(connection.getresponse().read())
+        connection.close()
+        return answer
+
+
+def bench_commands(folder: Path) -> None:
+    """The commands against a bare interpreter that imports what any server needs."""
+    bare = [sys.executable, "-c", "import http.server, argparse"]
+    provider = "import metaflow.plugins.metadata_providers.local"
+    here = str(folder)
+
+    def cold(command: str, *rest: str) -> float:
+        subprocess.run([*PROGRAM, "stop", "--root", here], check=True, stdout=subprocess.DEVNULL)
+        return seconds_of([*PROGRAM, command, "--root", here, *rest], folder)
+
+    def warm(command: str, *rest: str) -> ROW:
+        return lambda: seconds_of([*PROGRAM, command, "--root", here, *rest], folder)
+
+    def floor() -> float:
+        return seconds_of(bare, folder)
+
+    report(
+        "`run true`, no service yet / a bare interpreter",
+        ratio(lambda: cold("run", "true"), floor),
+        2,
+    )
+    report("`run true`, service up", ratio(warm("run", "true"), floor), 1.5)
+    report("`url`", ratio(warm("url"), floor), 1.5)
+    report("`status`", ratio(warm("status"), floor), 1.5)
+    importing = [sys.executable, "-c", provider]
+    started = ratio(lambda: cold("start"), lambda: seconds_of(importing, folder), rounds=7)
+    report("`start` / importing Metaflow's provider", started, 1.5)
+
+
+def bench_requests(ours: Client, constant: Client) -> None:
+    """Single requests against a handler that does nothing else."""
+    labels, rows = json.dumps(LABELS).encode(), json.dumps(METADATA).encode()
+    ours.json("POST", "/flows/Bench", LABELS)
+    run = f"/flows/Bench/runs/{ours.json('POST', '/flows/Bench/run', LABELS)['run_number']}"
+    step = f"{run}/steps/start"
+    ours.json("POST", f"{step}/step", LABELS)
+    task = f"{step}/tasks/{ours.json('POST', f'{step}/task', LABELS)['task_id']}"
+    names = itertools.count()
+
+    def artifacts() -> bytes:
+        shared = {"location": ":root:/x/.metaflow", "ds_type": "local", "sha": "0" * 40}
+        return json.dumps([{**shared, "name": f"a{next(names)}"} for _ in range(10)]).encode()
+
+    def compare(what: str, method: str, path: str, body: Any, files: int, count: int) -> None:
+        for threads in (1, 8):
+            theirs = ("GET", "/", None) if body is None else ("POST", f"/{files}", b"{}")
+
+            def our_burst(threads: int = threads) -> float:
+                bodies = (body() if callable(body) else body for _ in range(count))
+                return ours.burst([(method, path, b) for b in bodies], threads)
+
+            def their_burst(threads: int = threads, theirs: Any = theirs) -> float:
+                return constant.burst([theirs] * count, threads)
+
+            value = ratio(our_burst, their_burst, rounds=7)
+            report(f"{what}, {threads} client{'s'[: threads - 1]}", value, 1.5)
+
+    compare("GET /ping / a constant", "GET", "/ping", None, 0, 800)
+    compare("heartbeat / a constant", "POST", f"{task}/heartbeat", b"{}", 0, 800)
+    compare("POST task / a handler that writes a file", "POST", f"{step}/task", labels, 1, 200)
+    compare("POST metadata x10 / ten files", "POST", f"{task}/metadata", rows, 10, 100)
+    compare("POST artifact x10 / ten files", "POST", f"{task}/artifact", artifacts, 10, 100)
+
+
+def bench_lists(ours: Client, size: int) -> None:
+    """Whole lists against json.dumps of the same."""
+    flow = f"/flows/Many{size}"
+    ours.json("POST", flow, LABELS)
+    labels = json.dumps(LABELS).encode()
+    ours.burst([("POST", f"{flow}/run", labels)] * size, 4)
+    run = ours.json("GET", f"{flow}/runs?_limit=1")[0]["run_number"]
+    step = f"{flow}/runs/{run}/steps/start"
+    ours.json("POST", f"{step}/step", LABELS)
+    ours.burst([("POST", f"{step}/task", labels)] * size, 4)
+    for what, path in (("runs", f"{flow}/runs"), ("tasks", f"{step}/tasks")):
+        records = ours.json("GET", path)
+        assert len(records) == size
+
+        def dump(records: Any = records) -> float:
+            start = time.perf_counter()
+            json.dumps(records)
+            return time.perf_counter() - start
+
+        def fetch(path: str = path) -> float:
+            return ours.burst([("GET", path, None)], 1)
+
+        report(f"GET {size:,} {what} / json.dumps of them", ratio(fetch, dump, rounds=9), 4)
+
+
+def bench_crowded_run(ours: Client, root: Path) -> None:
+    """A run of 100,000 tasks against one of 10."""
+    steps = []
+    for size in (10, 100_000):
+        run = ours.json("POST", "/flows/Bench/run", LABELS)["run_number"]
+        step = f"/flows/Bench/runs/{run}/steps/start"
+        ours.json("POST", f"{step}/step", LABELS)
+        below = root / ".metaflow" / "Bench" / str(run) / "start"
+        for number in range(1, size + 1):
+            (below / str(number) / "_meta").mkdir(parents=True)
+            record = {"ts_epoch": 1795448419531, "user_name": "tester", "task_id": str(number)}
+            (below / str(number) / "_meta" / "_self.json").write_text(json.dumps(record))
+        steps.append(step)
+        ours.json("POST", f"{step}/task", LABELS)
+    labels = json.dumps(LABELS).encode()
+    few, many = steps
+    posts = [
+        ours.burst,
+        [("POST", f"{many}/task", labels)] * 200,
+        [("POST", f"{few}/task", labels)] * 200,
+    ]
+    gets = [
+        ours.burst,
+        [("GET", f"{many}/tasks/77", None)] * 400,
+        [("GET", f"{few}/tasks/7", None)] * 400,
+    ]
+    for what, (burst, crowded, empty) in (("POST task into", posts), ("GET a task of", gets)):
+        value = ratio(lambda: burst(crowded, 1), lambda: burst(empty, 1), rounds=9)  # noqa: B023
+        report(f"{what} a run with 100,000 / with 10", value, 1.2)
+
+
+def bench_flow(folder: Path) -> None:
+    """A flow under the service against the same in local mode."""
+    (folder / "wide.py").write_text(WIDE_FLOW)
+    flow = [sys.executable, "wide.py", "--quiet", "run", "--max-workers", "8"]
+    root = ["--root", str(folder)]
+    value = ratio(
+        lambda: seconds_of([*PROGRAM, "run", *root, *flow], folder),
+        lambda: seconds_of(flow, folder),
+        rounds=3,
+    )
+    report("a flow of 1 + foreach 100 + join / local mode", value, 1.05)
+
+
+def resident_kilobytes(pid: int) -> float:
+    """The memory that a process has in use."""
+    return float(subprocess.check_output(["ps", "-o", "rss=", "-p", str(pid)]))
+
+
+def bench_memory(pid: int) -> None:
+    """The service, after all that, against a process that has imported Metaflow."""
+    importing = "import metaflow, os, subprocess; print(os.getpid(), flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", importing], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        value = resident_kilobytes(pid) / resident_kilobytes(int(other.stdout.readline()))
+        other.stdin.close()
+    report("memory of the service / a process that imported Metaflow", value, 2)
+
+
+def benchmark() -> None:
+    """Print the table, in a folder of its own."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary).resolve()
+        os.environ["METAFLOW_LOCAL_SERVICE_HOME"] = str(folder / "home")
+        os.environ.setdefault("METAFLOW_USER", "tester")
+        (folder / "project").mkdir()
+        (folder / "constant").mkdir()
+        project = folder / "project"
+        print(f"| {'what / against what':<58} | {'ratio':>6} | {'limit':>6} |")
+        print(f"|{'-' * 60}|{'-' * 8}|{'-' * 8}|")
+        bench_commands(project)
+        constant = subprocess.Popen(
+            [sys.executable, "-c", CONSTANT_SERVER],
+            cwd=folder / "constant",
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            subprocess.run([*PROGRAM, "start"], cwd=project, check=True, stdout=subprocess.DEVNULL)
+            told = subprocess.check_output([*PROGRAM, "status", "--json"], cwd=project, text=True)
+            service = json.loads(told)
+            ours = Client(service["port"])
+            assert constant.stdout is not None
+            bench_requests(ours, Client(int(constant.stdout.readline())))
+            bench_lists(ours, 1_000)
+            bench_lists(ours, 10_000)
+            bench_crowded_run(ours, project)
+            bench_memory(service["pid"])
+            bench_flow(project)
+        finally:
+            constant.kill()
+            subprocess.run([*PROGRAM, "stop", "--all"], cwd=project, stdout=subprocess.DEVNULL)
+
+
+if __name__ == "__main__":
+    benchmark()

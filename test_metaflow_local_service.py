@@ -1444,6 +1444,27 @@ def test_what_is_no_pattern_is_refused(pattern: str) -> None:
         mls.postgres_regex(pattern)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "is_quick"),
+    [
+        ("^(?:w:1,.*)$", True),  # as Metaflow's client asks
+        ("(?i)blue(?=berry)", True),
+        (r"(a|b)c?\(x\)*[)*+]", True),
+        ("^a.*b.*$", True),
+        ("(a+)+$", False),
+        ("(?:a?){30}", False),
+        ("(a|a)*$", False),
+        ("((a*)b)*", False),
+        ("a*a*a*a*a*$", False),
+        ("a?" * 40, False),
+    ],
+)
+def test_a_pattern_that_could_take_for_ever_is_refused(pattern: str, is_quick: bool) -> None:
+    texts, expected = ["a" * 200], contextlib.nullcontext()
+    with expected if is_quick else pytest.raises(mls.BadQuery, match="repeats too much"):
+        mls.found_in(mls.postgres_regex(pattern), texts)
+
+
 @given(st.text("ab$^.()[]{}\\ymMYbd?*+|\n", max_size=12))
 def test_any_text_is_a_pattern_or_refused(pattern: str) -> None:
     with contextlib.suppress(mls.BadQuery):
