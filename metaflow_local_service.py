@@ -11,6 +11,9 @@ The file is read from top to bottom. Each layer uses only what stands above it:
     Store      records on disk, through LocalMetadataProvider; ids, tags, heartbeats
     Queries    filters, cursors, derived status: pure functions over records
     API        the route table: a method and a path, and a small handler over the store
+    UI model   runs, steps, attempts, logs, cards, artifacts, as a person looks at them
+    UI page    the page of our own, one document that needs nothing but the API below
+    UI API     the routes of the official UI's backend, and its sockets
     Server     HTTP itself: parsing, limits, access, errors as JSON, in-flight requests
     Registry   which service runs where: pidfile locks and leases
     Daemon     becoming one: binding, the double fork, the log file, the idle stop
@@ -48,6 +51,7 @@ import os
 import re
 import select
 import shlex
+import shutil
 import signal
 import socket
 import socketserver
@@ -59,13 +63,14 @@ import urllib.parse
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from re import Match, Pattern
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import (
     Any,
     Callable,
     NamedTuple,
     NoReturn,
     Optional,
+    Protocol,
     TypedDict,
     TypeVar,
     Union,
@@ -98,6 +103,7 @@ ENV_PORT = "METAFLOW_LOCAL_SERVICE_PORT"
 ENV_IDLE_TIMEOUT = "METAFLOW_LOCAL_SERVICE_IDLE_TIMEOUT"
 ENV_DEBUG = "METAFLOW_LOCAL_SERVICE_DEBUG"
 ENV_HOME = "METAFLOW_LOCAL_SERVICE_HOME"
+ENV_UI_DIR = "METAFLOW_LOCAL_SERVICE_UI_DIR"
 ENV_SYSROOT = "METAFLOW_DATASTORE_SYSROOT_LOCAL"
 ENV_KEY = "METAFLOW_SERVICE_AUTH_KEY"
 
@@ -133,6 +139,14 @@ def access_key(text: str) -> str:
     if not re.fullmatch("[!-~]{1,1000}", text):
         raise ValueError("a key is made of printable ASCII characters, without spaces")
     return text
+
+
+def ui_folder(text: str) -> str:
+    """A folder with a build of the official UI, as a real path; ValueError otherwise."""
+    folder = os.path.realpath(os.path.expanduser(text))
+    if not os.path.isfile(os.path.join(folder, "index.html")):
+        raise ValueError(f"a build of the official UI has an index.html, and {folder} has none")
+    return folder
 
 
 Made = TypeVar("Made")
@@ -766,6 +780,21 @@ class Store:
         """The metadata of a task, of all its attempts, newest first; only `fields`, if given."""
         prefixes = None if fields is None else metadatum_prefixes(fields)
         return self._metadata_in(self._files_of(ids), ids, before, prefixes)
+
+    def task_ids(self, step: Ids) -> list[Ids]:
+        """The ids of the tasks of a step, oldest first."""
+        moments = self._listing(self._folder_of(step), step, _task).moments
+        return [(*step, str(moment[1][1])) for moment in moments]
+
+    def attempts_with_artifacts(self, ids: Ids) -> list[int]:
+        """The attempts of a task of which there are artifacts, in no order."""
+        return list(self._files_of(ids).artifacts)
+
+    def version(self, ids: Ids) -> Version | None:
+        """What tells whether there are other objects below this one than there were; of a task,
+        other records. None while that may change unnoticed, and where there is no such object."""
+        status = stat_of(self._meta_of(ids) if len(ids) == TASK_DEPTH else self._folder_of(ids))
+        return None if status is None else settled_version(status)
 
     def metadata_of_tasks(
         self, step: Ids, fields: Sequence[str] | None = None
@@ -1716,6 +1745,7 @@ class Request(NamedTuple):
     path: Sequence[str]  # the decoded segments
     query: Query
     body: bytes | None  # None where the client announced none
+    headers: Mapping[str, str] = MappingProxyType({})  # by lower-case name
 
     def json(self) -> object:
         """The JSON in the body, whatever its Content-Type says."""
@@ -1757,6 +1787,23 @@ class Answer(NamedTuple):
     headers: Sequence[tuple[str, str]] = ()
 
 
+class Duplex(Protocol):
+    """A connection that is no HTTP any more."""
+
+    def receive(self, seconds: float) -> bytes | None:
+        """What arrives within so long; None where nothing does, nothing (b"") at the end."""
+
+    def send(self, data: bytes, seconds: float) -> None:
+        """Send all of it; OSError where that takes longer."""
+
+
+class Upgrade(NamedTuple):
+    """An answer after which the connection is no HTTP any more."""
+
+    headers: Sequence[tuple[str, str]]
+    run: Callable[[Duplex], None]  # returns when the connection is to be closed
+
+
 def as_json(value: object, status: int = 200, headers: Sequence[tuple[str, str]] = ()) -> Answer:
     return Answer(json.dumps(value).encode(), status, headers=headers)
 
@@ -1769,7 +1816,8 @@ def as_error(error: HttpError) -> Answer:
     return as_json({"message": str(error)}, error.status, error.headers)
 
 
-Handler = Callable[..., Answer]
+Handler = Callable[..., Any]
+"""Answers a request that its route has led to it."""
 
 
 class Route(NamedTuple):
@@ -2272,11 +2320,20 @@ class MetadataService:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def answer(self, request: Request) -> Answer:
+    def is_public(self, method: str, path: Sequence[str]) -> bool:
+        """Whether a request is answered to those who do not bring the key, if there is one."""
+        return False
+
+    def dispatch(self, request: Request) -> Answer | Upgrade:
+        """The answer to a request; HttpError, BadQuery, StoreError, OSError where it gets none."""
+        handler, arguments = METADATA_API.handler(request.method, request.path)
+        answer: Answer = handler(self._store, request, *arguments)
+        return answer
+
+    def answer(self, request: Request) -> Answer | Upgrade:
         """The answer to a request, whatever it is; never an exception that a client can cause."""
         try:
-            handler, arguments = METADATA_API.handler(request.method, request.path)
-            return handler(self._store, request, *arguments)
+            return self.dispatch(request)
         except HttpError as error:
             return as_error(error)
         except BadQuery as error:
@@ -2301,11 +2358,2816 @@ class BrokenService:
     def __init__(self, reason: str) -> None:
         self._reason = reason
 
+    def is_public(self, method: str, path: Sequence[str]) -> bool:
+        return False
+
     def answer(self, request: Request) -> Answer:
         return as_error(HttpError(500, self._reason))
 
     def close(self) -> None:
         pass
+
+
+# ==================================================================================================
+# UI model: runs, steps, attempts, logs, cards, artifacts, as a person looks at them
+# ==================================================================================================
+
+
+class _UiObject(TypedDict):
+    """What the rows of all objects of a run have."""
+
+    flow_id: str
+    run_number: Id
+    run_id: str | None  # where the client gave the run a name
+    user_name: str | None
+    ts_epoch: int
+    tags: list[str]
+    system_tags: list[str]
+
+
+class UiRun(_UiObject):
+    """A run. Times are epoch milliseconds, but for heartbeats; durations are milliseconds."""
+
+    user: str | None  # the verified owner
+    run: str
+    status: str  # "" until somebody wants to know: see UiModel.judge
+    finished_at: int | None
+    duration: int | None
+    last_heartbeat_ts: int | None
+
+
+class UiStep(_UiObject):
+    step_name: str
+    duration: int | None
+
+
+class UiTask(_UiObject):
+    """An attempt of a task; one that nobody has begun is its attempt 0."""
+
+    step_name: str
+    task_id: Id
+    task_name: str | None
+    status: str
+    task_ok: None
+    started_at: int | None
+    finished_at: int | None
+    duration: int | None
+    attempt_id: int
+    last_heartbeat_ts: int | None
+
+
+class UiMetadatum(_UiObject):
+    id: int
+    step_name: str
+    task_id: Id
+    task_name: str | None
+    attempt_id: int | None
+    field_name: str
+    value: str
+    type: str
+
+
+class _UiArtifact(_UiObject):
+    step_name: str
+    task_id: Id
+    task_name: str | None
+    name: str
+    location: str
+    ds_type: str
+    sha: str | None
+    type: str | None
+    content_type: str | None
+    attempt_id: int
+
+
+class ShowingFailed(TypedDict):
+    """Why a value is not shown; the official UI has texts of its own for some ids."""
+
+    id: str
+    detail: str
+    traceback: None
+
+
+class UiArtifact(_UiArtifact, total=False):
+    content: str
+    postprocess_error: ShowingFailed
+
+
+class UiLogLine(TypedDict):
+    row: int
+    timestamp: int | None  # epoch milliseconds; None where the line does not say
+    line: str
+
+
+class UiCard(TypedDict):
+    id: str | None
+    type: str
+    hash: str
+
+
+# -- statuses and times ----------------------------------------------------------------------------
+
+RUNNING, COMPLETED, FAILED = STATUSES
+PENDING = "pending"
+
+TASK_HEARTBEAT_CUTOFF = 60
+"""Seconds without a heartbeat after which a task is dead: six missed ones."""
+
+TASK_SILENCE_CUTOFF = 3600
+"""Seconds without any sign after which a task that sends no heartbeats counts as dead. It may
+compute for long without writing anything, which is not to be shown as a failure. Its run, while
+no task goes on, is judged like one that sends heartbeats: by RUN_HEARTBEAT_CUTOFF."""
+
+PARAMETERS_STEP = "_parameters"
+DEFAULT_END_STEP = "end"
+
+MAX_ATTEMPTS = 6
+"""Metaflow's limit; see its metaflow_config."""
+
+CATCH_ATTEMPTS = 3
+"""How many attempts `@catch` adds (Metaflow's NUM_FALLBACK_RETRIES)."""
+
+LARGEST_SHOWN_ATTEMPT = 99
+
+
+class Attempt(NamedTuple):
+    """What the records say of an attempt; times in epoch milliseconds."""
+
+    started_at: int | None = None
+    done_at: int | None = None
+    is_ok: bool | None = None
+
+
+class TaskFacts(NamedTuple):
+    """What the records of a task say of its attempts, from 0 to the newest; none where none has
+    begun."""
+
+    version: Version | None
+    attempts: Sequence[Attempt]
+
+
+class Verdict(NamedTuple):
+    """What has become of a run, and the state of all that this was told by."""
+
+    status: str
+    finished_at: int | None
+    heartbeat: int | None
+    seen: Sequence[tuple[Ids, Version]]
+
+    def weight(self) -> int:
+        return len(self.seen) + 1
+
+
+class Graph(TypedDict, total=False):
+    """The parts of a flow's graph that are read here, as its run has stored it."""
+
+    end_step: str
+    steps: Mapping[str, Any]
+
+
+def attempt_of(metadatum: Metadatum) -> int | None:
+    """The attempt that a metadatum is of, by its tag `attempt_id:N`; None where it has none."""
+    for tag in metadatum["tags"] or ():
+        match = re.fullmatch("attempt_id:([0-9]{1,5})", tag) if isinstance(tag, str) else None
+        if match:
+            return int(match.group(1))
+    return None
+
+
+def attempts_in(metadata: Iterable[Metadatum], others: Iterable[int]) -> list[Attempt]:
+    """The attempts that metadata tell of, in any order; and `others`, of which is only known that
+    they were."""
+    facts: dict[int, Attempt] = {number: Attempt() for number in others}
+    newest_ok: dict[int, Moment] = {}
+    for metadatum in metadata:
+        field, at, text = metadatum["field_name"], metadatum["ts_epoch"], value_text(metadatum)
+        if field == "attempt_ok":
+            number = attempt_of(metadatum) or 0
+        elif re.fullmatch("[0-9]{1,5}", text):
+            number = int(text)
+        else:
+            continue
+        fact = facts.get(number, Attempt())
+        if field == "attempt":
+            fact = fact._replace(
+                started_at=at if fact.started_at is None else min(at, fact.started_at)
+            )
+        elif field in ("attempt-done", "attempt_ok"):
+            fact = fact._replace(done_at=max(at, fact.done_at or 0))
+            truth = TRUTHS.get(text.lower())
+            moment = metadatum_moment(metadatum)
+            is_newest = moment >= newest_ok.get(number, moment)
+            if field == "attempt_ok" and truth is not None and is_newest:
+                newest_ok[number] = moment
+                fact = fact._replace(is_ok=truth)
+        facts[number] = fact
+    last = max((number for number in facts if number <= LARGEST_SHOWN_ATTEMPT), default=-1)
+    return [facts.get(number, Attempt()) for number in range(last + 1)]
+
+
+def attempt_status(
+    attempts: Sequence[Attempt], number: int, created: int, is_alive: bool, last_sign: int
+) -> tuple[str, int | None]:
+    """The status of an attempt, and when it finished; of that attempt alone, whatever others did.
+
+    `created`: when the task was made; `is_alive`, `last_sign`: of the task, which matter for its
+    newest attempt only.
+    """
+    attempt = attempts[number]
+    begin = attempt.started_at or created
+    if attempt.done_at is not None:
+        status = FAILED if attempt.is_ok is False else COMPLETED
+        return status, max(attempt.done_at, begin)
+    if number + 1 < len(attempts):
+        return FAILED, max(attempts[number + 1].started_at or begin, begin)
+    if not is_alive:
+        return FAILED, max(last_sign, begin)
+    return RUNNING, None
+
+
+def attempts_allowed(graph: Graph, step: str) -> int | None:
+    """How many attempts a task of a step has, by the decorators of the step; None if unknown."""
+    node = graph.get("steps", {}).get(step)
+    if not isinstance(node, dict):
+        return None
+    allowed = 1
+    for decorator in node.get("decorators") or ():
+        if isinstance(decorator, dict):
+            if decorator.get("name") == "catch":
+                allowed += CATCH_ATTEMPTS
+            elif decorator.get("name") == "retry":
+                attributes = decorator.get("attributes")
+                times = attributes.get("times") if isinstance(attributes, dict) else None
+                allowed += times if isinstance(times, int) else 0
+    return min(allowed, MAX_ATTEMPTS)
+
+
+def cannot_go_on(tasks: Iterable[UiTask], graph: Graph) -> bool:
+    """Whether a run has failed for good: a task has used up its attempts, and none goes on.
+
+    The scheduler waits for the siblings of a failed task; so does this.
+    """
+    newest: dict[tuple[str, Id], UiTask] = {}
+    for task in tasks:
+        newest[task["step_name"], task["task_id"]] = task
+    if any(task["finished_at"] is None for task in newest.values()):
+        return False
+    return any(
+        task["attempt_id"] + 1 >= (attempts_allowed(graph, task["step_name"]) or math.inf)
+        for task in newest.values()
+        if task["status"] == FAILED
+    )
+
+
+def lasted(begin: int, end: int | None, now: float) -> int:
+    """Milliseconds from a time to another, or to now."""
+    return max(0, (int(now * 1000) if end is None else end) - begin)
+
+
+# -- files of the datastore ------------------------------------------------------------------------
+
+LARGEST_LOG = 64 * 2**20
+LARGEST_CARD = 64 * 2**20
+LARGEST_VALUE = 256 * 2**10
+LARGEST_GRAPH = 2 * 2**20
+
+CARDS_DIR = "mf.cards"
+SHA = re.compile("[0-9a-f]{40,64}")
+ROOT_LOCATION = ":root:"
+
+
+class TooLarge(Exception):
+    """A file or value is larger than what is shown."""
+
+
+def datastore_file(root: str, *names: str) -> str | None:
+    """The path of a file of Metaflow's below the root of a local datastore, None if there is none.
+
+    The root is what a client said, and so are some of the names: the root must be a .metaflow, no
+    name may be more than a name, and no link may lead out of the root.
+    """
+    if not os.path.isabs(root) or "\0" in root:
+        return None
+    if not os.path.basename(root.rstrip("/")).startswith(DATASTORE_DIR):
+        return None
+    try:
+        for name in names:
+            check_name(name)
+    except NotAllowed:
+        return None
+    real = os.path.realpath(root)
+    path = os.path.realpath("/".join((real, *names)))
+    return path if path.startswith(real + "/") and os.path.exists(path) else None
+
+
+def file_content(path: str, limit: int, from_end: bool = False) -> bytes:
+    """What is in a file; TooLarge if that is more than the limit, or its last part if `from_end`.
+
+    FileNotFoundError where it is no file. It is opened such that nothing can make this wait.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as f:
+        status = os.fstat(f.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise FileNotFoundError(errno.ENOENT, "not a file", path)
+        if status.st_size > limit:
+            if not from_end:
+                raise TooLarge
+            f.seek(status.st_size - limit)
+            f.readline()
+        return f.read(limit)
+
+
+def unpacked(blob: bytes, limit: int) -> bytes:
+    """What a blob of the datastore holds; TooLarge where that is more than the limit."""
+    import zlib
+
+    if not blob.startswith(b"\x1f\x8b"):
+        return blob
+    unzip = zlib.decompressobj(wbits=31)
+    content = unzip.decompress(blob, limit + 1)
+    if len(content) > limit:
+        raise TooLarge
+    return content
+
+
+# -- logs ------------------------------------------------------------------------------------------
+
+LOG_SOURCES = ("runtime", "task")
+LOG_STREAMS: Mapping[str, str] = {"out": "stdout", "err": "stderr"}
+LOG_LINE = re.compile(
+    rb"(?:\[!)?\[MFLOG\|0\|(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{6})?)Z\|[^|\]]*\|[^\]]*\](.*)",
+    re.DOTALL,
+)
+"""A line as Metaflow's mflog writes it: when (in UTC), from where, a unique id, and the text."""
+
+
+def log_lines(files: Iterable[bytes]) -> list[UiLogLine]:
+    """The lines of the log files of a stream, in the order of their times.
+
+    One without a time stays behind the line that it follows in its file.
+    """
+    timed: list[tuple[float, int | None, str]] = []
+    for content in files:
+        at = 0.0
+        for line in content.split(b"\n")[: None if not content.endswith(b"\n") else -1]:
+            match, stamp = LOG_LINE.fullmatch(line), None
+            if match:
+                at = log_time(match.group(1).decode()) or at
+                stamp = int(at * 1000)
+                line = match.group(2)
+            if match or line:
+                timed.append((at, stamp, line.decode("utf-8", "replace")))
+    timed.sort(key=operator.itemgetter(0))
+    return [
+        {"row": row, "timestamp": stamp, "line": line} for row, (_, stamp, line) in enumerate(timed)
+    ]
+
+
+def log_time(text: str) -> float | None:
+    """The epoch seconds of a time in UTC, None where there is no such time."""
+    from datetime import datetime, timezone
+
+    try:
+        return datetime.fromisoformat(text).replace(tzinfo=timezone.utc).timestamp()
+    except (ValueError, OverflowError):
+        return None
+
+
+# -- values of artifacts ---------------------------------------------------------------------------
+
+
+class Pairs(list[Any]):
+    """A dict in a pickle: its keys and values, which nobody has to hash."""
+
+
+class Items(list[Any]):
+    """A set in a pickle."""
+
+
+class Thing:
+    """An object of some class in a pickle, or the class itself: never made, only named."""
+
+    def __init__(self, name: str, is_class: bool = False) -> None:
+        self.name = name
+        self.is_class = is_class
+        self.state: object = None
+
+
+MARK: Any = object()
+
+PLAIN_TYPES = frozenset(
+    ("None", "bool", "int", "int_or_bool", "float", "str", "bytes", "bytes_or_str", "bytearray")
+)
+"""What pickletools calls the values that are in a pickle as they are."""
+
+CONSTANTS: Mapping[str, object] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+
+
+class PickleReader:
+    """Reads what is in a pickle without unpickling it: nothing that it names is imported or called.
+
+    Time and memory are in proportion to the length of the pickle, whatever is in it.
+    """
+
+    def __init__(self) -> None:
+        self._stack: list[Any] = []
+        self._memo: dict[int, Any] = {}
+
+    def read(self, content: bytes) -> Any:
+        """The value of plain types, Pairs, Items and Things; ValueError where it is no pickle."""
+        import pickletools
+
+        try:
+            for operation, argument, _ in pickletools.genops(content):
+                kinds = [kind.name for kind in operation.stack_after]
+                if not operation.stack_before and kinds and kinds[0] in PLAIN_TYPES:
+                    self._stack.append(CONSTANTS.get(operation.name, argument))
+                else:
+                    self._do(operation.name, argument)
+            return self._stack.pop()
+        except (LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+            raise ValueError(f"not a pickle: {error!r}") from None
+
+    def _do(self, name: str, argument: Any) -> None:
+        stack = self._stack
+        if name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            self._memo[int(argument)] = stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(self._memo[int(argument)])
+        else:
+            method = getattr(self, f"_{name.lower()}", None)
+            if method is not None:
+                method(argument)
+            elif name not in ("PROTO", "FRAME", "STOP", "NEXT_BUFFER", "READONLY_BUFFER"):
+                raise ValueError(f"{name} is not read")
+
+    def _marked(self) -> list[Any]:
+        """What was put on the stack since the last mark, which is taken from it."""
+        at = len(self._stack) - 1
+        while self._stack[at] is not MARK:
+            at -= 1
+            if at < 0:
+                raise ValueError("no mark")
+        items = self._stack[at + 1 :]
+        del self._stack[at:]
+        return items
+
+    def _mark(self, _: Any) -> None:
+        self._stack.append(MARK)
+
+    def _pop(self, _: Any) -> None:
+        self._stack.pop()
+
+    def _pop_mark(self, _: Any) -> None:
+        self._marked()
+
+    def _dup(self, _: Any) -> None:
+        self._stack.append(self._stack[-1])
+
+    def _memoize(self, _: Any) -> None:
+        self._memo[len(self._memo)] = self._stack[-1]
+
+    def _empty_list(self, _: Any) -> None:
+        self._stack.append([])
+
+    def _empty_tuple(self, _: Any) -> None:
+        self._stack.append(())
+
+    def _empty_dict(self, _: Any) -> None:
+        self._stack.append(Pairs())
+
+    def _empty_set(self, _: Any) -> None:
+        self._stack.append(Items())
+
+    def _list(self, _: Any) -> None:
+        self._stack.append(self._marked())
+
+    def _tuple(self, _: Any) -> None:
+        self._stack.append(tuple(self._marked()))
+
+    def _tuple1(self, _: Any) -> None:
+        self._stack[-1:] = [(self._stack[-1],)]
+
+    def _tuple2(self, _: Any) -> None:
+        self._stack[-2:] = [tuple(self._stack[-2:])]
+
+    def _tuple3(self, _: Any) -> None:
+        self._stack[-3:] = [tuple(self._stack[-3:])]
+
+    def _dict(self, _: Any) -> None:
+        self._stack.append(self._paired(self._marked()))
+
+    def _frozenset(self, _: Any) -> None:
+        self._stack.append(Items(self._marked()))
+
+    def _append(self, _: Any) -> None:
+        self._extend([self._stack.pop()])
+
+    def _appends(self, _: Any) -> None:
+        self._extend(self._marked())
+
+    _additems = _appends
+
+    def _setitem(self, _: Any) -> None:
+        value, key = self._stack.pop(), self._stack.pop()
+        self._extend([(key, value)])
+
+    def _setitems(self, _: Any) -> None:
+        self._extend(self._paired(self._marked()))
+
+    def _extend(self, items: list[Any]) -> None:
+        """Add to the collection on the stack; that of a class of its own stays unknown."""
+        if isinstance(self._stack[-1], list):
+            self._stack[-1].extend(items)
+
+    @staticmethod
+    def _paired(items: list[Any]) -> Pairs:
+        return Pairs(zip(items[::2], items[1::2]))
+
+    def _global(self, argument: str) -> None:
+        self._stack.append(Thing(argument.replace(" ", "."), is_class=True))
+
+    def _stack_global(self, _: Any) -> None:
+        name, module = self._stack.pop(), self._stack.pop()
+        self._stack.append(Thing(f"{module}.{name}"[:500], is_class=True))
+
+    def _reduce(self, _: Any) -> None:
+        arguments, called = self._stack.pop(), self._stack.pop()
+        self._stack.append(made_of(called, arguments))
+
+    _newobj = _reduce
+
+    def _newobj_ex(self, _: Any) -> None:
+        self._stack.pop()
+        self._reduce(None)
+
+    def _inst(self, argument: str) -> None:
+        self._marked()
+        self._stack.append(Thing(argument.replace(" ", ".")))
+
+    def _obj(self, _: Any) -> None:
+        self._stack.append(made_of(self._marked()[0], ()))
+
+    def _build(self, _: Any) -> None:
+        state = self._stack.pop()
+        if isinstance(self._stack[-1], Thing):
+            self._stack[-1].state = state
+
+
+def made_of(called: object, arguments: object) -> object:
+    """What stands for the result of a call in a pickle.
+
+    Collections of the standard library are shown as what they hold, times as such.
+    """
+    if not isinstance(called, Thing):
+        raise ValueError("what is no class is called")
+    name = called.name.replace("__builtin__", "builtins")
+    parts = arguments if isinstance(arguments, tuple) else ()
+    if name in ("builtins.set", "builtins.frozenset"):
+        return Items(parts[0]) if parts and isinstance(parts[0], list) else Items()
+    if name == "_codecs.encode" and parts and isinstance(parts[0], str) and len(parts[0]) <= 1000:
+        return parts[0].encode("latin-1", "replace")  # how bytes were pickled for Python 2
+    if name == "builtins.bytes" and not parts:
+        return b""
+    if name in ("collections.OrderedDict", "collections.defaultdict"):
+        return Pairs()
+    if name.startswith("datetime.") and len(parts) == 1 and isinstance(parts[0], (bytes, str)):
+        return pickled_time(name, parts[0]) or Thing(name)
+    if name in ("copyreg._reconstructor", "copy_reg._reconstructor") and parts:
+        return made_of(parts[0], ())
+    if called.name == "copyreg.__newobj__" and parts:
+        return made_of(parts[0], ())
+    return Thing(name)
+
+
+def pickled_time(name: str, state: bytes | str) -> str | None:
+    """A date or time of which a pickle has the inner form, as text; None where it has not."""
+    import datetime
+
+    kinds: Mapping[str, Any] = {
+        "datetime.datetime": datetime.datetime,
+        "datetime.date": datetime.date,
+    }
+    try:
+        raw = state if isinstance(state, bytes) else state.encode("latin-1")
+        return str(kinds[name](raw[:20]))
+    except (LookupError, TypeError, ValueError):
+        return None
+
+
+LONGEST_TEXT = 100_000
+LARGEST_PLAIN = 8_000_000  # values and characters
+DEEPEST_TEXT = 50
+LONGEST_INTEGER = 4000  # bits; the decimal digits of longer ones take too long
+
+
+def as_shown(value: Any) -> str:
+    """A value that was read from a pickle, as `str` would show the original, up to a length."""
+    if isinstance(value, str):
+        return value[:LONGEST_TEXT]
+    pieces: list[str] = []
+    room = LONGEST_TEXT
+    for piece in shown_pieces(value, 0):
+        pieces.append(piece[:room])
+        room -= len(piece)
+        if room <= 0:
+            return "".join(pieces) + "..."
+    return "".join(pieces)
+
+
+BRACKETS: Mapping[type, tuple[str, str]] = {list: ("[", "]"), tuple: ("(", ")"), Items: ("{", "}")}
+
+
+def shown_pieces(value: Any, depth: int) -> Iterator[str]:
+    """The parts of the text of a value; more than anybody can read, if they are all asked for."""
+    if depth > DEEPEST_TEXT:
+        yield "..."
+    elif isinstance(value, Pairs):
+        yield "{"
+        for index, (key, item) in enumerate(value):
+            yield ", " if index else ""
+            yield from shown_pieces(key, depth + 1)
+            yield ": "
+            yield from shown_pieces(item, depth + 1)
+        yield "}"
+    elif isinstance(value, Items) and not value:
+        yield "set()"
+    elif type(value) in BRACKETS:
+        opening, closing = BRACKETS[type(value)]
+        yield opening
+        for index, item in enumerate(value):
+            yield ", " if index else ""
+            yield from shown_pieces(item, depth + 1)
+        yield f",{closing}" if isinstance(value, tuple) and len(value) == 1 else closing
+    elif isinstance(value, Thing):
+        yield f"<class {value.name}" if value.is_class else f"<{value.name}"
+        yield from told_by(value.state, depth)
+        yield ">"
+    elif isinstance(value, int) and value.bit_length() > LONGEST_INTEGER:
+        yield f"<integer of {value.bit_length()} bits>"
+    else:
+        yield repr(value[: LONGEST_TEXT + 1] if isinstance(value, (str, bytes)) else value)
+
+
+def told_by(state: object, depth: int) -> Iterator[str]:
+    """What the attributes of an object are, if all are simple: as those of an exception are."""
+    simple = (str, int, float, type(None))
+    if isinstance(state, Pairs) and all(isinstance(item, simple) for _, item in state):
+        for key, item in state:
+            yield f" {str(key)[:100]}="
+            yield from shown_pieces(item, depth + 1)
+
+
+def as_plain(value: Any) -> Any:
+    """A value that was read from a pickle, as JSON has it; ValueError where that is too large."""
+    return PlainCopy().of(value, 0)
+
+
+class PlainCopy:
+    """Makes of a value what JSON has, up to a size: a few bytes can hold a text a million times."""
+
+    def __init__(self) -> None:
+        self._room = LARGEST_PLAIN
+
+    def of(self, value: Any, depth: int) -> Any:
+        self._room -= len(value) + 1 if isinstance(value, str) else 1
+        if self._room < 0 or depth > DEEPEST_TEXT:
+            raise ValueError("It is too large.")
+        if isinstance(value, Pairs):
+            return {self.of(as_shown(k), depth): self.of(v, depth + 1) for k, v in value}
+        if isinstance(value, (list, tuple)):
+            return [self.of(item, depth + 1) for item in value]
+        if value is None or isinstance(value, (bool, str)):
+            return value
+        if isinstance(value, float) and math.isfinite(value):
+            return value
+        if isinstance(value, int) and value.bit_length() <= LONGEST_INTEGER:
+            return value
+        return self.of(as_shown(value), depth)
+
+
+# -- the model -------------------------------------------------------------------------------------
+
+FACTS_IN_MEMORY = 20_000
+VERDICTS_IN_MEMORY = 60_000  # folders that they were told by
+GRAPHS_IN_MEMORY = 50
+LOG_LINES_IN_MEMORY = 20_000
+
+
+class UiModel:
+    """The runs of a store as a person looks at them. Reads only; may be used by any thread."""
+
+    def __init__(self, store: Store, clock: Callable[[], float] = time.time) -> None:
+        """`clock`: tells the epoch seconds, against which signs of life are old."""
+        self.store = store
+        self.clock = clock
+        self._facts: Recent[TaskFacts] = Recent(FACTS_IN_MEMORY)  # by pathspec
+        self._verdicts: Recent[Verdict] = Recent(VERDICTS_IN_MEMORY, Verdict.weight)
+        self._graphs: Recent[Graph] = Recent(GRAPHS_IN_MEMORY)  # by sha
+        self._logs: Recent[list[UiLogLine]] = Recent(LOG_LINES_IN_MEMORY, len)
+        self._unfinished: dict[Ids, None] = {}  # the runs that were running when last looked at
+
+    # -- runs --------------------------------------------------------------------------------------
+
+    def runs(self) -> Iterator[UiRun]:
+        """All runs of all flows, newest first, not judged yet."""
+        import heapq
+
+        flows = [self.store.runs((flow["flow_id"],)) for flow in self.store.flows()]
+        newest_first = heapq.merge(*flows, key=run_moment, reverse=True)
+        return (self._run_row(run) for run in newest_first)
+
+    def run(self, ids: Ids) -> UiRun | None:
+        """A run with its status, None where there is none."""
+        run = self.store.run(ids)
+        return None if run is None else self.judge(self._run_row(run))
+
+    def unfinished_runs(self) -> list[UiRun]:
+        """The runs that were running when somebody looked last, not judged anew."""
+        rows = []
+        for ids in list(self._unfinished):
+            run = self.store.run(ids)
+            if run is None:
+                self._unfinished.pop(ids, None)
+            else:
+                rows.append(self._run_row(run))
+        return rows
+
+    def judge(self, row: UiRun) -> UiRun:
+        """Fill in what has become of a run, and return its row."""
+        if not row["status"]:
+            now = self.clock()
+            verdict = self._verdict(row, now)
+            row["status"], row["finished_at"] = verdict.status, verdict.finished_at
+            row["duration"] = lasted(row["ts_epoch"], verdict.finished_at, now)
+        return row
+
+    def versions(self, step: Ids) -> object:
+        """What tells whether a step's tasks have the same records still; None if nothing can."""
+        ids = (step, *self.store.task_ids(step))
+        found = [self.store.version(i) for i in ids]
+        return None if None in found else tuple(found)
+
+    def is_settled(self, row: UiRun) -> bool:
+        """Whether a run has ended and nothing of it has changed for a while."""
+        return self._known_verdict(row_ids(row), row["last_heartbeat_ts"]) is not None
+
+    def _run_row(self, run: Run) -> UiRun:
+        number = run["run_number"]
+        return {
+            "flow_id": run["flow_id"],
+            "run_number": number,
+            "run_id": _given_name(number),
+            "user_name": run["user_name"],
+            "user": run.get("user"),
+            "run": str(number),
+            "status": "",
+            "ts_epoch": run_moment(run)[0],  # which holds when local mode changes tags
+            "finished_at": None,
+            "duration": None,
+            "last_heartbeat_ts": run["last_heartbeat_ts"],
+            "tags": run["tags"] or [],
+            "system_tags": run["system_tags"] or [],
+        }
+
+    def _known_verdict(self, ids: Ids, heartbeat: int | None) -> Verdict | None:
+        """The verdict on a run that has ended, if all that it was told by is still the same."""
+        known = self._verdicts.get("/".join(ids))
+        if known is None or known.heartbeat != heartbeat:
+            return None
+        if any(self.store.version(seen) != version for seen, version in known.seen):
+            return None
+        return known
+
+    def _verdict(self, row: UiRun, now: float) -> Verdict:
+        ids, heartbeat = row_ids(row), row["last_heartbeat_ts"]
+        known = self._known_verdict(ids, heartbeat)
+        if known is not None:
+            return known
+        completed = self._completion(ids)
+        if completed is not None:
+            (finished_at, tellers), status = completed, COMPLETED
+            seen = [(teller, self.store.version(teller)) for teller in (ids, *tellers)]
+        else:
+            seen = [(i, self.store.version(i)) for i in (ids, *self._objects_below(ids))]
+            status, finished_at = self._state_of_run(row, now)
+        settled = [(teller, version) for teller, version in seen if version is not None]
+        verdict = Verdict(status, finished_at, heartbeat, settled)
+        if status == RUNNING:
+            self._unfinished[ids] = None
+        else:
+            self._unfinished.pop(ids, None)
+            if len(settled) == len(seen):
+                self._verdicts.put("/".join(ids), verdict)
+        return verdict
+
+    def _objects_below(self, ids: Ids) -> Iterator[Ids]:
+        """The steps and tasks of a run."""
+        for step in self.store.steps(ids):
+            yield (*ids, step["step_name"])
+            yield from self.store.task_ids((*ids, step["step_name"]))
+
+    def _completion(self, ids: Ids) -> tuple[int | None, Sequence[Ids]] | None:
+        """When a run has reached its end, and the objects that tell it; None where it has not."""
+        end = (*ids, self._end_step(ids))
+        for task in self.store.task_ids(end)[-1:]:
+            attempts = self._facts_of(task).attempts
+            if attempts and attempts[-1].is_ok:
+                return attempts[-1].done_at, (end, task)
+        return None
+
+    def _state_of_run(self, row: UiRun, now: float) -> tuple[str, int | None]:
+        """What has become of a run that has not reached its end."""
+        ids = row_ids(row)
+        tasks = self.tasks(ids, now)
+        last_sign = max(
+            itertools.chain(
+                (self._last_sign(ids, row["last_heartbeat_ts"], row["ts_epoch"]),),
+                (task["finished_at"] or task["started_at"] or task["ts_epoch"] for task in tasks),
+            )
+        )
+        if any(task["status"] == RUNNING for task in tasks):
+            return RUNNING, None
+        if cannot_go_on(tasks, self.graph(ids) or {}):
+            return FAILED, max(task["finished_at"] or 0 for task in tasks)
+        if now * 1000 - last_sign > RUN_HEARTBEAT_CUTOFF * 1000:
+            return FAILED, last_sign
+        return RUNNING, None
+
+    def _last_sign(self, ids: Ids, heartbeat: int | None, created: int) -> int:
+        """When a run or task last gave a sign of life, in epoch milliseconds.
+
+        Its heartbeat; where it has none, when its files were last written.
+        """
+        if heartbeat is not None:
+            return max(heartbeat * 1000, created)
+        folders = [
+            "/".join((self.store.folder, *ids)),
+            "/".join((self.store.folder, *ids, META_DIR)),
+        ]
+        if len(ids) == TASK_DEPTH:
+            folders += [f for f in self._card_folders(ids, "runtime") if f]
+            root = self.datastore_root(ids, None)
+            folders += [f for f in (datastore_file(root, *ids),) if f]
+        found = (stat_of(folder) for folder in folders)
+        return max([created, *(int(s.st_mtime * 1000) for s in found if s is not None)])
+
+    # -- steps and tasks ---------------------------------------------------------------------------
+
+    def steps(self, ids: Ids, tasks: Sequence[UiTask], now: float) -> list[UiStep]:
+        """The steps of a run, oldest first; `tasks`: all of the run."""
+        rows: list[UiStep] = []
+        for step in list(self.store.steps(ids))[::-1]:
+            ends = [t["finished_at"] for t in tasks if t["step_name"] == step["step_name"]]
+            known = [end for end in ends if end is not None]
+            end = max(known) if known and len(known) == len(ends) else None
+            rows.append(
+                {
+                    "flow_id": step["flow_id"],
+                    "run_number": wire_id(ids[1]),
+                    "run_id": ids[1],
+                    "step_name": step["step_name"],
+                    "user_name": step["user_name"],
+                    "ts_epoch": step["ts_epoch"],
+                    "duration": lasted(step["ts_epoch"], end, now),
+                    "tags": step["tags"] or [],
+                    "system_tags": step["system_tags"] or [],
+                }
+            )
+        return rows
+
+    def tasks(self, ids: Ids, now: float) -> list[UiTask]:
+        """The attempts of all tasks of a run, oldest task first."""
+        rows: list[UiTask] = []
+        for step in list(self.store.steps(ids))[::-1]:
+            step_ids = (*ids, step["step_name"])
+            for task in list(self.store.tasks(step_ids))[::-1]:
+                rows += self._attempt_rows((*step_ids, str(task["task_id"])), task, now)
+        return rows
+
+    def attempts(self, ids: Ids, now: float) -> list[UiTask]:
+        """The attempts of a task, newest first."""
+        task = self.store.task(ids)
+        return [] if task is None else self._attempt_rows(ids, task, now)[::-1]
+
+    def _attempt_rows(self, ids: Ids, task: Task, now: float) -> list[UiTask]:
+        attempts = list(self._facts_of(ids).attempts) or [Attempt()]
+        heartbeat, created = task["last_heartbeat_ts"], task["ts_epoch"]
+        is_alive, last_sign = True, created
+        if attempts[-1].done_at is None:
+            attempts[-1] = self._ended_unnoticed(ids, len(attempts) - 1, attempts[-1])
+            cutoff = TASK_SILENCE_CUTOFF if heartbeat is None else TASK_HEARTBEAT_CUTOFF
+            last_sign = self._last_sign(ids, heartbeat, created)
+            is_alive = now * 1000 - last_sign <= cutoff * 1000
+        rows: list[UiTask] = []
+        for number, attempt in enumerate(attempts):
+            status, end = attempt_status(attempts, number, created, is_alive, last_sign)
+            if status == RUNNING and attempt.started_at is None and heartbeat is None:
+                status = PENDING
+            rows.append(
+                {
+                    "flow_id": task["flow_id"],
+                    "run_number": task["run_number"],
+                    "run_id": _given_name(task["run_number"]),
+                    "step_name": task["step_name"],
+                    "task_id": task["task_id"],
+                    "task_name": _given_name(task["task_id"]),
+                    "user_name": task["user_name"],
+                    "status": status,
+                    "task_ok": None,
+                    "ts_epoch": created,
+                    "started_at": attempt.started_at,
+                    "finished_at": end,
+                    "duration": lasted(attempt.started_at or created, end, now),
+                    "attempt_id": number,
+                    "tags": task["tags"] or [],
+                    "system_tags": task["system_tags"] or [],
+                    "last_heartbeat_ts": heartbeat,
+                }
+            )
+        return rows
+
+    def _ended_unnoticed(self, ids: Ids, number: int, attempt: Attempt) -> Attempt:
+        """An attempt whose process could not say that it ended: its scheduler has left a file."""
+        path = datastore_file(self.datastore_root(ids, number), *ids, f"{number}.runtime")
+        status = path and stat_of(path)
+        if not path or not status:
+            return attempt
+        with contextlib.suppress(OSError, ValueError, TooLarge, AttributeError):
+            told = json.loads(file_content(path, LARGEST_VALUE))
+            return attempt._replace(
+                done_at=int(status.st_mtime * 1000), is_ok=bool(told.get("success"))
+            )
+        return attempt
+
+    def _facts_of(self, ids: Ids) -> TaskFacts:
+        key = "/".join(ids)
+        version = self.store.version(ids)
+        known = self._facts.get(key)
+        if known is not None and version is not None and known.version == version:
+            return known
+        metadata = list(self.store.metadata(ids, fields=("attempt", "attempt-done", "attempt_ok")))
+        attempts = attempts_in(metadata, self.store.attempts_with_artifacts(ids))
+        for number, attempt in enumerate(attempts):
+            if attempt.is_ok is None:
+                attempts[number] = self._completed_by_artifact(ids, number, attempt)
+        facts = TaskFacts(version, tuple(attempts))
+        self._facts.put(key, facts)
+        return facts
+
+    def _completed_by_artifact(self, ids: Ids, number: int, attempt: Attempt) -> Attempt:
+        """An attempt of which no metadatum says how it ended, but the artifact `_task_ok`."""
+        artifact = self.store.artifact(ids, "_task_ok", number)
+        if artifact is None:
+            return attempt
+        is_ok: bool | None = None
+        with contextlib.suppress(OSError, ValueError, TooLarge):
+            is_ok = bool(self.value(artifact, LARGEST_VALUE))
+        return attempt._replace(
+            done_at=max(artifact["ts_epoch"], attempt.done_at or 0), is_ok=is_ok
+        )
+
+    # -- what the flow is --------------------------------------------------------------------------
+
+    def graph(self, ids: Ids) -> Graph | None:
+        """The graph of the flow of a run, as `_parameters` has stored it; None where it has not."""
+        artifact = self._artifact_of_parameters(ids, "_graph_info")
+        if artifact is None:
+            return None
+        key = f"{ids[0]}/{artifact['location']}/{artifact['sha']}"
+        if key not in self._graphs:
+            try:
+                graph = as_plain(self.value(artifact, LARGEST_GRAPH))
+            except OSError:
+                return None  # it may come
+            except (ValueError, TooLarge):
+                graph = None
+            is_graph = isinstance(graph, dict) and isinstance(graph.get("steps"), dict)
+            self._graphs.put(key, cast(Graph, graph) if is_graph else {})
+        return self._graphs.get(key) or None
+
+    def _artifact_of_parameters(self, ids: Ids, name: str) -> Artifact | None:
+        for task in self.store.task_ids((*ids, PARAMETERS_STEP)):
+            artifact = self.store.artifact(task, name)
+            if artifact is not None:
+                return artifact
+        return None
+
+    def _end_step(self, ids: Ids) -> str:
+        """The name of the last step of the flow of a run."""
+        for task in self.store.task_ids((*ids, PARAMETERS_STEP)):
+            for metadatum in self.store.metadata(task, fields=("end_step",)):
+                name = value_text(metadatum)
+                with contextlib.suppress(NotAllowed):
+                    check_name(name)
+                    return name
+        name = (self.graph(ids) or {}).get("end_step", DEFAULT_END_STEP)
+        with contextlib.suppress(NotAllowed, TypeError):
+            check_name(name)
+            return name
+        return DEFAULT_END_STEP
+
+    def parameters(self, ids: Ids) -> dict[str, dict[str, object]]:
+        """The parameters of a run and their values, those that can be shown."""
+        values: dict[str, dict[str, object]] = {}
+        for task in self.store.task_ids((*ids, PARAMETERS_STEP)):
+            for artifact in self.store.artifacts(task):
+                name = artifact["name"]
+                if not name.startswith("_") and name not in ("name", "script_name"):
+                    with contextlib.suppress(OSError, ValueError, TooLarge):
+                        values[name] = {"value": as_plain(self.value(artifact, LARGEST_VALUE))}
+        return dict(sorted(values.items()))
+
+    # -- metadata and artifacts --------------------------------------------------------------------
+
+    def metadata(self, ids: Ids) -> list[UiMetadatum]:
+        """The metadata of a task, by name, oldest first."""
+        rows = [metadatum_row(metadatum) for metadatum in self.store.metadata(ids)]
+        return sorted(rows, key=lambda row: (row["field_name"], row["ts_epoch"], row["id"]))
+
+    def artifacts(self, ids: Ids, attempt: int | None) -> list[UiArtifact]:
+        """The artifacts of an attempt of a task, by name, without their values."""
+        return sorted(
+            (artifact_row(artifact) for artifact in self.store.artifacts(ids, attempt)),
+            key=lambda row: row["name"],
+        )
+
+    def value(self, artifact: Artifact | UiArtifact, limit: int) -> Any:
+        """The value of an artifact, read without unpickling; TooLarge, ValueError or OSError."""
+        sha, location = artifact["sha"] or "", artifact["location"]
+        if artifact["ds_type"] != "local" or not location.startswith(ROOT_LOCATION):
+            raise ValueError("It is not stored on this machine.")
+        if not SHA.fullmatch(sha):
+            raise ValueError("It has no place in the datastore.")
+        root = location[len(ROOT_LOCATION) :]
+        path = datastore_file(root, artifact["flow_id"], "data", sha[:2], sha)
+        if path is None:
+            raise FileNotFoundError(errno.ENOENT, "It is not in the datastore any more", sha)
+        import zlib
+
+        try:
+            content = unpacked(file_content(path, limit), limit)
+        except zlib.error as error:
+            raise ValueError(f"It cannot be unpacked: {error}.") from None
+        return PickleReader().read(content)
+
+    def with_value(self, row: UiArtifact) -> UiArtifact:
+        """An artifact with its value, or with why that cannot be shown."""
+        try:
+            row["content"] = as_shown(self.value(row, LARGEST_VALUE))
+        except TooLarge:
+            detail = f"{row['name']} is larger than {LARGEST_VALUE} bytes."
+            row["postprocess_error"] = {
+                "id": "artifact-too-large",
+                "detail": detail,
+                "traceback": None,
+            }
+        except (OSError, ValueError) as error:
+            row["postprocess_error"] = {
+                "id": "artifact-handle-failed",
+                "detail": error.strerror or "" if isinstance(error, OSError) else str(error),
+                "traceback": None,
+            }
+        return row
+
+    # -- logs and cards ----------------------------------------------------------------------------
+
+    def datastore_root(self, ids: Ids, attempt: int | None) -> str:
+        """The root of the datastore of a task's attempt: what its metadata say, else the store's.
+
+        Metadata say what clients said: use it through `datastore_file` only.
+        """
+        for metadatum in self.store.metadata(ids, fields=("ds-root",)):
+            if attempt is None or attempt_of(metadatum) in (attempt, None):
+                return value_text(metadatum)
+        return self.store.folder
+
+    def log(self, ids: Ids, attempt: int, stream: str) -> list[UiLogLine]:
+        """The lines of what an attempt has written to a stream (stdout or stderr), oldest first.
+
+        Local Metaflow writes logs when an attempt has ended. Of a huge log this is the last part.
+        """
+        root = self.datastore_root(ids, attempt)
+        names = (f"{attempt}.{source}_{stream}.log" for source in LOG_SOURCES)
+        found = [datastore_file(root, *ids, name) for name in names]
+        paths = [path for path in found if path is not None]
+        versions = [version_of(status) for status in map(stat_of, paths) if status]
+        key = repr((paths, versions))
+        lines = self._logs.get(key)
+        if lines is None:
+            lines = log_lines([file_content(path, LARGEST_LOG, from_end=True) for path in paths])
+            self._logs.put(key, lines)
+        return lines
+
+    def cards(self, ids: Ids) -> list[UiCard]:
+        """The cards of a task."""
+        return [card for card, _ in self._card_files(ids)]
+
+    def card(self, ids: Ids, card_hash: str) -> bytes | None:
+        """The HTML of a card, None where there is none; TooLarge."""
+        for card, path in self._card_files(ids):
+            if card["hash"] == card_hash:
+                return file_content(path, LARGEST_CARD)
+        return None
+
+    def card_data(self, ids: Ids, card_hash: str) -> tuple[UiCard, object] | None:
+        """What a card shows at the moment, None where it is not known; TooLarge, ValueError."""
+        for card, path in self._card_files(ids, "runtime", ".data.json"):
+            if card["hash"] == card_hash:
+                return card, json.loads(file_content(path, LARGEST_CARD))
+        return None
+
+    def _card_folders(self, ids: Ids, kind: str) -> list[str | None]:
+        """Where the cards of a task may be: Metaflow before 2022 left the step out."""
+        flow, run, step, task = ids
+        roots = dict.fromkeys((self.datastore_root(ids, None), self.store.folder))
+        return [
+            datastore_file(root, CARDS_DIR, flow, "runs", run, *below, kind)
+            for root in roots
+            for below in (("steps", step, "tasks", task), ("tasks", task))
+        ]
+
+    def _card_files(
+        self, ids: Ids, kind: str = "cards", suffix: str = ".html"
+    ) -> Iterator[tuple[UiCard, str]]:
+        """The files TYPE-HASH and TYPE-ID-HASH of a task's cards, in the first folder of any."""
+        for folder in self._card_folders(ids, kind):
+            if folder is not None:
+                found = 0
+                for name in sorted(os.listdir(folder)):
+                    parts = name[: -len(suffix)].split("-")
+                    path = os.path.join(folder, name)
+                    if name.endswith(suffix) and len(parts) in (2, 3) and not os.path.islink(path):
+                        found += 1
+                        name_of = parts[1] if len(parts) == 3 else None
+                        yield {"id": name_of, "type": parts[0], "hash": parts[-1]}, path
+                if found:
+                    return
+
+
+def row_ids(row: UiRun) -> Ids:
+    return (row["flow_id"], row["run"])
+
+
+def metadatum_row(metadatum: Metadatum) -> UiMetadatum:
+    return {
+        "id": metadatum["id"],
+        "flow_id": metadatum["flow_id"],
+        "run_number": metadatum["run_number"],
+        "run_id": _given_name(metadatum["run_number"]),
+        "step_name": metadatum["step_name"],
+        "task_id": metadatum["task_id"],
+        "task_name": _given_name(metadatum["task_id"]),
+        "attempt_id": attempt_of(metadatum),
+        "field_name": metadatum["field_name"],
+        "value": value_text(metadatum),
+        "type": metadatum["type"],
+        "user_name": metadatum["user_name"],
+        "ts_epoch": metadatum["ts_epoch"],
+        "tags": metadatum["tags"] or [],
+        "system_tags": metadatum["system_tags"] or [],
+    }
+
+
+def artifact_row(artifact: Artifact) -> UiArtifact:
+    return {
+        "flow_id": artifact["flow_id"],
+        "run_number": artifact["run_number"],
+        "run_id": _given_name(artifact["run_number"]),
+        "step_name": artifact["step_name"],
+        "task_id": artifact["task_id"],
+        "task_name": _given_name(artifact["task_id"]),
+        "name": artifact["name"],
+        "location": artifact["location"],
+        "ds_type": artifact["ds_type"],
+        "sha": artifact["sha"],
+        "type": artifact["type"],
+        "content_type": artifact["content_type"],
+        "user_name": artifact["user_name"],
+        "attempt_id": artifact["attempt_id"],
+        "ts_epoch": artifact["ts_epoch"],
+        "tags": artifact["tags"] or [],
+        "system_tags": artifact["system_tags"] or [],
+    }
+
+
+# ==================================================================================================
+# UI page: the page of our own, one document that needs nothing but the API below
+# ==================================================================================================
+
+PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Metaflow runs</title><link rel="icon" href="data:,"><style>
+:root { color-scheme: light dark; --mono: ui-monospace, Menlo, Consolas, monospace; --edge: 1px solid var(--line); --bg: #f6f6f3;
+  --wire: 1.5px solid var(--idle); --card: #fff; --ink: #1d2025; --dim: #646a73; --line: #e3e3de; --hover: #f1f3f8; --accent: #3556c9;
+  --ok: #3da263; --failed: #d8434b; --running: #3f7df0; --idle: #a9aeb6; }
+@media (prefers-color-scheme: dark) { :root { --bg: #14161a; --card: #1b1e23; --ink: #e6e8eb; --dim: #9aa1ab; --line: #2c3038;
+  --hover: #242933; --accent: #8fabff; --ok: #46b877; --failed: #f2666c; --running: #639aff; --idle: #666d78; } }
+* { box-sizing: border-box; } [hidden], body > form { display: none !important; } ::placeholder { color: var(--dim); opacity: 1; }
+body { margin: 0; background: var(--bg); color: var(--ink); font: 14px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
+a { color: inherit; text-decoration: none; } a:hover { text-decoration: underline; } button:hover { background: var(--hover); }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 4px; } main:focus { outline: none; }
+header { position: sticky; top: 0; z-index: 5; background: var(--card); border-bottom: var(--edge); } #filter { width: min(380px, 42vw); }
+header > div, main { max-width: 1240px; margin: 0 auto; padding: 10px 24px; } main { padding-top: 24px; padding-bottom: 64px; }
+header > div, #crumbs, .title, .attempts { display: flex; gap: 8px 16px; align-items: baseline; flex-wrap: wrap; }
+h1, h2, h3 { margin: 0; font-size: 13px; } h1 { font-size: 22px; margin-bottom: 12px; overflow-wrap: anywhere; }
+input, button { font: inherit; color: inherit; background: var(--bg); border: var(--edge); border-radius: 7px; padding: 5px 11px; }
+code, pre, .log { font: 12.5px/1.55 var(--mono); overflow-wrap: anywhere; white-space: pre-wrap; margin: 0; }
+dl { display: flex; flex-wrap: wrap; gap: 12px 36px; margin: 0 0 22px; } dt { color: var(--dim); font-size: 12px; } dd { margin: 0; }
+table { width: 100%; border-collapse: collapse; } th { font-size: 12px; font-weight: 500; color: var(--dim); }
+th, td { padding: 8px 16px; border-bottom: var(--edge); vertical-align: top; text-align: left; overflow-wrap: anywhere; }
+tbody tr:last-child td { border-bottom: 0; } td pre { max-height: 240px; overflow: auto; } td:first-child code { white-space: nowrap; }
+iframe { display: block; width: 100%; height: 480px; border: 0; background: #fff; resize: vertical; } .note { color: var(--dim); }
+#crumbs { flex: 1; min-width: 0; flex-wrap: nowrap; gap: 8px; } #crumbs a { overflow: hidden; text-overflow: ellipsis; }
+#crumbs a:first-child { flex: none; font-weight: 650; } #crumbs a + a::before { content: "/"; color: var(--dim); margin-right: 8px; }
+#live, .dim, .title a { color: var(--dim); font-size: 12px; white-space: nowrap; } .nav { scroll-margin: 110px 0 60px; }
+.badge::before, #live::before { content: ""; display: inline-block; width: 8px; height: 8px; border-radius: 50%; margin-right: 7px;
+  background: var(--c, var(--idle)); } .number, #crumbs { white-space: nowrap; font-variant-numeric: tabular-nums; }
+.s-completed, [data-state=live] { --c: var(--ok); } .s-failed, [data-state=reconnecting] { --c: var(--failed); }
+.s-running { --c: var(--running); } .s-pending, .s-unknown { --c: var(--idle); } .more { display: block; margin: 16px auto; }
+.panel, .attempts a { background: var(--card); border: var(--edge); border-radius: 10px; } .panel { margin: 0 0 20px; overflow: hidden; }
+.title { padding: 11px 16px; border-bottom: var(--edge); } .title > h2 { flex: 1; } .note, .panel > dl { margin: 0; padding: 14px 16px; }
+.tag { position: relative; z-index: 1; padding: 0 8px; margin: 0 4px 2px 0; color: var(--dim); font-size: 12px; max-width: 240px;
+  overflow: hidden; text-overflow: ellipsis; white-space: nowrap; vertical-align: middle; }
+#runs tr { position: relative; } #runs .nav::after { content: ""; position: absolute; inset: 0; /* A link covers its whole row. */ }
+#runs tbody tr:hover, .row.nav:hover { background: var(--hover); text-decoration: none; } #runs .nav:focus { outline: none; }
+#runs .nav:focus-visible::after, .row:focus-visible { outline: 2px solid var(--accent); outline-offset: -2px; }
+.dag { overflow-x: auto; padding: 18px; } .sequence { display: flex; align-items: center; width: max-content; }
+.node { min-width: 116px; padding: 4px 12px; text-align: left; line-height: 1.35; background: var(--card); white-space: nowrap;
+  border-left: 4px solid var(--c); } .node, .branches { position: relative; } .node + .node { margin-left: 36px; }
+.branches { margin: 0 20px; border: var(--wire); border-width: 0 1.5px; border-radius: 14px; }
+.branch { display: flex; align-items: center; padding: 5px 0; } .branch::after { flex: 1 0 20px; } .branch::before { flex: none; }
+:is(.branch, .branches)::before, :is(.branch, .branches)::after, .node + .node::before { content: ""; border-top: var(--wire); width: 20px }
+.node + .node::before, .branches::before, .branches::after { position: absolute; top: 50%; } .branches::before { left: -21px; }
+.branches::after { right: -21px; } .node + .node::before { left: -41px; width: 36px; }
+.timeline { padding: 8px 0; } .fold { margin: 4px 0 8px 32px; } .sub { padding-left: 16px; } .row > :last-child { text-align: right; }
+.row { display: grid; grid-template-columns: 200px 1fr 110px; gap: 14px; padding: 3px 16px; } /* Places are seconds. */
+.row > :not(.lane) { min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.lane { position: relative; min-height: 18px; } .tick { padding-left: 4px; border-left: var(--edge); }
+.bar, .tick { position: absolute; left: calc(100% * var(--from) / var(--span)); } .bar { inset-block: 3px; border-radius: 3px;
+  min-width: 3px; background: var(--c); width: calc(100% * (var(--to) - var(--from)) / var(--span)); }
+.attempts { margin: 0 0 18px; } .attempts a { padding: 5px 14px; } .attempts [aria-current] { border-color: var(--accent); }
+.log { max-height: 460px; overflow: auto; padding: 10px 16px; display: flex; flex-direction: column-reverse; /* Stays at its end. */ }
+.line { padding-left: 80px; } .line::before { content: attr(data-time); float: left; margin-left: -80px; color: var(--dim); }
+@media (max-width: 720px) { #crumbs { flex: 1 0 100%; } #filter { flex: 1; } #runs thead, #runs td:empty { display: none; }
+  main, header > div { padding-left: 14px; padding-right: 14px; } .row { grid-template-columns: 96px 1fr 80px; gap: 8px; }
+  #runs tr { display: flex; flex-wrap: wrap; gap: 2px 14px; padding: 10px 14px; border-bottom: var(--edge); }
+  #runs td { padding: 0; border: 0; } #runs td:nth-child(2) { order: -1; flex: 1 0 60%; } .tick:nth-child(even) { display: none; } }</style>
+<header><div><nav id="crumbs" aria-label="Where you are"></nav>
+  <input id="filter" type="search" placeholder="Filter: any text, status:failed, flow:, user:, tag:" aria-label="Filter runs">
+  <span id="live" role="status">connecting</span><button id="help" aria-label="Keyboard shortcuts">?</button>
+  <span id="keys" class="dim" role="status" hidden>/ filter, j k or arrows: next and previous, Enter: open, Esc: go up</span></div></header>
+<form id="login"><h1>Log in</h1><input id="key" type="password" aria-label="Key" autocomplete="current-password" required>
+  <button>Log in</button><p id="said" class="dim" role="alert">This service asks for its key once.</p></form>
+<main id="main" tabindex="-1"></main><script type="module">
+const FOLDED = 12, SETTLING = 10000, COLOURS = /\x1b\[[\d;]*[A-Za-z]/g, STATUSES = ["failed", "running", "pending", "completed"];
+const TICKS = [.1, .2, .5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400];
+const byId = id => document.getElementById(id), main = byId("main"), filter = byId("filter"), login = byId("login");
+// ---- Making the page. Text from flows passes through h() alone, which knows no markup: strings become text nodes. ----
+function h(tag, props, ...children) {
+  const node = document.createElement(tag), {onclick = null, ...attributes} = props || {};
+  for (const [name, value] of Object.entries(attributes)) if (![null, undefined, false].includes(value)) node.setAttribute(name, value);
+  node.append(...children.flat());
+  return Object.assign(node, {onclick});
+}
+function sync(parent, nodes) {  // Moves only what must move, so that focus, selection and scrolling outlive a redraw.
+  const keep = new Set(nodes);
+  for (const child of [...parent.children]) if (!keep.has(child)) child.remove();
+  let at = parent.firstElementChild;
+  for (const node of nodes) if (node === at) at = at.nextElementSibling; else parent.insertBefore(node, at);
+}
+const path = (...segments) => segments.map(segment => "/" + encodeURIComponent(segment)).join("");
+const link = (...segments) => "#" + path(...segments), listLink = query => "#/" + (query ? "?q=" + encodeURIComponent(query) : "");
+const colour = status => "s-" + (STATUSES.includes(status) ? status : "unknown"), grouped = number => number.toLocaleString("en");
+const badge = (status, text) => h("span", {class: "number badge " + colour(status)}, text || status || "unknown");
+const note = (...content) => h("p", {class: "note"}, ...content), code = text => h("code", null, text);
+const titled = (title, ...more) => h("div", {class: "title"}, h("h2", null, title), ...more);
+const panel = (id, title, ...body) => h("section", {class: "panel", id, "aria-label": title}, ...body);
+const facts = pairs => h("dl", null, pairs.map(([name, value]) => h("div", null, h("dt", null, name), h("dd", null, value))));
+const row = (cells, props) => h("tr", props, cells.map(cell => h("td", null, cell)));
+const table = (heads, body) => h("table", null, h("thead", null, h("tr", null, heads.map(head => h("th", {scope: "col"}, head)))), body);
+const tags = names => names.map(name => h("button", {class: "tag", title: "Only runs tagged " + name,
+  onclick: () => { location.hash = listLink(`tag:"${name}"`); }}, name));
+const clock = ms => ms ? new Date(ms).toLocaleTimeString("en-GB") : "\u2013";
+const day = ms => new Date(ms).toLocaleDateString("en", {month: "short", day: "numeric"}) + ", ";
+const time = ms => h("span", {class: "number"}, (ms && day(ms) !== day(Date.now()) ? day(ms) : "") + clock(ms));
+function duration(ms) {
+  const seconds = Math.max(0, ms) / 1000, minutes = Math.floor(seconds / 60), hours = Math.floor(minutes / 60);
+  if (seconds < 60) return (seconds < 10 ? Math.round(seconds * 10) / 10 : Math.floor(seconds)) + " s";
+  if (minutes < 60) return `${minutes}m ${Math.floor(seconds % 60)}s`;
+  return hours < 48 ? `${hours}h ${minutes % 60}m` : Math.floor(hours / 24) + " days";
+}
+function elapsed(row) {  // Of what runs the page counts itself: the service's duration would be old at once.
+  const from = row.started_at || row.ts_epoch, running = row.status === "running", to = running ? Date.now() : row.finished_at;
+  const ms = to ? to - from : row.duration, known = typeof ms === "number" && row.status !== "pending";
+  return h("span", {class: "number", "data-since": running && from}, known ? duration(ms) : "\u2013");
+}
+function fillHead(head, title, row, more, below) {
+  const known = [["Status", badge(row.status)], ["Started", time(row.started_at || row.ts_epoch)], ["Finished", time(row.finished_at)]];
+  head.dataset.status = row.status || "";
+  head.replaceChildren(h("h1", null, title), below, row.status ? facts([...known, ["Duration", elapsed(row)], ...more])
+    : note("Not there yet. It appears here when it starts."));
+}
+// ---- Asking the service. What is asked belongs to the view that is shown, and is given up with it. ----
+async function get(url) {
+  const silence = problem => { throw problem.name === "AbortError" ? problem : new Error("The service does not answer."); };
+  const answer = await fetch("/api" + url, {signal: view.signal}).catch(silence);
+  if (answer.ok) return answer.json();
+  if (answer.status === 401) { view.abort(); main.replaceChildren(login); byId("key").focus(); }
+  const {detail = `The service answered ${answer.status}.`} = await answer.json().catch(() => ({}));
+  throw Object.assign(new Error(detail), {status: answer.status});
+}
+const getIfAny = (url, none) => get(url).catch(problem => problem.status === 404 ? {data: none} : Promise.reject(problem));
+async function getAll(url, rows = []) {
+  const {data, links} = await getIfAny(url, []), next = links && links.next && new URL(links.next, location.href);
+  rows.push(...data);  // The next page is asked for without its host: a proxy may have hidden ours from the service.
+  return next ? getAll(next.pathname.replace(/^.*?\/api\//, "/") + next.search, rows) : rows;
+}
+login.onsubmit = async event => {
+  event.preventDefault();
+  const body = JSON.stringify({key: byId("key").value}), sent = {method: "POST", headers: {"Content-Type": "application/json"}, body};
+  const {status} = await fetch("/api/login", {...sent, credentials: "same-origin"}).catch(() => ({}));
+  if (status === 204) location.reload(); else byId("said").textContent = status === 401 ? "This key is wrong." : "Failed. Try again.";
+};
+// ---- One socket for the page. A subscription ends with the view that made it, and its rows redraw that view. ----
+const live = {subscriptions: new Map(), made: 0, delay: 1000, heard: 0, socket: null, redraw: 0};
+const say = message => { if (live.socket.readyState === WebSocket.OPEN) live.socket.send(JSON.stringify(message)); };
+const showLive = state => { byId("live").dataset.state = byId("live").textContent = state; };
+const drawSoon = () => { live.redraw = live.redraw || setTimeout(() => { live.redraw = 0; view.draw(); }, 200); };  // Once for many.
+function connect() {
+  const socket = live.socket = new WebSocket(location.origin.replace(/^http/, "ws") + "/api/ws");
+  let unanswered = 0, pinging = 0;
+  const ping = () => { if (unanswered) lost(); else { unanswered = 1; socket.send("__ping__"); } };
+  const lost = socket.onclose = () => {  // A silent peer is given up without waiting for onclose, which would take a minute.
+    clearInterval(pinging); socket.onclose = null; socket.close(); showLive("reconnecting");
+    setTimeout(connect, live.delay); live.delay = Math.min(live.delay * 1.5, 5000);
+  };
+  socket.onopen = () => {
+    pinging = setInterval(ping, 5000); live.delay = 1000; showLive("live");
+    for (const {announce, opened} of live.subscriptions.values()) announce(Math.max(opened, live.heard));
+    if (byId("problem")) route();
+  };
+  socket.onmessage = ({data}) => {
+    unanswered = 0; live.heard = Date.now();
+    const frame = data === "__pong__" ? {} : JSON.parse(data), subscription = live.subscriptions.get(frame.uuid);
+    if (subscription) { subscription.keep(frame.data); drawSoon(); }
+  };
+}
+function subscribe(view, resource, keep) {
+  const uuid = "page-" + ++live.made, announce = since => say({type: "SUBSCRIBE", uuid, resource, since: Math.floor(since / 1000) - 2});
+  live.subscriptions.set(uuid, {announce, keep, opened: view.opened});
+  view.signal.addEventListener("abort", () => { live.subscriptions.delete(uuid); say({type: "UNSUBSCRIBE", uuid}); });
+  if (live.socket) announce(view.opened); else connect();  // What changed since the view opened is sent again: it may have missed it.
+}
+// ---- All runs. `runs` holds every run seen; the filter decides which are shown, and spares the service from sending others. ----
+const runs = new Map(), QUERY = {status: "status", flow: "flow_id:co", user: "user:co", tag: "_tags"};
+const runId = run => String(run.run || run.run_id || run.run_number), taskId = task => String(task.task_name || task.task_id);
+const userOf = run => run.user || run.user_name || "", keepRun = run => runs.set(run.flow_id + "/" + run.run_number, {run});
+const parseFilter = text => [...text.matchAll(/(?:(status|flow|user|tag):)?("[^"]*"?|\S*)/g)]
+  .map(([, field, value]) => ({field, value: value.replace(/"/g, "")})).filter(term => term.value);
+function matches(run, {field, value}) {
+  if (field === "tag") return [...run.tags, ...run.system_tags || []].includes(value);
+  const one = {status: run.status, flow: run.flow_id, user: userOf(run)}, all = [...Object.values(one), runId(run), ...run.tags];
+  return (field ? [one[field]] : all).some(text => String(text).toLowerCase().includes(value.toLowerCase()));
+}
+const runRow = run => row([badge(run.status), h("b", null, run.flow_id),
+  h("a", {class: "nav", href: link(run.flow_id, runId(run)), "aria-label": `${run.flow_id} ${runId(run)}`}, runId(run)),
+  time(run.ts_epoch), elapsed(run), userOf(run), tags(run.tags)], {"data-status": run.status});
+async function listView(view, query) {
+  const terms = parseFilter(query), asked = {_limit: terms.length ? 1000 : 100, _order: "-ts_epoch", _page: 0}, body = h("tbody");
+  const canAsk = ({field, value}) => field && !value.includes(",") && (field !== "status" || STATUSES.includes(value));
+  for (const {field, value} of terms.filter(canAsk)) asked[QUERY[field]] = value;
+  const start = [" Start one: ", code("metaflow-local-service run python flow.py run"), " and it appears here."];
+  const none = terms.length ? note("No run matches the filter.") : note("No runs yet.", ...start);
+  const more = h("button", {class: "more", onclick: () => load().catch(fail)}, "Load older runs");
+  view.draw = () => {
+    const shown = [...runs.values()].filter(({run}) => terms.every(term => matches(run, term)));
+    shown.sort((one, other) => other.run.ts_epoch - one.run.ts_epoch);
+    sync(body, shown.map(entry => entry.row = entry.row || runRow(entry.run))); none.hidden = shown.length || !asked._page;
+  };
+  async function load() {
+    more.hidden = true;  // So that it comes in sight anew.
+    const {data, pages} = await get("/runs?" + new URLSearchParams({...asked, _page: asked._page += 1}));
+    data.forEach(keepRun); more.hidden = !data.length || !pages || !pages.next; view.draw();
+  }
+  view.draw();
+  main.replaceChildren(panel("runs", "Runs", table(["Status", "Flow", "Run", "Started", "Duration", "User", "Tags"], body), none), more);
+  await load();
+  const scrolled = new IntersectionObserver(seen => { if (seen.at(-1).isIntersecting) load().catch(fail); }); scrolled.observe(more);
+  view.signal.addEventListener("abort", () => scrolled.disconnect()); subscribe(view, "/runs", keepRun);
+}
+// ---- One run: its facts, its graph, and a timeline with a row per task and a bar per attempt. ----
+const newest = task => task.attempts.at(-1), isHidden = row => row.step_name.startsWith("_");
+function graphBoxes(sequence, node) {  // A list in a sequence holds branches that run beside each other; each is a sequence again.
+  return h("div", {class: "sequence"}, [].concat(sequence).map(item => !Array.isArray(item) ? node(item)
+    : h("div", {class: "branches"}, item.map(branch => h("div", {class: "branch"}, graphBoxes(branch, node))))));
+}
+function summary({tasks}) {
+  const counts = {}, total = grouped(tasks.size) + (tasks.size === 1 ? " task" : " tasks");
+  for (const task of tasks.values()) counts[newest(task).status] = (counts[newest(task).status] || 0) + 1;
+  const others = Object.keys(counts).filter(name => name !== "completed").map(name => grouped(counts[name]) + " " + name);
+  return {status: STATUSES.find(name => counts[name]), text: [total, ...others].join(", ")};
+}
+function taskRow(run, task, single) {
+  const last = newest(task), tries = task.attempts.length, seconds = ms => Math.max(0, ms - run.ts_epoch) / 1000;
+  const place = ({status, started_at: from, finished_at: to}) => `--from:${seconds(from)};--to:`
+    + (status === "running" ? "var(--now)" : seconds(to || from));
+  const bar = row => h("span", {class: "bar " + colour(row.status), style: place(row), title: `attempt ${row.attempt_id}: ${row.status}`});
+  return h("a", {class: "row nav", "data-status": last.status, href: link(run.flow_id, runId(run), last.step_name, taskId(last)),
+    "aria-label": `${last.step_name}, task ${taskId(last)}: ${last.status}, attempts: ${tries}`},
+    h("span", {class: single ? "" : "dim sub"}, single ? last.step_name : last.foreach_label || taskId(last)),
+    h("span", {class: "lane"}, task.attempts.filter(row => row.started_at).map(bar)),
+    h("span", {class: "number"}, tries > 1 ? `${tries} tries, ` : "", elapsed(last)));
+}
+function stepRows(run, step) {  // A long foreach shows its first tasks and the first of the rest that failed.
+  const all = [...step.tasks.values()], single = all.length === 1, failed = task => newest(task).status === "failed";
+  const shown = step.open ? all : [...all.slice(0, FOLDED), ...all.slice(FOLDED).filter(failed).slice(0, FOLDED)];
+  for (const task of shown) if (task.single !== single) Object.assign(task, {single, row: taskRow(run, task, single)});
+  const head = h("h3", {class: "row"}, h("span", null, step.name), h("span", {class: "dim"}, summary(step).text), h("span"));
+  step.fold.textContent = step.open ? "Show fewer" : "Show all " + grouped(all.length);
+  step.fold.onclick = () => { step.open = !step.open; view.draw(); };
+  return [...single ? [] : [head], ...shown.map(task => task.row), ...all.length > FOLDED ? [step.fold] : []];
+}
+async function runView(view, flow, id) {
+  const base = path("flows", flow, "runs", id), steps = new Map(), nodes = new Map(), head = h("div", {id: "head"}), details = h("div");
+  const rows = h("div"), ticks = h("span", {class: "lane"}), axis = h("div", {class: "row dim"}, h("span"), ticks, h("span"));
+  const lanes = h("div", {class: "timeline"}, axis, rows);
+  let run = {}, end = 0, detailed = null;
+  const keep = row => fillHead(head, flow + "/" + id, run = row, [["User", userOf(row)], ["Tags", tags(row.tags || [])]], "");
+  const newStep = name => steps.set(name, {name, tasks: new Map(), node: h("div"), fold: h("button", {class: "fold"})}).get(name);
+  function keepTask(row) {
+    if (row.finished_at || !isHidden(row)) detailed = detailed || showDetails().catch(fail);
+    if (isHidden(row)) return;
+    const {tasks} = steps.get(row.step_name) || newStep(row.step_name), {attempts} = tasks.get(taskId(row)) || {attempts: []};
+    attempts[row.attempt_id || 0] = row; tasks.set(taskId(row), {attempts});  // A new object has no row: it is drawn again.
+    end = Math.max(end, row.finished_at || row.started_at || 0);
+  }
+  async function showDetails() {  // Asked for when the run has begun: before, the service knows neither graph nor parameters.
+    const [{data: graph}, {data: parameters}] = await Promise.all([getIfAny(base + "/dag", {}), getIfAny(base + "/parameters", {})]);
+    const toStep = name => { if (steps.has(name)) steps.get(name).node.querySelector("a").focus(); };
+    const node = name => nodes.set(name, h("button", {class: "node", onclick: () => toStep(name)})).get(name);
+    const boxes = h("div", {class: "dag"}, graphBoxes(graph.graph_structure || [], node));
+    const named = Object.entries(parameters).map(([name, {value}]) => [name, code(JSON.stringify(value))]);
+    if (graph.steps) details.append(panel("dag", "Graph", titled("Graph"), boxes));
+    if (named.length) details.append(panel("parameters", "Parameters", titled("Parameters"), facts(named)));
+    view.draw();
+  }
+  view.draw = () => {
+    if (!run.status) return;
+    for (const [name, box] of nodes) {
+      const {status, text} = steps.has(name) ? summary(steps.get(name)) : {text: "not started"};
+      box.className = "node " + colour(status); box.replaceChildren(name, h("br"), h("span", {class: "dim"}, text));
+    }
+    for (const step of steps.values()) sync(step.node, stepRows(run, step));
+    sync(rows, steps.size ? [...steps.values()].map(step => step.node) : [note("No step has started yet.")]); view.tick();
+  };
+  view.tick = () => {
+    const running = run.status === "running", last = running ? Date.now() : Math.max(end, run.finished_at);
+    const now = Math.max(100, last - run.ts_epoch) / 1000, tick = TICKS.find(size => now / size <= 6) || now / 5;
+    const span = running ? Math.ceil(now / tick) * tick : now * 1.01, marks = Array.from({length: Math.ceil(span / tick - .3)});
+    lanes.style = `--now:${now};--span:${span}`;
+    ticks.replaceChildren(...marks.map((_, at) => h("span", {class: "tick", style: "--from:" + at * tick}, duration(at * tick * 1000))));
+  };
+  keep((await getIfAny(base, {})).data);
+  (await getAll(base + "/tasks?_order=%2Bts_epoch&_limit=1000&postprocess=false")).forEach(keepTask);
+  main.replaceChildren(head, details, panel("timeline", "Timeline", titled("Timeline"), lanes)); view.draw();
+  subscribe(view, base, keep); subscribe(view, base + "/tasks", keepTask);
+}
+// ---- One task: the logs, cards, artifacts and metadata of an attempt. ----
+function section(id, title, moving, fill, ...extra) {  // moving: worth asking for again and again while the attempt runs.
+  const body = h("div", null, note("Loading ...")), unread = problem => [note("This cannot be read. " + problem.message)];
+  const load = afresh => fill(afresh).catch(unread).then(nodes => sync(body, nodes));
+  return {node: panel(id, title, titled(title, ...extra), body), moving, load};
+}
+function logSection(stream, title, base, attempt) {
+  const inner = h("div"), box = h("div", {class: "log", tabindex: 0, role: "group", "aria-label": title}, inner), known = new Map();
+  const url = `${base}/logs/${stream}`, download = h("a", {href: `/api${url}/download?attempt_id=${attempt}`, download: ""}, "Download");
+  const earlier = h("button", {class: "more", onclick: () => { wanted += 1; part.load(); }}, "Load earlier lines");
+  const newLine = ({timestamp, line}) => h("div", {class: "line", "data-time": clock(timestamp)}, line.replace(COLOURS, "") + "\n");
+  let wanted = 1;
+  const lineNode = (line, key) => known.get(key) || known.set(key, newLine(line)).get(key);
+  const part = section("log-" + stream, title, true, async () => {
+    let rows = [];  // Pages come from the end of the log backwards. The last may be short: then the one before it comes along.
+    for (let page = 1; page <= wanted || rows.length && rows.length < 200 && rows[0].row; page += 1) {
+      rows = [...(await getIfAny(`${url}?attempt_id=${attempt}&_limit=1000&_order=-row&_page=${page}`, [])).data.reverse(), ...rows];
+    }
+    sync(inner, [...rows.length && rows[0].row ? [earlier] : [], ...rows.map(line => lineNode(line, line.row + line.line))]);
+    return rows.length ? [box] : [note("Nothing was written.")];
+  }, download);
+  return part;
+}
+function cardSection(base) {
+  let shown = [];
+  const nodes = ({hash, type, id}) => {  // Its scripts run, but without allow-same-origin not as this page: the API is out of reach.
+    const url = `/api${base}/cards/${encodeURIComponent(hash)}`, name = [type, id].filter(Boolean).join(" \u00b7 ");
+    return [titled(name, h("a", {href: url, target: "_blank", rel: "noopener"}, "Open in a new tab")),
+      h("iframe", {sandbox: "allow-scripts", title: "Card " + name, src: url + "?embed=true"})];
+  };
+  return section("cards", "Cards", true, async afresh => {
+    const {data} = await getIfAny(base + "/cards?invalidate=true", []);
+    if (afresh || shown.length !== 2 * data.length) shown = data.flatMap(nodes);
+    return data.length ? shown : [note("No cards.")];
+  });
+}
+function valueSection(id, title, urls, name, value) {  // What a flow has for itself, with a name like _this, stays hidden.
+  return section(id, title, false, async () => {
+    const items = (await Promise.all(urls.map(url => getAll(url)))).flat().filter(item => !item[name].startsWith("_"));
+    const rows = items.map(item => row([code(item[name]), h("pre", null, value(item))]));
+    return [rows.length ? table(["Name", "Value"], h("tbody", null, rows)) : note("None.")];
+  });
+}
+function sections(base, attempt) {
+  const artifacts = `${base}/artifacts?_limit=50&postprocess=true&attempt_id=`, metadata = `${base}/metadata?_limit=100&attempt_id`;
+  const content = ({content, postprocess_error: problem}) => problem ? `(${problem.detail || "cannot be shown"})` : String(content);
+  return [logSection("out", "Standard output", base, attempt), logSection("err", "Standard error", base, attempt),
+    cardSection(base), valueSection("artifacts", "Artifacts", [artifacts + attempt], "name", content),
+    valueSection("metadata", "Metadata", [`${metadata}=${attempt}`, metadata + ":is=null"], "field_name", ({value}) => String(value))];
+}
+const phase = ({status, finished_at}) => !finished_at && ["running", "pending"].includes(status) ? "going"
+  : Date.now() - finished_at > SETTLING ? "settled" : "ended";  // Logs and cards come a moment after the end.
+async function taskView(view, flow, id, step, task, chosen) {
+  const base = path("flows", flow, "runs", id, "steps", step, "tasks", task), attempts = [], head = h("div", {id: "head"});
+  const keep = row => { attempts[row.attempt_id || 0] = row; };
+  (await getIfAny(base + "/attempts?postprocess=true", [])).data.forEach(keep);
+  const last = attempts.length - 1, shown = chosen === undefined ? last : Number(chosen), there = attempts[shown];
+  const parts = there ? sections(base, shown) : [], choices = h("nav", {class: "attempts", "aria-label": "Attempts"});
+  const choice = ({attempt_id: number, status}) => h("a", {href: link(flow, id, step, task, number),
+    "aria-current": number === shown && "page"}, badge(status, `Attempt ${number}: ${status}`));
+  view.draw = () => {
+    if (!there && attempts[shown] || chosen === undefined && attempts.length - 1 > last) { route(); return; }
+    choices.replaceChildren(...attempts.length > 1 ? attempts.flatMap(choice) : []);
+    fillHead(head, step + "/" + task, attempts[shown] || {}, [], choices); view.wake();
+  };
+  async function follow() {
+    for (let wait = 2000, before = ""; there && !view.signal.aborted; wait = Math.min(wait + 500, 5000)) {
+      const now = phase(attempts[shown]), due = parts.filter(part => part.moving || now !== before);
+      await Promise.all(due.map(part => part.load(now !== before)));
+      if ((before = now) === "settled") return;
+      await new Promise(resolve => { view.wake = resolve; setTimeout(resolve, wait); });
+    }
+  }
+  main.replaceChildren(head, ...parts.map(part => part.node)); view.draw(); follow().catch(fail);
+  subscribe(view, base + "/attempts", keep);
+}
+// ---- Which view is shown, and the keyboard. ----
+let view = new AbortController(), here = "", listed = "", typed = 0;
+const decode = text => { try { return decodeURIComponent(text); } catch { return text; } };
+const names = () => location.hash.slice(1).split("?")[0].split("/").filter(Boolean).map(decode);
+function fail(problem) {
+  if (view.signal.aborted || problem.name === "AbortError") return;
+  const again = h("button", {onclick: route}, "Try again");  // A socket that is live again tries, too.
+  main.replaceChildren(panel("problem", "Problem", titled("This cannot be shown", again), note(problem.message)));
+}
+async function route() {
+  view.abort();
+  const [flow, id, step, task, attempt] = names(), from = here, mine = view = new AbortController();
+  Object.assign(view, {opened: Date.now(), draw: () => {}, tick: () => {}, wake: () => {}}); here = location.hash;
+  if (!id) listed = flow ? `flow:"${flow}"` : decode(here.split("?q=")[1] || "");
+  document.title = names().join("/") || "Metaflow runs";
+  if (document.activeElement !== filter) filter.value = listed;
+  const trail = [["Runs", "#/"], [flow, link(flow)], [id, link(flow, id)], [step, link(flow, id)], [task, link(flow, id, step, task)]];
+  byId("crumbs").replaceChildren(...trail.filter(([name]) => name).map(([name, href]) => h("a", {href}, name)));
+  await (!id ? listView(view, listed) : !task ? runView(view, flow, id) : taskView(view, flow, id, step, task, attempt)).catch(fail);
+  if (mine !== view || view.signal.aborted || document.activeElement === filter) return;
+  const back = [...main.querySelectorAll("a.nav")].find(item => from === item.hash || from.startsWith(item.hash + "/"));
+  if (back) back.focus(); else { main.focus({preventScroll: true}); scrollTo(0, 0); }
+}
+function move(by) {
+  const items = [...main.querySelectorAll("a.nav")], at = items.indexOf(document.activeElement);
+  if (items.length) items[at < 0 ? 0 : Math.min(Math.max(at + by, 0), items.length - 1)].focus();
+  return !items.length;
+}
+const toggleKeys = byId("help").onclick = () => { byId("keys").hidden = !byId("keys").hidden; };
+const goUp = () => { const [flow, id, , task] = names(); location.hash = task ? link(flow, id) : id ? listLink(listed) : "#/"; };
+const KEYS = {"/": () => filter.focus(), "?": toggleKeys, Escape: goUp,
+  j: () => move(1), ArrowDown: () => move(1), k: () => move(-1), ArrowUp: () => move(-1)};
+addEventListener("keydown", event => {  // What has nothing to do leaves the key to the browser.
+  const {key, target} = event, typing = target.matches("input"), scrolling = key.startsWith("Arrow") && target.matches(".log");
+  if (event.ctrlKey || event.metaKey || event.altKey || scrolling) return;
+  const act = (typing ? {Escape: () => target.blur(), ...target === filter && {Enter: KEYS.j, ArrowDown: KEYS.j}} : KEYS)[key];
+  if (act && !act()) event.preventDefault();
+});
+const search = target => { if (names().length > 1) location.hash = target; else { history.replaceState(null, "", target); route(); } };
+filter.oninput = () => { clearTimeout(typed); typed = setTimeout(() => search(listLink(filter.value.trim())), 150); };
+setInterval(() => {
+  for (const clock of document.querySelectorAll("[data-since]")) clock.textContent = duration(Date.now() - clock.dataset.since);
+  if (document.querySelector("#timeline .s-running")) view.tick();
+}, 1000);
+addEventListener("hashchange", route); route();
+</script>
+"""  # noqa: E501
+
+
+# ==================================================================================================
+# UI API: the routes of the official UI's backend, and its sockets
+# ==================================================================================================
+
+PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; frame-src 'self'; base-uri 'none'; form-action 'self'; "
+    "frame-ancestors 'none'"
+)
+
+# -- what the UI may filter and order by -----------------------------------------------------------
+
+
+def _count(name: str, text: str) -> int:
+    if not INTEGER.fullmatch(text):
+        raise BadQuery(f"invalid {name}: expected an integer, got {text!r}")
+    return int(text)
+
+
+def plain_field(name: str) -> Field:
+    return Field(lambda row: row[name], _text)
+
+
+def number_field(name: str) -> Field:
+    return Field(lambda row: row[name], _count, ORDERED)
+
+
+UI_RUN_FIELDS: Mapping[str, Field] = {
+    **{name: plain_field(name) for name in ("flow_id", "user_name", "user", "run", "run_id")},
+    **{name: number_field(name) for name in ("ts_epoch", "last_heartbeat_ts")},
+    "run_number": RUN_FIELDS["run_number"],
+}
+UI_JUDGED_FIELDS: Mapping[str, Field] = {
+    "status": plain_field("status"),
+    "finished_at": number_field("finished_at"),
+    "duration": number_field("duration"),
+}
+"""What takes to find out what has become of a run."""
+
+UI_TASK_FIELDS: Mapping[str, Field] = {
+    **{name: plain_field(name) for name in ("step_name", "status")},
+    **{
+        name: number_field(name) for name in ("attempt_id", "ts_epoch", "started_at", "finished_at")
+    },
+    "task_id": Field(lambda row: str(row["task_id"]), _text),
+    "taskId": Field(lambda row: str(row["task_id"]), _text),
+}
+UI_STEP_FIELDS: Mapping[str, Field] = {
+    "step_name": plain_field("step_name"),
+    "ts_epoch": number_field("ts_epoch"),
+}
+UI_METADATA_FIELDS: Mapping[str, Field] = {
+    **{name: plain_field(name) for name in ("step_name", "field_name", "value", "type")},
+    **{name: number_field(name) for name in ("attempt_id", "ts_epoch")},
+    "task_id": Field(lambda row: str(row["task_id"]), _text),
+}
+UI_ARTIFACT_FIELDS: Mapping[str, Field] = {
+    **{name: plain_field(name) for name in ("step_name", "name", "ds_type", "type")},
+    "attempt_id": number_field("attempt_id"),
+}
+
+Rows = Sequence[Mapping[str, Any]]
+Column = tuple[str, bool]
+"""A column to order by, and whether the largest comes first."""
+
+
+def filtered(rows: Iterable[Made], query: Query, fields: Mapping[str, Field]) -> list[Made]:
+    """The rows that pass the filters of a query."""
+    return list(passing(rows, [test for _, test in filters(query, fields)]))
+
+
+def order_of(query: Query, columns: Iterable[str]) -> list[Column]:
+    """The order that `_order` asks for: no sign is descending; unknown columns are passed over."""
+    order = []
+    for part in (first(query, "_order") or "").split(","):
+        name = part.lstrip("+- ")  # a plus in a URL arrives as a space
+        if name in columns:
+            order.append((name, not part.startswith(("+", " "))))
+    return order
+
+
+def put_in_order(rows: list[Any], order: Sequence[Column]) -> None:
+    """Order rows as PostgreSQL does: null is larger than everything."""
+    for name, is_descending in reversed(order):
+        rows.sort(key=partial(_column_order, name), reverse=is_descending)
+
+
+def _column_order(name: str, row: Mapping[str, Any]) -> tuple[bool, Any]:
+    value = row.get(name)
+    return (value is None, id_order(0 if value is None else value))
+
+
+# -- what answers are made of ----------------------------------------------------------------------
+
+UI_PAGE, LARGEST_UI_PAGE = 10, 1000
+
+
+class Paging(NamedTuple):
+    limit: int
+    page: int  # from 1
+
+    def part(self) -> slice:
+        return slice((self.page - 1) * self.limit, self.page * self.limit)
+
+
+def paging_of(query: Query, default: int = UI_PAGE) -> Paging:
+    numbers = []
+    for name, missing in (("_limit", default), ("_page", 1)):
+        text = first(query, name)
+        if text and not re.fullmatch("[0-9]{1,9}", text):
+            raise BadQuery(f"{name} is a number, not {text!r}.")
+        numbers.append(max(1, int(text)) if text else missing)
+    return Paging(min(numbers[0], LARGEST_UI_PAGE), numbers[1])
+
+
+def enveloped(request: Request, data: object, status: int = 200) -> Answer:
+    """One object as the UI's backend answers it."""
+    return as_json(
+        {
+            "data": data,
+            "status": status,
+            "links": {"self": link(request)},
+            "query": dict(request.query),
+        },
+        status,
+    )
+
+
+def page_of(
+    request: Request,
+    rows: Rows,
+    page: int = 1,
+    next_page: int | None = None,
+    last_page: int | None = None,
+    status: int = 200,
+) -> Answer:
+    """A list as the UI's backend answers it.
+
+    The official UI fetches `links.next` until that is null.
+    """
+    pages = {
+        "self": page,
+        "first": 1,
+        "prev": max(1, page - 1),
+        "next": next_page,
+        "last": last_page,
+    }
+    links = {name: None if n is None else link(request, n) for name, n in pages.items()}
+    return as_json(
+        {
+            "data": rows,
+            "status": status,
+            "links": {**links, "self": link(request)},
+            "pages": pages,
+            "query": dict(request.query),
+        },
+        status,
+    )
+
+
+def link(request: Request, page: int | None = None) -> str:
+    """The request's own path and query, or those of another page; without the host, which may be
+    another for who is behind a proxy."""
+    query = [pair for pair in request.query if page is None or pair[0] != "_page"]
+    if page is not None:
+        query.append(("_page", str(page)))
+    path = "/".join(urllib.parse.quote(segment, safe="") for segment in request.path)
+    return f"/{path}?{urllib.parse.urlencode(query)}" if query else f"/{path}"
+
+
+# -- routes ----------------------------------------------------------------------------------------
+
+UI_API = Router()
+ui_route = UI_API.route
+
+UI_RUN = "/api" + RUN
+UI_TASK = "/api" + TASK
+
+
+# -- autocompletion: declared first, since "autocomplete" might be an id ---------------------------
+
+MOST_RUNS_FOR_TAGS = 2000
+
+
+def suggestions(request: Request, name: str, values: Iterable[str]) -> Answer:
+    """A page of the values that pass the filters on `name`, each once and in order.
+
+    A regular expression (`re`) is taken as text with `.*` in it, which is all that the official UI
+    sends: what a person types into a box is then never a wrong or an endless one.
+    """
+    fields = {name: Field(lambda value: value, _text, is_list=False)}
+    query = [as_like(pair) for pair in request.query]
+    found = sorted(filtered(set(values), query, fields))
+    return page_of(request, cast(Any, found[paging_of(request.query).part()]))
+
+
+def as_like(pair: tuple[str, str]) -> tuple[str, str]:
+    """A parameter, where it asks for a regular expression as one that asks for a LIKE pattern."""
+    name, separator, asked = pair[0].partition(":")
+    if separator and asked == "re":
+        parts = [re.sub(r"([%_\\])", r"\\\1", part) for part in re.split(r"\.\*+", pair[1])]
+        return f"{name}:li", "%".join(parts) + "%"
+    return pair
+
+
+@ui_route("GET", "/api/flows/autocomplete")
+def ui_complete_flows(model: UiModel, request: Request) -> Answer:
+    """Names of flows."""
+    return suggestions(request, "flow_id", (flow["flow_id"] for flow in model.store.flows()))
+
+
+@ui_route("GET", "/api" + FLOW + "/runs/autocomplete")
+def ui_complete_runs(model: UiModel, request: Request, flow: str) -> Answer:
+    """Ids of the runs of a flow."""
+    runs = model.store.runs((flow,))
+    return suggestions(request, "run", (str(run["run_number"]) for run in runs))
+
+
+@ui_route("GET", UI_RUN + "/steps/autocomplete")
+def ui_complete_steps(model: UiModel, request: Request, flow: str, run: str) -> Answer:
+    """Names of the steps of a run."""
+    steps = model.store.steps(run_ids(flow, run))
+    return suggestions(request, "step_name", (step["step_name"] for step in steps))
+
+
+@ui_route("GET", UI_RUN + "/artifacts/autocomplete")
+def ui_complete_artifacts(model: UiModel, request: Request, flow: str, run: str) -> Answer:
+    """Names of the artifacts of a run."""
+    artifacts = model.store.artifacts_below(run_ids(flow, run))
+    return suggestions(request, "name", (artifact["name"] for artifact in artifacts))
+
+
+@ui_route("GET", "/api/tags/autocomplete")
+def ui_complete_tags(model: UiModel, request: Request) -> Answer:
+    """Tags of the newest runs."""
+    runs = itertools.islice(model.runs(), MOST_RUNS_FOR_TAGS)
+    return suggestions(request, "tag", (t for r in runs for t in r["tags"] + r["system_tags"]))
+
+
+# -- what the UI is told of the service ------------------------------------------------------------
+
+FEATURES = ("RUN_GROUPS", "ARTIFACT_TABLE", "ARTIFACT_SEARCH", "FOREACH_VAR_SEARCH")
+"""Those of the official UI that are off unless the backend says otherwise."""
+
+LINKS = [
+    {"href": "https://docs.metaflow.org/", "label": "Documentation"},
+    {"href": "http://chat.metaflow.org/", "label": "Help"},
+]
+
+
+@ui_route("GET", "/api/features")
+def ui_features(model: UiModel, request: Request) -> Answer:
+    """What the official UI is to offer."""
+    return as_json({f"FEATURE_{name}": True for name in FEATURES})
+
+
+@ui_route("GET", "/api/plugin")
+def ui_plugins(model: UiModel, request: Request) -> Answer:
+    """No plugins; anything but a list would break the official UI."""
+    return as_json([])
+
+
+@ui_route("GET", "/api/version")
+def ui_version(model: UiModel, request: Request) -> Answer:
+    """The version of the API."""
+    return as_text(PROTOCOL_VERSION)
+
+
+@ui_route("GET", "/api/links")
+def ui_links(model: UiModel, request: Request) -> Answer:
+    """What the official UI links to."""
+    return as_json(LINKS)
+
+
+@ui_route("GET", "/api/notifications")
+def ui_notifications(model: UiModel, request: Request) -> Answer:
+    """No announcements."""
+    return as_json([])
+
+
+# -- runs, steps, tasks ----------------------------------------------------------------------------
+
+
+@ui_route("GET", "/api/runs")
+def ui_list_runs(model: UiModel, request: Request) -> Answer:
+    """A page of the runs of all flows, or of groups of them."""
+    paging = paging_of(request.query)
+    order = order_of(request.query, {*UI_RUN_FIELDS, *UI_JUDGED_FIELDS})
+    group = first(request.query, "_group")
+    found = found_runs(model, request.query)
+    if group in ("flow_id", "user"):
+        rows = in_order(model, found, order)
+        shown, is_more = group_page(rows, group, paging, group_limit(request.query))
+    elif order in ([], [("ts_epoch", True)]):  # as they are found: the rest is not looked at
+        rows = list(itertools.islice(found, paging.part().start, paging.part().stop + 1))
+        shown, is_more = rows[: paging.limit], len(rows) > paging.limit
+    else:
+        rows = in_order(model, found, order)
+        shown, is_more = rows[paging.part()], len(rows) > paging.part().stop
+    judged = [model.judge(row) for row in shown]
+    return page_of(request, judged, paging.page, paging.page + 1 if is_more else None)
+
+
+def in_order(model: UiModel, runs: Iterable[UiRun], order: Sequence[Column]) -> list[UiRun]:
+    """Runs, newest first, put in another order; judged only where that needs it."""
+    by_verdict = any(name in UI_JUDGED_FIELDS for name, _ in order)
+    rows = [model.judge(run) if by_verdict else run for run in runs]
+    put_in_order(rows, order)
+    return rows
+
+
+def found_runs(model: UiModel, query: Query) -> Iterator[UiRun]:
+    """The runs that pass the filters, newest first; judged only where a filter needs it."""
+    plain = [test for _, test in filters(query, UI_RUN_FIELDS)] + tag_filters(query)
+    by_verdict = [test for _, test in filters(query, UI_JUDGED_FIELDS)]
+    oldest = first(query, "ts_epoch:ge") or ""
+    floor = int(oldest) if INTEGER.fullmatch(oldest) else None
+    for row in model.runs():
+        if floor is not None and row["ts_epoch"] < floor:
+            return
+        if all(test(row) for test in plain):
+            if by_verdict:
+                model.judge(row)
+            if all(test(row) for test in by_verdict):
+                yield row
+
+
+def group_limit(query: Query) -> int:
+    text = first(query, "_group_limit") or ""
+    return int(text) if re.fullmatch("[0-9]{1,4}", text) else UI_PAGE
+
+
+def group_page(
+    rows: Iterable[UiRun], group: str, paging: Paging, most: int
+) -> tuple[list[UiRun], bool]:
+    """A page of groups of rows, each cut to its first `most`; and whether there are more groups."""
+    groups: dict[str | None, list[UiRun]] = {}
+    for row in rows:
+        groups.setdefault(cast(Any, row)[group], []).append(row)
+    names = sorted(groups, key=lambda name: (name is None, name or ""))
+    shown = [row for name in names[paging.part()] for row in groups[name][:most]]
+    return shown, len(names) > paging.part().stop
+
+
+@ui_route("GET", UI_RUN)
+def ui_run(model: UiModel, request: Request, flow: str, run: str) -> Answer:
+    """One run."""
+    row = model.run(run_ids(flow, run))
+    return enveloped(request, {}, 404) if row is None else enveloped(request, row)
+
+
+@ui_route("GET", UI_RUN + "/steps")
+def ui_steps(model: UiModel, request: Request, flow: str, run: str) -> Answer:
+    """The steps of a run."""
+    ids, now = run_ids(flow, run), model.clock()
+    steps = filtered(model.steps(ids, model.tasks(ids, now), now), request.query, UI_STEP_FIELDS)
+    return whole_list(request, steps)
+
+
+@ui_route("GET", UI_RUN + "/tasks")
+def ui_tasks(model: UiModel, request: Request, flow: str, run: str) -> Answer:
+    """All attempts of all tasks of a run."""
+    tasks = model.tasks(run_ids(flow, run), model.clock())
+    return whole_list(request, filtered(tasks, request.query, UI_TASK_FIELDS))
+
+
+def whole_list(request: Request, rows: list[Any]) -> Answer:
+    """A list whole, in the order asked for, where the official UI would fetch all pages anyway."""
+    put_in_order(rows, order_of(request.query, rows[0] if rows else ()))
+    return page_of(request, rows)
+
+
+@ui_route("GET", UI_RUN + "/metadata")
+def ui_run_metadata(model: UiModel, request: Request, flow: str, run: str) -> Answer:
+    """The metadata of the tasks of a run."""
+    rows = run_metadata(model, run_ids(flow, run), request.query)
+    return whole_list(request, filtered(rows, request.query, UI_METADATA_FIELDS))
+
+
+def run_metadata(model: UiModel, ids: Ids, query: Query) -> list[UiMetadatum]:
+    """The metadata of a run; read only from the steps that a query names, if it names any."""
+    named = first(query, "step_name")
+    steps = named.split(",") if named else [step["step_name"] for step in model.store.steps(ids)]
+    tasks = [task for step in steps for task in model.store.task_ids((*ids, step))]
+    return [row for task in tasks for row in model.metadata(task)]
+
+
+@ui_route("GET", UI_RUN + "/parameters")
+def ui_parameters(model: UiModel, request: Request, flow: str, run: str) -> Answer:
+    """The parameters of a run."""
+    ids = run_ids(flow, run)
+    if not model.store.task_ids((*ids, PARAMETERS_STEP)):
+        return enveloped(request, {}, 404)
+    return enveloped(request, model.parameters(ids))
+
+
+@ui_route("GET", UI_RUN + "/artifacts")
+def ui_run_artifacts(model: UiModel, request: Request, flow: str, run: str) -> Answer:
+    """None of a local datastore: the official UI would warn that it cannot read those."""
+    if first(request.query, "ds_type") == "local":
+        return page_of(request, [])
+    below = (artifact_row(a) for a in model.store.artifacts_below(run_ids(flow, run)))
+    remote = [row for row in below if row["ds_type"] != "local"]
+    return whole_list(request, filtered(remote, request.query, UI_ARTIFACT_FIELDS))
+
+
+@ui_route("GET", UI_RUN + "/dag")
+def ui_dag(model: UiModel, request: Request, flow: str, run: str) -> Answer:
+    """The graph of the flow of a run."""
+    graph = model.graph(run_ids(flow, run))
+    return enveloped(request, {}, 404) if graph is None else enveloped(request, graph)
+
+
+@ui_route("GET", UI_TASK + "/attempts")
+def ui_attempts(model: UiModel, request: Request, *task: str) -> Answer:
+    """The attempts of a task, newest first."""
+    return page_of(request, model.attempts(task_ids(*task), model.clock()))
+
+
+@ui_route("GET", UI_TASK + "/metadata")
+def ui_metadata(model: UiModel, request: Request, *task: str) -> Answer:
+    """The metadata of a task."""
+    rows = model.metadata(task_ids(*task))
+    return whole_list(request, filtered(rows, request.query, UI_METADATA_FIELDS))
+
+
+@ui_route("GET", UI_TASK + "/artifacts")
+def ui_artifacts(model: UiModel, request: Request, *task: str) -> Answer:
+    """The artifacts of an attempt of a task, with their values if `postprocess` says so."""
+    attempt = attempt_asked_for(request.query)
+    rows = filtered(model.artifacts(task_ids(*task), attempt), request.query, UI_ARTIFACT_FIELDS)
+    if first(request.query, "postprocess") == "true":
+        rows = [model.with_value(row) for row in rows]
+    return whole_list(request, rows)
+
+
+def attempt_asked_for(query: Query) -> int | None:
+    text = first(query, "attempt_id")
+    return None if not text else attempt_in_path(text)
+
+
+@ui_route("GET", UI_TASK + "/logs/{stream}")
+def ui_log(
+    model: UiModel, request: Request, flow: str, run: str, step: str, task: str, stream: str
+) -> Answer:
+    """A page of a log. Pages are counted from the log's beginning, or its end for `-row`."""
+    lines = log_asked_for(model, request, task_ids(flow, run, step, task), stream)
+    if lines is None:
+        return page_of(request, [], status=404)
+    paging = paging_of(request.query, default=LARGEST_UI_PAGE)
+    last = max(1, -(-len(lines) // paging.limit))
+    is_descending = order_of(request.query, ("row",)) != [("row", False)]
+    number = last - paging.page + 1 if is_descending else paging.page
+    shown = lines[Paging(paging.limit, number).part()] if 1 <= number <= last else []
+    following = paging.page + 1 if paging.page < last else None
+    return page_of(request, shown[::-1] if is_descending else shown, paging.page, following, last)
+
+
+@ui_route("GET", UI_TASK + "/logs/{stream}/download")
+def ui_log_download(
+    model: UiModel, request: Request, flow: str, run: str, step: str, task: str, stream: str
+) -> Answer:
+    """A log as a text file."""
+    ids = task_ids(flow, run, step, task)
+    lines = log_asked_for(model, request, ids, stream)
+    if lines is None:
+        raise HttpError(404, "There is no such task.")
+    attempt = attempt_asked_for(request.query) or 0
+    name = f"{LOG_STREAMS[stream]}_{'_'.join(ids)}-{attempt}.txt"
+    header = f"attachment; filename*=UTF-8''{urllib.parse.quote(name, safe='')}"
+    return Answer(
+        "\n".join(line["line"] for line in lines).encode(),
+        kind="text/plain; charset=utf-8",
+        headers=[("Content-Disposition", header), ("X-Content-Type-Options", "nosniff")],
+    )
+
+
+def log_asked_for(
+    model: UiModel, request: Request, ids: Ids, stream: str
+) -> list[UiLogLine] | None:
+    """The lines of a log, of the newest attempt where none is named; None if there is no task."""
+    if stream not in LOG_STREAMS:
+        raise HttpError(404, "There is nothing at this path.")
+    attempts = model.attempts(ids, model.clock())
+    if not attempts:
+        return None
+    attempt = attempt_asked_for(request.query)
+    number = attempts[0]["attempt_id"] if attempt is None else attempt
+    return model.log(ids, number, LOG_STREAMS[stream])
+
+
+@ui_route("GET", UI_TASK + "/cards")
+def ui_cards(model: UiModel, request: Request, *task: str) -> Answer:
+    """The cards of a task."""
+    return page_of(request, model.cards(task_ids(*task)), last_page=1)
+
+
+@ui_route("GET", UI_TASK + "/cards/{hash}")
+def ui_card(
+    model: UiModel, request: Request, flow: str, run: str, step: str, task: str, card_hash: str
+) -> Answer:
+    """A card, as the flow has written it."""
+    try:
+        content = model.card(task_ids(flow, run, step, task), card_hash)
+    except TooLarge:
+        raise HttpError(413, f"The card is larger than {LARGEST_CARD} bytes.") from None
+    missing = b"<!doctype html><p>There is no such card, or not yet."
+    return Answer(missing if content is None else content, 404 if content is None else 200, HTML)
+
+
+CARD_POLICY = ("Content-Security-Policy", "sandbox allow-scripts allow-popups")
+"""A card is written by a flow: its scripts are not to act as our page, also in a tab of its own."""
+
+
+@ui_route("GET", UI_TASK + "/cards/{hash}/data")
+def ui_card_data(
+    model: UiModel, request: Request, flow: str, run: str, step: str, task: str, card_hash: str
+) -> Answer:
+    """What a card shows at the moment."""
+    try:
+        found = model.card_data(task_ids(flow, run, step, task), card_hash)
+    except (TooLarge, ValueError):
+        found = None
+    if found is None:
+        return as_json({"error": "There are no data of such a card."}, 404)
+    card, data = found
+    return as_json({"data": data, "id": card["id"], "type": card["type"]})
+
+
+# -- WebSocket frames (RFC 6455) -------------------------------------------------------------------
+
+TEXT_FRAME, BINARY_FRAME, CLOSE_FRAME, PING_FRAME, PONG_FRAME = 1, 2, 8, 9, 10
+GOING_AWAY, PROTOCOL_ERROR, NOT_UTF8, OVER_LIMIT, MESSAGE_TOO_BIG = 1001, 1002, 1007, 1008, 1009
+LARGEST_MESSAGE = 64 * 2**10
+
+
+class BadFrame(Exception):
+    """A client breaks the protocol, or a limit: the code to close with."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def accept_key(key: str) -> str:
+    """What a server answers to a Sec-WebSocket-Key."""
+    from hashlib import sha1
+
+    magic = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+    return base64.b64encode(sha1((key + magic).encode("latin-1")).digest()).decode()
+
+
+def encoded_frame(kind: int, payload: bytes) -> bytes:
+    """A whole frame as a server sends it."""
+    size = len(payload)
+    if size < 126:
+        head = bytes((0x80 | kind, size))
+    elif size < 2**16:
+        head = bytes((0x80 | kind, 126)) + size.to_bytes(2, "big")
+    else:
+        head = bytes((0x80 | kind, 127)) + size.to_bytes(8, "big")
+    return head + payload
+
+
+class FrameDecoder:
+    """Makes messages of what a client sends, however it is cut into frames and packets."""
+
+    def __init__(self) -> None:
+        self._received = bytearray()
+        self._message = bytearray()
+        self._kind = 0  # of the message that goes on; 0: of none
+
+    def feed(self, data: bytes) -> list[tuple[int, bytes]]:
+        """The kinds and contents of the messages that are complete now; BadFrame."""
+        self._received += data
+        messages: list[tuple[int, bytes]] = []
+        while True:
+            frame = self._next_frame()
+            if frame is None:
+                return messages
+            is_last, kind, payload = frame
+            if kind >= CLOSE_FRAME:
+                messages.append((kind, payload))
+                continue
+            if (kind == 0) != (self._kind != 0):
+                raise BadFrame(PROTOCOL_ERROR)  # a message within another, or the rest of none
+            self._kind = self._kind or kind
+            if len(self._message) + len(payload) > LARGEST_MESSAGE:
+                raise BadFrame(MESSAGE_TOO_BIG)
+            self._message += payload
+            if is_last:
+                messages.append((self._kind, bytes(self._message)))
+                self._message.clear()
+                self._kind = 0
+
+    def _next_frame(self) -> tuple[bool, int, bytes] | None:
+        """The next frame (is it a message's last, its kind, its content), once it is all there."""
+        received = self._received
+        if len(received) < 2:
+            return None
+        is_last, kind, size = bool(received[0] & 0x80), received[0] & 0x0F, received[1] & 0x7F
+        is_known = kind in (0, TEXT_FRAME, BINARY_FRAME, CLOSE_FRAME, PING_FRAME, PONG_FRAME)
+        if received[0] & 0x70 or not is_known or not received[1] & 0x80:
+            raise BadFrame(PROTOCOL_ERROR)  # extensions, unknown frames, frames without a mask
+        if kind >= CLOSE_FRAME and (size > 125 or not is_last):
+            raise BadFrame(PROTOCOL_ERROR)
+        more = {126: 2, 127: 8}.get(size, 0)
+        at = 2 + more
+        if len(received) < at:
+            return None
+        if more:
+            size = int.from_bytes(received[2:at], "big")
+        if size > LARGEST_MESSAGE:
+            raise BadFrame(MESSAGE_TOO_BIG)
+        end = at + 4 + size
+        if len(received) < end:
+            return None
+        mask, masked = bytes(received[at : at + 4]), bytes(received[at + 4 : end])
+        del received[:end]
+        return is_last, kind, unmasked(mask, masked)
+
+
+def unmasked(mask: bytes, content: bytes) -> bytes:
+    size = len(content)
+    key = (mask * (size // 4 + 1))[:size]
+    return (int.from_bytes(content, "big") ^ int.from_bytes(key, "big")).to_bytes(size, "big")
+
+
+SEND_SECONDS = 10.0
+"""How long a browser may take to receive what it is sent."""
+
+
+class WebSocket:
+    """The server's end of a WebSocket, for one thread."""
+
+    def __init__(self, duplex: Duplex) -> None:
+        self._duplex = duplex
+        self._decoder = FrameDecoder()
+        self._has_closed = False
+
+    def send(self, message: object) -> None:
+        """Send an object as JSON, or text as it is; OSError where that takes too long."""
+        text = message if isinstance(message, str) else json.dumps(message)
+        self._send(TEXT_FRAME, text.encode())
+
+    def receive(self, seconds: float) -> list[str] | None:
+        """The messages that arrive within so long, at once if there are any; None at the end."""
+        data = self._duplex.receive(seconds)
+        if data is None:
+            return []
+        if not data:
+            return None
+        texts = []
+        for kind, payload in self._decoder.feed(data):
+            if kind == CLOSE_FRAME:
+                self._close(payload[:2])
+                return None
+            if kind == PING_FRAME:
+                self._send(PONG_FRAME, payload)
+            elif kind == TEXT_FRAME:
+                try:
+                    texts.append(payload.decode())
+                except UnicodeDecodeError:
+                    raise BadFrame(NOT_UTF8) from None
+        return texts
+
+    def close(self, code: int) -> None:
+        """Say goodbye, if it is still heard."""
+        if not self._has_closed:
+            with contextlib.suppress(OSError):
+                self._close(code.to_bytes(2, "big"))
+
+    def _close(self, reason: bytes) -> None:
+        self._has_closed = True
+        self._send(CLOSE_FRAME, reason)
+
+    def _send(self, kind: int, payload: bytes) -> None:
+        self._duplex.send(encoded_frame(kind, payload), SEND_SECONDS)
+
+
+def websocket(request: Request, run: Callable[[WebSocket], None]) -> Upgrade:
+    """Go on as a WebSocket; HttpError where the request is not for one."""
+    headers = request.headers
+    key, kind = headers.get("sec-websocket-key", ""), headers.get("upgrade", "")
+    if request.method != "GET" or kind.lower() != "websocket" or len(key) != 24:
+        raise HttpError(426, "This path is for WebSockets.", [("Upgrade", "websocket")])
+    if headers.get("sec-websocket-version") != "13":
+        raise HttpError(
+            426, "The WebSocket has another version.", [("Sec-WebSocket-Version", "13")]
+        )
+
+    def run_until_closed(duplex: Duplex) -> None:
+        end = WebSocket(duplex)
+        code = GOING_AWAY
+        try:
+            run(end)
+        except BadFrame as error:
+            code = error.code
+        except OSError:
+            return  # the browser has gone, or takes nothing any more
+        end.close(code)
+
+    answer = [
+        ("Upgrade", "websocket"),
+        ("Connection", "Upgrade"),
+        ("Sec-WebSocket-Accept", accept_key(key)),
+    ]
+    return Upgrade(answer, run_until_closed)
+
+
+# -- what a page can subscribe to ------------------------------------------------------------------
+
+LIVE = Router()
+live = LIVE.route
+
+NEWEST_RUNS_WATCHED = 100
+
+
+class Watched(NamedTuple):
+    """What a subscription sends when it changes."""
+
+    rows: Callable[[], Iterable[Mapping[str, Any]]]
+    key: tuple[str, ...] = ()  # the fields that tell a row from others
+    stamp: object = None  # equal to the last one: no need to look at the rows; None: look
+    is_one: bool = False  # one object that changes, and no list that grows
+
+
+class Snapshots:
+    """What is computed once for all subscriptions of a socket when they are looked at."""
+
+    def __init__(self, model: UiModel) -> None:
+        self.model = model
+        self.now = model.clock()
+        self._tasks: dict[Ids, list[UiTask]] = {}
+        self._runs: dict[Ids, UiRun | None] = {}
+        self._stamps: dict[Ids, object] = {}
+
+    def run(self, ids: Ids) -> UiRun | None:
+        if ids not in self._runs:
+            self._runs[ids] = self.model.run(ids)
+        return self._runs[ids]
+
+    def tasks(self, ids: Ids) -> list[UiTask]:
+        if ids not in self._tasks:
+            self._tasks[ids] = self.model.tasks(ids, self.now)
+        return self._tasks[ids]
+
+    def stamp_of_run(self, ids: Ids) -> object:
+        """None while the run may change; else what changes when it does after all."""
+        if ids not in self._stamps:
+            run = self.run(ids)
+            is_settled = run is not None and self.model.is_settled(run)
+            self._stamps[ids] = json.dumps(run) if run is None or is_settled else None
+        return self._stamps[ids]
+
+    def newest_runs(self) -> list[UiRun]:
+        """The newest runs, and those that were running when somebody looked last."""
+        newest = list(itertools.islice(self.model.runs(), NEWEST_RUNS_WATCHED))
+        found = {row_ids(row): row for row in self.model.unfinished_runs() + newest}
+        for ids, row in found.items():
+            self._runs[ids] = self.model.judge(row)
+        return list(found.values())
+
+
+@live("GET", "/runs")
+def live_runs(look: Snapshots, query: Query) -> Watched:
+    def rows() -> list[UiRun]:
+        runs = filtered(look.newest_runs(), query, {**UI_RUN_FIELDS, **UI_JUDGED_FIELDS})
+        tests = tag_filters(query)
+        return [run for run in runs if all(test(run) for test in tests)]
+
+    return Watched(rows, ("flow_id", "run"))
+
+
+@live("GET", RUN)
+def live_run(look: Snapshots, query: Query, flow: str, run: str) -> Watched:
+    row = look.run(run_ids(flow, run))
+    return Watched(lambda: [row] if row else [], is_one=True)
+
+
+@live("GET", RUN + "/steps")
+def live_steps(look: Snapshots, query: Query, flow: str, run: str) -> Watched:
+    ids = run_ids(flow, run)
+    return Watched(
+        lambda: look.model.steps(ids, look.tasks(ids), look.now),
+        ("step_name",),
+        look.stamp_of_run(ids),
+    )
+
+
+@live("GET", RUN + "/tasks")
+def live_tasks(look: Snapshots, query: Query, flow: str, run: str) -> Watched:
+    ids = run_ids(flow, run)
+    return Watched(
+        lambda: filtered(look.tasks(ids), query, UI_TASK_FIELDS),
+        ("step_name", "task_id", "attempt_id"),
+        look.stamp_of_run(ids),
+    )
+
+
+@live("GET", TASK + "/attempts")
+def live_attempts(look: Snapshots, query: Query, *task: str) -> Watched:
+    ids = task_ids(*task)
+    return Watched(
+        lambda: look.model.attempts(ids, look.now), ("attempt_id",), look.stamp_of_run(ids[:2])
+    )
+
+
+@live("GET", RUN + "/parameters")
+def live_parameters(look: Snapshots, query: Query, flow: str, run: str) -> Watched:
+    ids = run_ids(flow, run)
+    step = (*ids, PARAMETERS_STEP)
+    stamp = look.model.versions(step)
+    return Watched(lambda: [p for p in (look.model.parameters(ids),) if p], (), stamp, is_one=True)
+
+
+@live("GET", RUN + "/metadata")
+def live_run_metadata(look: Snapshots, query: Query, flow: str, run: str) -> Watched:
+    ids, step = run_ids(flow, run), first(query, "step_name")
+    stamp = look.model.versions((*ids, step)) if step else look.stamp_of_run(ids)
+    return Watched(
+        lambda: filtered(run_metadata(look.model, ids, query), query, UI_METADATA_FIELDS),
+        ("step_name", "id"),
+        stamp,
+    )
+
+
+@live("GET", TASK + "/metadata")
+def live_metadata(look: Snapshots, query: Query, *task: str) -> Watched:
+    ids = task_ids(*task)
+    return Watched(
+        lambda: filtered(look.model.metadata(ids), query, UI_METADATA_FIELDS),
+        ("id",),
+        look.model.store.version(ids),
+    )
+
+
+@live("GET", TASK + "/artifacts")
+def live_artifacts(look: Snapshots, query: Query, *task: str) -> Watched:
+    ids, attempt = task_ids(*task), attempt_asked_for(query)
+    return Watched(
+        lambda: map(look.model.with_value, look.model.artifacts(ids, attempt)),
+        ("name", "attempt_id"),
+        look.model.store.version(ids),
+    )
+
+
+# -- subscriptions ---------------------------------------------------------------------------------
+
+LOOK_SECONDS, IDLE_LOOK_SECONDS = 1.0, 3.0
+"""How often subscriptions are looked at; and when nothing has happened for IDLE_SECONDS."""
+
+IDLE_SECONDS = 60.0
+
+SILENT_SECONDS = 180.0
+"""How long a page may be silent: it pings every 5 s, or in the background every minute."""
+
+GAP_SECONDS = 10.0
+"""What may have changed between a page's request and its subscription is sent once more."""
+
+VERDICT_LAG_SECONDS = RUN_HEARTBEAT_CUTOFF + 60
+"""How much later than at the time it bears a change may have shown, when a run or task died."""
+
+MOST_SUBSCRIPTIONS = 256
+MOST_SOCKETS = 128
+
+
+class Subscription:
+    """What a page wants to hear of, and what it has heard."""
+
+    def __init__(self, uuid: str, resource: str, since: float) -> None:
+        """`since`: epoch seconds; what has changed after that is sent at once. BadQuery, HttpError
+        where there is no such resource."""
+        path, _, query = resource.partition("?")
+        self.uuid = uuid
+        self.resource = path
+        self._query: Query = urllib.parse.parse_qsl(query, keep_blank_values=True)
+        segments = [urllib.parse.unquote(segment) for segment in path.split("/")[1:]]
+        self._handler, self._arguments = LIVE.handler("GET", segments)
+        self._since = int(since * 1000)
+        self._stamp: object = None
+        self._known: dict[object, int] = {}
+        self._is_first_look = True
+
+    def frames(self, look: Snapshots) -> Iterator[Mapping[str, object]]:
+        """What is to be told now."""
+        watched: Watched = cast(Any, self._handler(look, self._query, *self._arguments))
+        if watched.stamp is not None and watched.stamp == self._stamp:
+            return
+        self._stamp = watched.stamp
+        for row in watched.rows():
+            key = tuple(row[field] for field in watched.key)
+            state = hash(essence(row))
+            known = self._known.get(key)
+            self._known[key] = state
+            if known == state or (self._is_first_look and last_change(row) < self._since):
+                continue
+            yield {
+                "type": "UPDATE" if watched.is_one or known is not None else "INSERT",
+                "uuid": self.uuid,
+                "resource": self.resource,
+                "data": row,
+            }
+        self._is_first_look = False
+
+
+def essence(row: Mapping[str, Any]) -> str:
+    """What of a row is worth telling when it changes: not the time, which browsers have too."""
+    moving = () if row.get("finished_at") else ("duration",)
+    return json.dumps({k: v for k, v in row.items() if k not in (*moving, "last_heartbeat_ts")})
+
+
+def last_change(row: Mapping[str, Any]) -> float:
+    """When a row has changed last, in epoch milliseconds; infinite where it does not say."""
+    times = [row.get(name) for name in ("ts_epoch", "started_at", "finished_at")]
+    return max((time for time in times if time is not None), default=math.inf)
+
+
+class Feed:
+    """What one page is told over its socket: by one thread, so that nothing overtakes."""
+
+    def __init__(self, model: UiModel, page: WebSocket) -> None:
+        self._model = model
+        self._page = page
+        self._subscriptions: dict[str, Subscription] = {}
+        self._next_look = 0.0
+        self._last_told = time.monotonic()
+        self._waiting: list[Subscription] = []  # for their turn in this look
+        self._look = Snapshots(model)
+
+    def run(self) -> None:
+        """Serve the page until it goes, or is silent for too long; OSError, BadFrame."""
+        heard = time.monotonic()
+        while True:
+            messages = self._page.receive(self._patience())
+            if messages is None:
+                return
+            for message in messages:
+                self._handle(message)
+            now = time.monotonic()
+            if messages:
+                heard = now
+            elif now - heard > SILENT_SECONDS:
+                return
+            if self._waiting:
+                self._tell(self._waiting.pop())
+            elif self._subscriptions and now >= self._next_look:
+                is_idle = now - self._last_told > IDLE_SECONDS
+                self._next_look = now + (IDLE_LOOK_SECONDS if is_idle else LOOK_SECONDS)
+                self._look = Snapshots(self._model)
+                self._waiting = list(self._subscriptions.values())[::-1]
+
+    def _patience(self) -> float:
+        """How long the next message may be waited for, in seconds."""
+        if self._waiting:
+            return 0.0
+        if not self._subscriptions:
+            return SILENT_SECONDS / 2
+        return max(0.0, self._next_look - time.monotonic())
+
+    def _handle(self, message: str) -> None:
+        if message == "__ping__":
+            self._page.send("__pong__")
+            return
+        try:
+            asked = json.loads(message)
+            kind, uuid = asked["type"], asked["uuid"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return
+        if not isinstance(uuid, str) or len(uuid) > 100:
+            return
+        if kind == "UNSUBSCRIBE":
+            self._subscriptions.pop(uuid, None)
+        elif kind == "SUBSCRIBE":
+            self._subscribe(uuid, asked)
+
+    def _subscribe(self, uuid: str, asked: Mapping[str, object]) -> None:
+        resource, since = asked.get("resource"), asked.get("since")
+        begin = self._model.clock() - GAP_SECONDS
+        if isinstance(since, (int, float)) and math.isfinite(since):
+            begin = min(begin, since - VERDICT_LAG_SECONDS)
+        if len(self._subscriptions) >= MOST_SUBSCRIPTIONS:
+            raise BadFrame(OVER_LIMIT)
+        if isinstance(resource, str):
+            try:
+                self._subscriptions[uuid] = Subscription(uuid, resource, begin)
+                self._next_look = 0.0
+            except HttpError:
+                log.debug("a page subscribes to %r, which there is not", resource)
+
+    def _tell(self, subscription: Subscription) -> None:
+        if self._subscriptions.get(subscription.uuid) is not subscription:
+            return
+        try:
+            frames = list(subscription.frames(self._look))
+        except (BadQuery, StoreError, HttpError) as error:
+            log.debug("%s cannot be watched: %s", subscription.resource, error)
+            del self._subscriptions[subscription.uuid]
+            return
+        except OSError as error:
+            log.warning("%s cannot be looked at: %s", subscription.resource, error)
+            return
+        for frame in frames:
+            self._page.send(frame)
+            self._last_told = time.monotonic()
+
+
+@ui_route("GET", "/api/ws")
+def ui_feed(model: UiModel, request: Request) -> Upgrade:
+    """The socket of a page, over which it hears of what changes."""
+    return websocket(request, lambda page: Feed(model, page).run())
+
+
+# -- search in a run -------------------------------------------------------------------------------
+
+
+@ui_route("GET", "/api/search" + RUN)
+def ui_search(model: UiModel, request: Request, flow: str, run: str) -> Upgrade:
+    """A socket that tells which tasks have an artifact or foreach variable, and closes."""
+    found = partial(found_tasks, model, run_ids(flow, run), request.query)
+
+    def tell(page: WebSocket) -> None:
+        matches = [
+            {
+                "flow_id": task["flow_id"],
+                "run_number": task["run_number"],
+                "step_name": task["step_name"],
+                "task_id": str(task["task_id"]),
+                "searchable": True,
+                "error": None,
+            }
+            for task in found()
+        ]
+        page.send({"event": {"type": "result", "matches": matches}})
+
+    return websocket(request, tell)
+
+
+def found_tasks(model: UiModel, ids: Ids, query: Query) -> Iterator[Task]:
+    """The tasks of a run that a search finds, by `key`, `value` and `scope`."""
+    key, value = first(query, "key") or "", first(query, "value") or ""
+    while value != urllib.parse.unquote(value):
+        value = urllib.parse.unquote(value)
+    scopes = (first(query, "scope") or "ARTIFACT").split(",")
+    for step in model.store.steps(ids):
+        for task in model.store.tasks((*ids, step["step_name"])):
+            where = (*ids, step["step_name"], str(task["task_id"]))
+            if ("ARTIFACT" in scopes and has_artifact(model, where, key, value)) or (
+                "FOREACH_VARIABLE" in scopes and has_variable(model, where, key, value)
+            ):
+                yield task
+
+
+def has_artifact(model: UiModel, ids: Ids, key: str, value: str) -> bool:
+    """Whether the newest attempt of a task has an artifact of that name, and of that value if any:
+    a part of it in whatever case, or all of it where it is in quotes."""
+    with contextlib.suppress(NotAllowed):
+        artifact = model.store.artifact(ids, key)
+        if artifact is not None and value:
+            content = model.with_value(artifact_row(artifact)).get("content")
+            if content is None:
+                return False
+            if len(value) > 1 and value[0] == value[-1] == '"':
+                return content == value[1:-1]
+            return value.lower() in content.lower()
+        return artifact is not None
+    return False
+
+
+def has_variable(model: UiModel, ids: Ids, key: str, value: str) -> bool:
+    """Whether a task is within a foreach over `key`, and at that value if any."""
+    wanted = f"{key}={value.strip(chr(34))}" if value else key
+    for metadatum in model.store.metadata(ids, fields=("foreach-stack",)):
+        stack: object = metadatum["value"]
+        entries = stack if isinstance(stack, list) else [str(stack)]
+        if any(wanted in entry for entry in entries):
+            return True
+    return False
+
+
+# -- the page, and the files of the official UI ----------------------------------------------------
+
+HTML = "text/html; charset=utf-8"
+KEY_COOKIE = f"{PROGRAM}-key"
+LARGEST_STATIC_FILE = 64 * 2**20
+FOR_EVER = "public, max-age=31536000, immutable"
+SERVICE_PATHS = frozenset(("api", "flows", "auth", "metadata", "static"))
+"""Beginnings of paths at which there is no page of the official UI, whatever is asked for."""
+
+
+def key_in(headers: Mapping[str, str]) -> str:
+    """The key that a request brings: as its header, or from the cookie that the login has set."""
+    given = headers.get("x-api-key")
+    if given is not None:
+        return given
+    for part in headers.get("cookie", "").split(";"):
+        name, _, value = part.strip().partition("=")
+        if name == KEY_COOKIE:
+            return urllib.parse.unquote(value, "latin-1")
+    return ""
+
+
+def is_key(given: str, key: str) -> bool:
+    """Whether a given key is the one, in a time that does not tell where they differ."""
+    import hmac  # takes 3 ms to load, which commands can do without
+
+    return hmac.compare_digest(given.encode("utf-8", "replace"), key.encode())
+
+
+class UiService(MetadataService):
+    """Answers requests of the metadata API, those of the UI, and those for the UI itself."""
+
+    def __init__(self, store: Store, ui_folder: str | None = None, key: str | None = None) -> None:
+        """`ui_folder`: a build of the official UI; `key`: what requests have to bring, if any."""
+        super().__init__(store)
+        self._model = UiModel(store)
+        self._ui_folder = None if ui_folder is None else os.path.realpath(ui_folder)
+        self._key = key
+        self._sockets = threading.BoundedSemaphore(MOST_SOCKETS)
+
+    def is_public(self, method: str, path: Sequence[str]) -> bool:
+        """Whether a request is answered without the key: the page, which asks for it, and what
+        tells it."""
+        if method == "POST":
+            return list(path) == ["api", "login"]
+        return method in ("GET", "HEAD") and self._is_page(path)
+
+    def _is_page(self, path: Sequence[str]) -> bool:
+        if list(path) == [""]:
+            return True
+        if self._ui_folder is None or path[0] in SERVICE_PATHS - {"static"}:
+            return False
+        with contextlib.suppress(HttpError):
+            METADATA_API.handler("GET", path)
+            return False
+        return True
+
+    def dispatch(self, request: Request) -> Answer | Upgrade:
+        if request.method in ("GET", "HEAD") and self._is_page(request.path):
+            return self._page(request)
+        if request.path[0] != "api":
+            return super().dispatch(request)
+        if request.path == ["api", "login"]:
+            return self._login(request)
+        handler, arguments = UI_API.handler(request.method, request.path)
+        answer: Answer | Upgrade = handler(self._model, request, *arguments)
+        if isinstance(answer, Upgrade):
+            return self._counted(answer)
+        if answer.kind == HTML and self._ui_folder is None:  # the official UI looks into its cards
+            return answer._replace(headers=(*answer.headers, CARD_POLICY))
+        return answer
+
+    def _counted(self, upgrade: Upgrade) -> Upgrade:
+        """An upgrade that counts as an open socket while it lasts; 503 where there are too many."""
+        if not self._sockets.acquire(blocking=False):
+            raise HttpError(503, "Too many pages are open.")
+
+        def run(duplex: Duplex) -> None:
+            try:
+                upgrade.run(duplex)
+            finally:
+                self._sockets.release()
+
+        return Upgrade(upgrade.headers, run)
+
+    def _login(self, request: Request) -> Answer:
+        """Put the key into a cookie, since a browser cannot send it as a header."""
+        if request.method != "POST":
+            raise HttpError(405, "The method is not for this path.", [("Allow", "POST")])
+        given = request.json_object().get("key")
+        if self._key is None:
+            return Answer(b"", 204)
+        if not isinstance(given, str) or not is_key(given, self._key):
+            raise HttpError(401, "This is not the key of the service.")
+        value = urllib.parse.quote(self._key, safe="")
+        cookie = f"{KEY_COOKIE}={value}; Path=/; HttpOnly; SameSite=Strict"
+        return Answer(b"", 204, headers=[("Set-Cookie", cookie)])
+
+    def _page(self, request: Request) -> Answer:
+        """Our own page, or the official UI; which cannot ask for a key, so that ours does."""
+        needs_key = self._key is not None and not is_key(key_in(request.headers), self._key)
+        if self._ui_folder is None or (needs_key and request.path[0] != "static"):
+            headers = [("Content-Security-Policy", PAGE_POLICY), ("Cache-Control", "no-cache")]
+            return Answer(PAGE.encode(), kind=HTML, headers=headers)
+        return static_file(self._ui_folder, request.path)
+
+
+def static_file(folder: str, path: Sequence[str]) -> Answer:
+    """A file of a build of the official UI; its index.html for what is a page of its own."""
+    import mimetypes
+
+    names = [name for name in path if name]
+    found = os.path.realpath(os.path.join(folder, *names)) if safe_names(names) else folder
+    is_file = found.startswith(folder + "/") and os.path.isfile(found)
+    if not is_file and path[0] == "static":
+        raise HttpError(404, "There is no such file.")
+    file = found if is_file else os.path.join(folder, "index.html")
+    try:
+        content = file_content(file, LARGEST_STATIC_FILE)
+    except (OSError, TooLarge):
+        raise HttpError(404, f"There is no UI in {folder}.") from None
+    kind = mimetypes.guess_type(file)[0] or "application/octet-stream"
+    if kind.startswith("text/") or kind in ("application/javascript", "application/json"):
+        kind += "; charset=utf-8"
+    caching = FOR_EVER if path[0] == "static" else "no-cache"
+    headers = [("Cache-Control", caching), ("X-Content-Type-Options", "nosniff")]
+    return Answer(content, kind=kind, headers=headers)
+
+
+def safe_names(names: Iterable[str]) -> bool:
+    return all(name not in (".", "..") and "/" not in name and "\0" not in name for name in names)
 
 
 # ==================================================================================================
@@ -2342,19 +5204,18 @@ class Access(NamedTuple):
     key: str | None  # what every request must bring, if anything
 
     def check(self, fields: Mapping[str, str]) -> None:
-        """Refuse a request that a foreign web page can send, or that lacks the key."""
+        """Refuse a request that a foreign web page can send."""
         host = fields.get("host")
         if host is not None and not self._is_ours(host):
             raise HttpError(403, "The Host header names another host.")
         origin = fields.get("origin")
         if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
             raise HttpError(403, "Requests from pages of another origin are not answered.")
-        if self.key is not None:
-            import hmac  # takes 3 ms to load, which commands can do without
 
-            given = fields.get("x-api-key", "")
-            if not hmac.compare_digest(given.encode("latin-1"), self.key.encode()):
-                raise HttpError(401, "The request needs the service's key as its x-api-key header.")
+    def check_key(self, fields: Mapping[str, str]) -> None:
+        """Refuse a request that lacks the key."""
+        if self.key is not None and not is_key(key_in(fields), self.key):
+            raise HttpError(401, "The request needs the service's key as its x-api-key header.")
 
     def _is_ours(self, host: str) -> bool:
         """Whether a Host header can only be meant for us.
@@ -2406,7 +5267,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.is_closing = False
         self._connections: dict[Connection, float] = {}  # until when each may be silent
         self._busy: set[Connection] = set()
-        self._lock = threading.Condition()  # guards both, and the time of the last request
+        self._pages: set[Connection] = set()  # those that went on as something else than HTTP
+        self._lock = threading.Condition()  # guards all three, and the time of the last request
         self._last_request = time.monotonic()
         self._wake_reader, self._wake_writer = os.pipe()
         super().__init__((host, port), Connection)
@@ -2466,7 +5328,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _idle_seconds(self) -> float:
         with self._lock:
-            return 0.0 if self._busy else time.monotonic() - self._last_request
+            is_used = self._busy or self._pages
+            return 0.0 if is_used else time.monotonic() - self._last_request
 
     def _close_overdue(self) -> None:
         now = time.monotonic()
@@ -2500,9 +5363,19 @@ class Server(http.server.ThreadingHTTPServer):
         """The connection begins to send an answer."""
         self._connections[connection] = time.monotonic() + REQUEST_SECONDS
 
+    def note_upgraded(self, connection: Connection) -> None:
+        """The connection is that of an open page: no request, but a reason to be there."""
+        with self._lock:
+            self._busy.discard(connection)
+            self._pages.add(connection)
+            if self.is_closing:
+                connection.cut_off()
+                self._lock.notify()
+
     def note_closed(self, connection: Connection) -> None:
         with self._lock:
             self._busy.discard(connection)
+            self._pages.discard(connection)
             self._connections.pop(connection, None)
             self._lock.notify()
 
@@ -2581,11 +5454,39 @@ class Connection(http.server.BaseHTTPRequestHandler):
         try:
             request = self._request()
             self.server.note_answering(self)
-            answer = self.server.service.answer(request)
+            answer: Answer | Upgrade = self.server.service.answer(request)
         except HttpError as error:
             self.close_connection = True  # for what is left of the request is not read
             answer = as_error(error)
-        self._send(answer)
+        if isinstance(answer, Upgrade):
+            self._go_on(answer)
+        else:
+            self._send(answer)
+
+    def _go_on(self, upgrade: Upgrade) -> None:
+        """Go on as what the answer says, and close then."""
+        self.close_connection = True
+        self.send_response(101)
+        for name, value in upgrade.headers:
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.flush()
+        self.server.note_upgraded(self)
+        upgrade.run(self)
+
+    def receive(self, seconds: float) -> bytes | None:
+        """What arrives within so long; None where nothing does, nothing (b"") at the end."""
+        self.connection.settimeout(seconds)
+        try:
+            data: bytes = self.connection.recv(2**16)
+            return data
+        except (socket.timeout, BlockingIOError):
+            return None
+
+    def send(self, data: bytes, seconds: float) -> None:
+        """Send all of it; OSError where that takes longer."""
+        self.connection.settimeout(seconds)
+        self.connection.sendall(data)
 
     do_GET = do_HEAD = do_POST = do_PATCH = do_PUT = do_DELETE = do_OPTIONS = do_TRACE = respond
     do_CONNECT = respond
@@ -2607,7 +5508,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
             raise HttpError(400, "The path or its parameters are not valid UTF-8.") from None
         except ValueError:
             raise HttpError(400, f"There are more than {MOST_PARAMETERS} parameters.") from None
-        return Request(self.command, segments, parameters, self._body())
+        if not self.server.service.is_public(self.command, segments):
+            self.server.access.check_key(self.fields)
+        return Request(self.command, segments, parameters, self._body(), self.fields)
 
     def _body(self) -> bytes | None:
         """The body of the request, None where none is announced."""
@@ -2665,8 +5568,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def _send(self, answer: Answer) -> None:
         self.server.note_sending(self)
         self.send_response(answer.status)
-        self.send_header("Content-Type", answer.kind)
-        self.send_header("Content-Length", str(len(answer.content)))
+        if answer.status != 204:
+            self.send_header("Content-Type", answer.kind)
+            self.send_header("Content-Length", str(len(answer.content)))
         self.send_header("METADATA_SERVICE_VERSION", PROTOCOL_VERSION)
         for name, value in answer.headers:
             self.send_header(name, value)
@@ -2761,6 +5665,7 @@ class Service(NamedTuple):
     started_at: int  # epoch seconds
     log: str | None  # the log file; None where it logs on a terminal
     machine: str
+    ui_folder: str | None
     key: str | None
     is_stopping: bool = False
 
@@ -2969,6 +5874,7 @@ class Options(NamedTuple):
     idle_timeout: float  # seconds; 0: for ever
     key: str | None
     makes_key: bool  # where there is none
+    ui_folder: str | None  # a build of the official UI, to be shown in place of our page
     is_debug: bool
     registry: Index
 
@@ -2996,6 +5902,8 @@ def ensure_service(options: Options) -> tuple[Service, bool]:
         raise Failure(f"The service of {service.root} runs already, on port {service.port}.")
     if options.key not in (None, service.key):
         raise Failure(f"The service of {service.root} runs already, with another key.")
+    if options.ui_folder not in (None, service.ui_folder):
+        raise Failure(f"The service of {service.root} runs already, with another UI.")
     if options.makes_key and service.key is None:
         raise Failure(f"The service of {service.root} runs already, without a key.")
     return service, False
@@ -3062,6 +5970,7 @@ def _register(options: Options, lock: LockedFile, server: Server, log_file: str 
         started_at=int(time.time()),
         log=log_file,
         machine=own_name(),
+        ui_folder=options.ui_folder,
         key=options.key,
     )
     lock.write(json.dumps(service._asdict()))
@@ -3142,7 +6051,8 @@ class Daemon:
 
     def _open(self) -> MetadataService | BrokenService:
         try:
-            return MetadataService(Store(self._options.root))
+            store = Store(self._options.root)
+            return UiService(store, self._options.ui_folder, self._options.key)
         except (Exception, SystemExit) as error:
             log.exception("cannot start")
             self._idle_timeout = BROKEN_IDLE_TIMEOUT
@@ -3263,6 +6173,12 @@ def command(
     return declare
 
 
+def tell(sentence: str) -> None:
+    """Put a line on stderr, if there is one."""
+    if sys.stderr is not None:
+        print(f"{PROGRAM}: {sentence}", file=sys.stderr, flush=True)
+
+
 def current_folder() -> str:
     try:
         return os.getcwd()
@@ -3294,6 +6210,7 @@ def chosen_options(arguments: Arguments, idle_timeout: float = DEFAULT_IDLE_TIME
         idle_timeout=idle_timeout if timeout is None else timeout,
         key=key,
         makes_key=arguments.generate_key,
+        ui_folder=chosen(arguments.ui_dir, ENV_UI_DIR, ui_folder),
         is_debug=is_debug(os.environ),
         registry=Index(home_folder(os.environ)),
     )
@@ -3332,6 +6249,8 @@ def do_run(arguments: Arguments) -> None:
     lease = take_lease(options.root)
     service, _ = ensure_service(options)
     lease.keep_on_exec()
+    if shutil.which(command[0]):
+        mention_page(service)
     become(command, {**os.environ, **settings_for(arguments, service)})
 
 
@@ -3358,6 +6277,7 @@ def do_start(arguments: Arguments) -> None:
     wait_until_ready(service)
     print(f"{'Started' if is_new else 'Running already'} at {service.url} for {service.root}")
     print_settings(arguments, service)
+    mention_page(service)
 
 
 def print_settings(arguments: Arguments, service: Service) -> None:
@@ -3431,6 +6351,32 @@ def do_url(arguments: Arguments) -> None:
     else:
         service, _ = ensure_service(chosen_options(arguments))
     print(service.url)
+
+
+@command(
+    f"{PROGRAM} ui",
+    ("--no-browser", {"action": "store_true", "help": "only print the URL"}),
+    takes_service=True,
+)
+def do_ui(arguments: Arguments) -> None:
+    """Open the page on which runs appear and move.
+
+    Starts the service where none runs, prints the page's URL and opens it in a browser. A service
+    with a key asks for it once: it is among what `env` prints.
+    """
+    service, _ = ensure_service(chosen_options(arguments))
+    wait_until_ready(service)
+    print(service.url, flush=True)
+    if not arguments.no_browser:
+        import webbrowser
+
+        if not webbrowser.open(service.url):
+            raise Failure("There is no browser to open it in.")
+
+
+def mention_page(service: Service) -> None:
+    """Say where to look, without getting in the way of what is on stdout."""
+    tell(f"runs are shown at {service.url}")
 
 
 @command(f'eval "$({PROGRAM} env)"', takes_service=True)
@@ -3664,6 +6610,13 @@ def add_service_options(parser: argparse.ArgumentParser) -> None:
         f"{ENV_IDLE_TIMEOUT}, else {DEFAULT_IDLE_TIMEOUT:.0f})",
     )
     parser.add_argument(
+        "--ui-dir",
+        metavar="DIR",
+        type=option(ui_folder),
+        help="a build of the official Metaflow UI to show in place of the page of this program "
+        f"(default: {ENV_UI_DIR})",
+    )
+    parser.add_argument(
         "--generate-key",
         action="store_true",
         help=f"let every request need a key, a new one unless {ENV_KEY} has one",
@@ -3690,7 +6643,7 @@ def main() -> NoReturn:
         arguments.function(arguments)
         print(end="", flush=True)  # sys.stdout is None where it was closed
     except Failure as failure:
-        print(f"{PROGRAM}: {failure}", file=sys.stderr)
+        tell(str(failure))
         raise SystemExit(failure.exit_code) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
