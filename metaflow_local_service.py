@@ -1660,9 +1660,25 @@ def sends_heartbeats(system_tags: Sequence[object] | None) -> bool:
 
 
 REGEX_PIECE = re.compile(
-    r"\\.|\[\^?\]?(?:\\.|[^]\\])*\]|\(\?[A-Za-z]+\)|\(\?(?:<?[=!]|P?<\w+>|[A-Za-z]*:)|.", re.DOTALL
+    r"\\."  # an escape
+    r"|\[\^?\]?(?:\\.|\[:\w+:\]|[^]\\])*\]"  # a class
+    r"|\(\?[A-Za-z]+\)|\(\?(?:<?[=!]|P?<\w+>|[A-Za-z]*:)"  # flags, the beginning of a group
+    r"|.",
+    re.DOTALL,
 )
-"""An escape, a class, the beginning of a group, or a single character."""
+CLASS_PIECE = re.compile(r"\\.|\[:(\w+):\]|[\[&|~]", re.DOTALL)
+
+NAMED_CLASSES = {
+    "alnum": "a-zA-Z0-9",
+    "alpha": "a-zA-Z",
+    "blank": r" \t",
+    "digit": "0-9",
+    "lower": "a-z",
+    "punct": r"!-/:-@\[-`{-~",
+    "space": r"\s",
+    "upper": "A-Z",
+    "xdigit": "0-9a-fA-F",
+}
 
 ESCAPES = {r"\y": r"\b", r"\Y": r"\B", r"\m": r"\b(?=\w)", r"\M": r"\b(?<=\w)", r"\b": r"\x08"}
 
@@ -1670,22 +1686,32 @@ ESCAPES = {r"\y": r"\b", r"\Y": r"\B", r"\m": r"\b(?=\w)", r"\M": r"\b(?<=\w)", 
 def postgres_regex(pattern: str) -> Pattern[str]:
     """A regular expression of PostgreSQL's as one of Python's; BadQuery where it is none.
 
-    They differ in what `$` and a few letters behind a backslash mean, and in that `.` is any
-    character there.
+    They differ in what `$` and a few letters behind a backslash mean, in named classes, and in that
+    `.` is any character there.
     """
 
     def translate(match: Match[str]) -> str:
         piece = match.group()
+        if piece == "[":
+            raise re.error("a class has no end")
+        if piece[0] == "[":
+            return "[" + CLASS_PIECE.sub(translate_in_class, piece[1:])
         return r"\Z" if piece == "$" else ESCAPES.get(piece, piece)
+
+    def translate_in_class(match: Match[str]) -> str:
+        if match[1]:
+            return NAMED_CLASSES[match[1]]
+        return match[0] if match[0][0] == "\\" else "\\" + match[0]
 
     try:
         return re.compile(REGEX_PIECE.sub(translate, pattern), re.DOTALL)
-    except (re.error, RecursionError, OverflowError) as error:
+    except (re.error, RecursionError, OverflowError, KeyError) as error:
         raise BadQuery(f"{pattern!r} is not a regular expression: {error}.") from None
 
 
-MOST_STEPS = 10**8
-"""What a search may take at most, in steps of Python's matcher: it holds up every other request."""
+MOST_DOUBLINGS = 27
+"""A search may take 2 to the power of this many steps of Python's matcher, which is a second or two
+in which every other request waits."""
 
 
 def found_in(pattern: Pattern[str], texts: Collection[str]) -> set[str]:
@@ -1694,30 +1720,30 @@ def found_in(pattern: Pattern[str], texts: Collection[str]) -> set[str]:
     PostgreSQL searches in a time in proportion to the text. Python tries all ways to share a text
     out between the repeats of a pattern, and cannot be interrupted.
     """
-    if most_steps(pattern.pattern, max(map(len, texts), default=0)) > MOST_STEPS:
+    if doublings(pattern.pattern, max(map(len, texts), default=0)) > MOST_DOUBLINGS:
         raise BadQuery(f"{pattern.pattern!r} repeats too much to be searched for in such values.")
     return set(filter(pattern.search, texts))
 
 
-def most_steps(pattern: str, longest: int) -> float:
-    """How many steps a search in a text of that length can take, at a rough guess upwards."""
-    starts, optional = 1, 0  # a search may begin anywhere, and each repeat end anywhere
-    branching = [False]  # whether there is a choice in each of the open groups
-    closed = False  # whether the last piece was the end of a group with a choice in it
+def doublings(pattern: str, longest: int) -> float:
+    """How many steps a search in a text of that length can take at most, roughly, as log2."""
+    ends, optional = 1, 0  # a search may begin anywhere in the text, and each repeat end anywhere
+    has_choice = [False]  # of each open group, whether there is a choice in it
+    is_repeatable = True  # whether the last piece was anything else than a group with a choice
     for piece in REGEX_PIECE.findall(pattern):
-        if closed and piece in ("*", "+", "{"):
+        if piece in ("*", "+", "{") and not is_repeatable:
             return math.inf
-        closed = False
-        if piece.startswith("("):
-            branching.append(False)
-        elif piece == ")" and len(branching) > 1:
-            closed = branching.pop()
-            branching[-1] = branching[-1] or closed
+        is_repeatable = True
+        if piece[0] == "(" and piece[-1] != ")":
+            has_choice.append(False)
+        elif piece == ")" and len(has_choice) > 1:
+            is_repeatable = not has_choice.pop()
+            has_choice[-1] |= not is_repeatable
         elif piece in ("*", "+", "{", "?", "|"):
-            starts += piece in ("*", "+", "{")
+            has_choice[-1] = True
+            ends += piece in ("*", "+", "{")
             optional += piece == "?"
-            branching[-1] = True
-    return float(longest + 1) ** starts * 2.0**optional
+    return ends * math.log2(longest + 1) + optional
 
 
 # ==================================================================================================
