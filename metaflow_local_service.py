@@ -240,7 +240,7 @@ class Run(_Run, total=False):
 
 class Step(TypedDict):
     flow_id: str
-    run_number: str
+    run_number: Id
     step_name: str
     user_name: str | None
     ts_epoch: int
@@ -527,7 +527,7 @@ ARTIFACT_FILE = re.compile(r"([0-9]+)_artifact_.*\.json", re.DOTALL)
 RUN_DEPTH, TASK_DEPTH = 2, 4
 """How many parts the ids of a run and of a task have."""
 
-RECORDS_IN_MEMORY = 30_000
+RECORDS_IN_MEMORY = 30_000  # as many as small ones; see record_weight
 NAMES_IN_MEMORY = 200_000
 TASK_FILES_IN_MEMORY = 50_000
 
@@ -673,6 +673,11 @@ def version_of(status: os.stat_result) -> Version:
     return (status.st_mtime_ns, status.st_ino, status.st_size)
 
 
+def record_weight(known: tuple[Version, object]) -> int:
+    """What a record counts for in memory: as many as there are pages of 4 KiB in its file."""
+    return 1 + known[0][2] // 4096
+
+
 SETTLED_NS = 2_000_000_000
 """A folder that changed less than this ago may change again without a new time stamp, since file
 systems keep those in steps of up to two seconds."""
@@ -719,7 +724,7 @@ class Store:
         self._provider = local_metadata_provider(root)
         self.folder: str = self._provider._make_path()
         # Of each file its version and what was made of it, None where nothing could be.
-        self._records: Recent[tuple[Version, Any]] = Recent(RECORDS_IN_MEMORY)
+        self._records: Recent[tuple[Version, Any]] = Recent(RECORDS_IN_MEMORY, record_weight)
         self._listings: Recent[Listing] = Recent(NAMES_IN_MEMORY, Listing.weight)  # by folder
         self._task_files: Recent[TaskFiles] = Recent(TASK_FILES_IN_MEMORY, TaskFiles.weight)
         self._last_task_ids: Recent[int] = Recent(RECORDS_IN_MEMORY)  # by folder of the run
@@ -1611,7 +1616,7 @@ TRUTHS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": F
 def value_text(metadatum: Metadatum) -> str:
     """The value of a metadatum as text, whatever its file has."""
     value: object = metadatum["value"]
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def run_status(end_metadata: Iterable[Metadatum], last_heartbeat_ts: int | None, now: float) -> str:
@@ -2397,71 +2402,49 @@ class BrokenService:
 # ==================================================================================================
 
 
-class _UiObject(TypedDict):
-    """What the rows of all objects of a run have."""
+class UiRun(_Run):
+    """A run. Times are epoch milliseconds, but for heartbeats; durations are milliseconds.
 
-    flow_id: str
-    run_number: Id
-    run_id: str | None  # where the client gave the run a name
-    user_name: str | None
-    ts_epoch: int
-    tags: list[str]
-    system_tags: list[str]
+    As in all rows, the tags are never null, and `run_id` is the name that a client gave, if any.
+    """
 
-
-class UiRun(_UiObject):
-    """A run. Times are epoch milliseconds, but for heartbeats; durations are milliseconds."""
-
-    user: str | None  # the verified owner
+    run_id: str | None
     run: str
+    user: str | None  # the verified owner
     status: str  # "" until somebody wants to know: see UiModel.judge
     finished_at: int | None
     duration: int | None
-    last_heartbeat_ts: int | None
 
 
-class UiStep(_UiObject):
-    step_name: str
-    duration: int | None
+class UiStep(Step):
+    run_id: str  # here the backend of the official UI has the number too
+    duration: int
 
 
-class UiTask(_UiObject):
+class UiTask(Task):
     """An attempt of a task; one that nobody has begun is its attempt 0."""
 
-    step_name: str
-    task_id: Id
+    run_id: str | None
     task_name: str | None
+    attempt_id: int
     status: str
     task_ok: None
     started_at: int | None
     finished_at: int | None
-    duration: int | None
-    attempt_id: int
-    last_heartbeat_ts: int | None
+    duration: int
 
 
-class UiMetadatum(_UiObject):
-    id: int
-    step_name: str
-    task_id: Id
+class UiMetadatum(Metadatum):
+    """A metadatum, the value of which is text."""
+
+    run_id: str | None
     task_name: str | None
     attempt_id: int | None
-    field_name: str
-    value: str
-    type: str
 
 
-class _UiArtifact(_UiObject):
-    step_name: str
-    task_id: Id
+class _UiArtifact(Artifact):
+    run_id: str | None
     task_name: str | None
-    name: str
-    location: str
-    ds_type: str
-    sha: str | None
-    type: str | None
-    content_type: str | None
-    attempt_id: int
 
 
 class ShowingFailed(TypedDict):
@@ -2522,14 +2505,6 @@ class Attempt(NamedTuple):
     is_ok: bool | None = None
 
 
-class TaskFacts(NamedTuple):
-    """What the records of a task say of its attempts, from 0 to the newest; none where none has
-    begun."""
-
-    version: Version | None
-    attempts: Sequence[Attempt]
-
-
 class Verdict(NamedTuple):
     """What has become of a run, and the state of all that this was told by."""
 
@@ -2549,6 +2524,11 @@ class Graph(TypedDict, total=False):
     steps: Mapping[str, Any]
 
 
+def graph_weight(graph: Graph) -> int:
+    """About how many bytes of memory a graph takes."""
+    return 1000 + 5 * len(json.dumps(graph))
+
+
 def attempt_of(metadatum: Metadatum) -> int | None:
     """The attempt that a metadatum is of, by its tag `attempt_id:N`; None where it has none."""
     for tag in metadatum["tags"] or ():
@@ -2559,34 +2539,32 @@ def attempt_of(metadatum: Metadatum) -> int | None:
 
 
 def attempts_in(metadata: Iterable[Metadatum], others: Iterable[int]) -> list[Attempt]:
-    """The attempts that metadata tell of, in any order; and `others`, of which is only known that
-    they were."""
-    facts: dict[int, Attempt] = {number: Attempt() for number in others}
-    newest_ok: dict[int, Moment] = {}
+    """The attempts that metadata tell of, in any order, from 0 to the newest; and `others`, of
+    which is only known that they were."""
+    told: dict[int, list[Metadatum]] = {number: [] for number in others}
     for metadatum in metadata:
-        field, at, text = metadatum["field_name"], metadatum["ts_epoch"], value_text(metadatum)
-        if field == "attempt_ok":
-            number = attempt_of(metadatum) or 0
+        text = value_text(metadatum)
+        if metadatum["field_name"] == "attempt_ok":
+            told.setdefault(attempt_of(metadatum) or 0, []).append(metadatum)
         elif re.fullmatch("[0-9]{1,5}", text):
-            number = int(text)
-        else:
-            continue
-        fact = facts.get(number, Attempt())
-        if field == "attempt":
-            fact = fact._replace(
-                started_at=at if fact.started_at is None else min(at, fact.started_at)
-            )
-        elif field in ("attempt-done", "attempt_ok"):
-            fact = fact._replace(done_at=max(at, fact.done_at or 0))
-            truth = TRUTHS.get(text.lower())
-            moment = metadatum_moment(metadatum)
-            is_newest = moment >= newest_ok.get(number, moment)
-            if field == "attempt_ok" and truth is not None and is_newest:
-                newest_ok[number] = moment
-                fact = fact._replace(is_ok=truth)
-        facts[number] = fact
-    last = max((number for number in facts if number <= LARGEST_SHOWN_ATTEMPT), default=-1)
-    return [facts.get(number, Attempt()) for number in range(last + 1)]
+            told.setdefault(int(text), []).append(metadatum)
+    last = max((number for number in told if number <= LARGEST_SHOWN_ATTEMPT), default=-1)
+    return [attempt_told_by(told.get(number, ())) for number in range(last + 1)]
+
+
+def attempt_told_by(metadata: Sequence[Metadatum]) -> Attempt:
+    """What the metadata of an attempt say of it: begun at the first, done at the last that says
+    so, and done well if the last that knows says so."""
+    begun = [m["ts_epoch"] for m in metadata if m["field_name"] == "attempt"]
+    done = [m["ts_epoch"] for m in metadata if m["field_name"] in ("attempt-done", "attempt_ok")]
+    told = [
+        (metadatum_moment(m), TRUTHS.get(value_text(m).lower()))
+        for m in metadata
+        if m["field_name"] == "attempt_ok"
+    ]
+    known = [(moment, truth) for moment, truth in told if truth is not None]
+    is_ok = max(known)[1] if known else None
+    return Attempt(min(begun, default=None), max(done, default=None), is_ok)
 
 
 def attempt_status(
@@ -2614,8 +2592,8 @@ def attempts_allowed(graph: Graph, step: str) -> int | None:
     node = graph.get("steps", {}).get(step)
     if not isinstance(node, dict):
         return None
-    allowed = 1
-    for decorator in node.get("decorators") or ():
+    allowed, decorators = 1, node.get("decorators")
+    for decorator in decorators if isinstance(decorators, list) else ():
         if isinstance(decorator, dict):
             if decorator.get("name") == "catch":
                 allowed += CATCH_ATTEMPTS
@@ -2650,7 +2628,7 @@ def lasted(begin: int, end: int | None, now: float) -> int:
 
 # -- files of the datastore ------------------------------------------------------------------------
 
-LARGEST_LOG = 64 * 2**20
+LARGEST_LOG = 16 * 2**20
 LARGEST_CARD = 64 * 2**20
 LARGEST_VALUE = 256 * 2**10
 LARGEST_GRAPH = 2 * 2**20
@@ -2660,26 +2638,34 @@ SHA = re.compile("[0-9a-f]{40,64}")
 ROOT_LOCATION = ":root:"
 
 
-class TooLarge(Exception):
+class TooLarge(ValueError):
     """A file or value is larger than what is shown."""
 
 
 def datastore_file(root: str, *names: str) -> str | None:
     """The path of a file of Metaflow's below the root of a local datastore, None if there is none.
 
-    The root is what a client said, and so are some of the names: the root must be a .metaflow, no
-    name may be more than a name, and no link may lead out of the root.
+    The root is what a client said, and so are some of the names: the root must be a .metaflow.
     """
     if not os.path.isabs(root) or "\0" in root:
         return None
     if not os.path.basename(root.rstrip("/")).startswith(DATASTORE_DIR):
         return None
+    return file_below(root, names)
+
+
+def file_below(folder: str, names: Iterable[str]) -> str | None:
+    """The real path of a file or folder below another, None if there is none.
+
+    No name may be more than a name, and no link may lead out of the folder.
+    """
     try:
+        os.fsencode(folder)
         for name in names:
             check_name(name)
-    except NotAllowed:
+    except (NotAllowed, UnicodeEncodeError):
         return None
-    real = os.path.realpath(root)
+    real = os.path.realpath(folder)
     path = os.path.realpath("/".join((real, *names)))
     return path if path.startswith(real + "/") and os.path.exists(path) else None
 
@@ -2687,9 +2673,9 @@ def datastore_file(root: str, *names: str) -> str | None:
 def file_content(path: str, limit: int, from_end: bool = False) -> bytes:
     """What is in a file; TooLarge if that is more than the limit, or its last part if `from_end`.
 
-    FileNotFoundError where it is no file. It is opened such that nothing can make this wait.
+    FileNotFoundError or IsADirectoryError where it is no file.
     """
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as f:
+    with open(path, "rb", opener=open_without_waiting) as f:
         status = os.fstat(f.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise FileNotFoundError(errno.ENOENT, "not a file", path)
@@ -2701,14 +2687,29 @@ def file_content(path: str, limit: int, from_end: bool = False) -> bytes:
         return f.read(limit)
 
 
+def open_without_waiting(path: str, flags: int) -> int:
+    """Open a file; one that is a pipe without a wait for whoever writes into it."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def json_content(path: str, limit: int) -> Any:
+    """The JSON in a file; TooLarge, or another ValueError where it is none."""
+    try:
+        return json.loads(file_content(path, limit))
+    except RecursionError:
+        raise ValueError("It is nested too deeply.") from None
+
+
 def unpacked(blob: bytes, limit: int) -> bytes:
     """What a blob of the datastore holds; TooLarge where that is more than the limit."""
     import zlib
 
     if not blob.startswith(b"\x1f\x8b"):
         return blob
-    unzip = zlib.decompressobj(wbits=31)
-    content = unzip.decompress(blob, limit + 1)
+    try:
+        content = zlib.decompressobj(wbits=31).decompress(blob, limit + 1)
+    except zlib.error as error:
+        raise ValueError(f"It cannot be unpacked: {error}.") from None
     if len(content) > limit:
         raise TooLarge
     return content
@@ -2725,6 +2726,10 @@ LOG_LINE = re.compile(
 """A line as Metaflow's mflog writes it: when (in UTC), from where, a unique id, and the text."""
 
 
+MOST_LOG_LINES = 200_000
+"""How many lines of a file are shown: about as many as a file of LARGEST_LOG has of Metaflow's."""
+
+
 def log_lines(files: Iterable[bytes]) -> list[UiLogLine]:
     """The lines of the log files of a stream, in the order of their times.
 
@@ -2733,18 +2738,23 @@ def log_lines(files: Iterable[bytes]) -> list[UiLogLine]:
     timed: list[tuple[float, int | None, str]] = []
     for content in files:
         at = 0.0
-        for line in content.split(b"\n")[: None if not content.endswith(b"\n") else -1]:
-            match, stamp = LOG_LINE.fullmatch(line), None
-            if match:
-                at = log_time(match.group(1).decode()) or at
-                stamp = int(at * 1000)
-                line = match.group(2)
+        for line in content.rsplit(b"\n", MOST_LOG_LINES)[-MOST_LOG_LINES:]:
+            match = LOG_LINE.fullmatch(line)
+            moment = log_time(match.group(1).decode()) if match else None
+            at = at if moment is None else moment
             if match or line:
-                timed.append((at, stamp, line.decode("utf-8", "replace")))
+                text = match.group(2) if match else line
+                stamp = None if moment is None else int(moment * 1000)
+                timed.append((at, stamp, text.decode("utf-8", "replace")))
     timed.sort(key=operator.itemgetter(0))
     return [
         {"row": row, "timestamp": stamp, "line": line} for row, (_, stamp, line) in enumerate(timed)
     ]
+
+
+def log_weight(lines: Sequence[UiLogLine]) -> int:
+    """About how many bytes of memory the lines of a log take."""
+    return sum(len(line["line"]) for line in lines) + 300 * (len(lines) + 1)
 
 
 def log_time(text: str) -> float | None:
@@ -2772,9 +2782,14 @@ class Thing:
     """An object of some class in a pickle, or the class itself: never made, only named."""
 
     def __init__(self, name: str, is_class: bool = False) -> None:
-        self.name = name
+        self.name = name[:LONGEST_CLASS_NAME]
         self.is_class = is_class
         self.state: object = None
+
+
+def pairs_of(items: list[Any]) -> Pairs:
+    """Keys and values, which a pickle has in turn."""
+    return Pairs(zip(items[::2], items[1::2]))
 
 
 MARK: Any = object()
@@ -2785,26 +2800,50 @@ PLAIN_TYPES = frozenset(
 """What pickletools calls the values that are in a pickle as they are."""
 
 CONSTANTS: Mapping[str, object] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+EMPTY_COLLECTIONS: Mapping[str, Callable[[], object]] = {
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_DICT": Pairs,
+    "EMPTY_SET": Items,
+}
+MARKED_COLLECTIONS: Mapping[str, Callable[[list[Any]], object]] = {
+    "LIST": list,
+    "TUPLE": tuple,
+    "DICT": pairs_of,
+    "FROZENSET": Items,
+}
+SHORT_TUPLES: Mapping[str, int] = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+PASSED_OVER = frozenset(("PROTO", "FRAME", "STOP", "NEXT_BUFFER", "READONLY_BUFFER"))
+
+LONGEST_CLASS_NAME = 500
+LARGEST_PLAIN = 4_000_000  # values and characters
 
 
 class PickleReader:
     """Reads what is in a pickle without unpickling it: nothing that it names is imported or called.
 
-    Time and memory are in proportion to the length of the pickle, whatever is in it.
+    Time and memory are in proportion to the length of the pickle, whatever is in it; what calls
+    copy, which a pickle can ask for again and again, is counted.
     """
 
     def __init__(self) -> None:
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
+        self._copied = 0
 
     def read(self, content: bytes) -> Any:
         """The value of plain types, Pairs, Items and Things; ValueError where it is no pickle."""
         import pickletools
 
+        plain = {
+            operation.name
+            for operation in pickletools.opcodes
+            if not operation.stack_before
+            and any(kind.name in PLAIN_TYPES for kind in operation.stack_after)
+        }
         try:
             for operation, argument, _ in pickletools.genops(content):
-                kinds = [kind.name for kind in operation.stack_after]
-                if not operation.stack_before and kinds and kinds[0] in PLAIN_TYPES:
+                if operation.name in plain:
                     self._stack.append(CONSTANTS.get(operation.name, argument))
                 else:
                     self._do(operation.name, argument)
@@ -2813,17 +2852,17 @@ class PickleReader:
             raise ValueError(f"not a pickle: {error!r}") from None
 
     def _do(self, name: str, argument: Any) -> None:
-        stack = self._stack
-        if name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            self._memo[int(argument)] = stack[-1]
-        elif name in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(self._memo[int(argument)])
-        else:
+        if name in EMPTY_COLLECTIONS:
+            self._stack.append(EMPTY_COLLECTIONS[name]())
+        elif name in MARKED_COLLECTIONS:
+            self._stack.append(MARKED_COLLECTIONS[name](self._marked()))
+        elif name in SHORT_TUPLES:
+            self._stack[-SHORT_TUPLES[name] :] = [tuple(self._stack[-SHORT_TUPLES[name] :])]
+        elif name not in PASSED_OVER:
             method = getattr(self, f"_{name.lower()}", None)
-            if method is not None:
-                method(argument)
-            elif name not in ("PROTO", "FRAME", "STOP", "NEXT_BUFFER", "READONLY_BUFFER"):
+            if method is None:
                 raise ValueError(f"{name} is not read")
+            method(argument)
 
     def _marked(self) -> list[Any]:
         """What was put on the stack since the last mark, which is taken from it."""
@@ -2848,76 +2887,54 @@ class PickleReader:
     def _dup(self, _: Any) -> None:
         self._stack.append(self._stack[-1])
 
+    def _put(self, number: Any) -> None:
+        self._memo[int(number)] = self._stack[-1]
+
+    _binput = _long_binput = _put
+
     def _memoize(self, _: Any) -> None:
-        self._memo[len(self._memo)] = self._stack[-1]
+        self._put(len(self._memo))
 
-    def _empty_list(self, _: Any) -> None:
-        self._stack.append([])
+    def _get(self, number: Any) -> None:
+        self._stack.append(self._memo[int(number)])
 
-    def _empty_tuple(self, _: Any) -> None:
-        self._stack.append(())
-
-    def _empty_dict(self, _: Any) -> None:
-        self._stack.append(Pairs())
-
-    def _empty_set(self, _: Any) -> None:
-        self._stack.append(Items())
-
-    def _list(self, _: Any) -> None:
-        self._stack.append(self._marked())
-
-    def _tuple(self, _: Any) -> None:
-        self._stack.append(tuple(self._marked()))
-
-    def _tuple1(self, _: Any) -> None:
-        self._stack[-1:] = [(self._stack[-1],)]
-
-    def _tuple2(self, _: Any) -> None:
-        self._stack[-2:] = [tuple(self._stack[-2:])]
-
-    def _tuple3(self, _: Any) -> None:
-        self._stack[-3:] = [tuple(self._stack[-3:])]
-
-    def _dict(self, _: Any) -> None:
-        self._stack.append(self._paired(self._marked()))
-
-    def _frozenset(self, _: Any) -> None:
-        self._stack.append(Items(self._marked()))
+    _binget = _long_binget = _get
 
     def _append(self, _: Any) -> None:
-        self._extend([self._stack.pop()])
+        self._extend(list, [self._stack.pop()])
 
     def _appends(self, _: Any) -> None:
-        self._extend(self._marked())
+        self._extend(list, self._marked())
 
-    _additems = _appends
+    def _additems(self, _: Any) -> None:
+        self._extend(Items, self._marked())
 
     def _setitem(self, _: Any) -> None:
-        value, key = self._stack.pop(), self._stack.pop()
-        self._extend([(key, value)])
+        self._extend(Pairs, pairs_of([self._stack.pop(-2), self._stack.pop()]))
 
     def _setitems(self, _: Any) -> None:
-        self._extend(self._paired(self._marked()))
+        self._extend(Pairs, pairs_of(self._marked()))
 
-    def _extend(self, items: list[Any]) -> None:
+    def _extend(self, kind: type[list[Any]], items: list[Any]) -> None:
         """Add to the collection on the stack; that of a class of its own stays unknown."""
-        if isinstance(self._stack[-1], list):
+        if type(self._stack[-1]) is kind:
             self._stack[-1].extend(items)
-
-    @staticmethod
-    def _paired(items: list[Any]) -> Pairs:
-        return Pairs(zip(items[::2], items[1::2]))
 
     def _global(self, argument: str) -> None:
         self._stack.append(Thing(argument.replace(" ", "."), is_class=True))
 
     def _stack_global(self, _: Any) -> None:
         name, module = self._stack.pop(), self._stack.pop()
-        self._stack.append(Thing(f"{module}.{name}"[:500], is_class=True))
+        parts = [part[:LONGEST_CLASS_NAME] for part in (module, name) if isinstance(part, str)]
+        self._stack.append(Thing(".".join(parts), is_class=True))
 
     def _reduce(self, _: Any) -> None:
         arguments, called = self._stack.pop(), self._stack.pop()
-        self._stack.append(made_of(called, arguments))
+        made = made_of(called, arguments)
+        self._copied += len(made) if isinstance(made, (Items, bytes)) else 0
+        if self._copied > LARGEST_PLAIN:
+            raise TooLarge("It is too large.")
+        self._stack.append(made)
 
     _newobj = _reduce
 
@@ -2945,11 +2962,11 @@ def made_of(called: object, arguments: object) -> object:
     """
     if not isinstance(called, Thing):
         raise ValueError("what is no class is called")
-    name = called.name.replace("__builtin__", "builtins")
+    name = called.name.replace("__builtin__.", "builtins.").replace("copy_reg.", "copyreg.")
     parts = arguments if isinstance(arguments, tuple) else ()
     if name in ("builtins.set", "builtins.frozenset"):
         return Items(parts[0]) if parts and isinstance(parts[0], list) else Items()
-    if name == "_codecs.encode" and parts and isinstance(parts[0], str) and len(parts[0]) <= 1000:
+    if name == "_codecs.encode" and parts and isinstance(parts[0], str):
         return parts[0].encode("latin-1", "replace")  # how bytes were pickled for Python 2
     if name == "builtins.bytes" and not parts:
         return b""
@@ -2957,9 +2974,7 @@ def made_of(called: object, arguments: object) -> object:
         return Pairs()
     if name.startswith("datetime.") and len(parts) == 1 and isinstance(parts[0], (bytes, str)):
         return pickled_time(name, parts[0]) or Thing(name)
-    if name in ("copyreg._reconstructor", "copy_reg._reconstructor") and parts:
-        return made_of(parts[0], ())
-    if called.name == "copyreg.__newobj__" and parts:
+    if name in ("copyreg._reconstructor", "copyreg.__newobj__") and parts:
         return made_of(parts[0], ())
     return Thing(name)
 
@@ -2973,15 +2988,15 @@ def pickled_time(name: str, state: bytes | str) -> str | None:
         "datetime.date": datetime.date,
     }
     try:
-        raw = state if isinstance(state, bytes) else state.encode("latin-1")
-        return str(kinds[name](raw[:20]))
+        raw = state[:20] if isinstance(state, bytes) else state[:20].encode("latin-1")
+        return str(kinds[name](raw))
     except (LookupError, TypeError, ValueError):
         return None
 
 
 LONGEST_TEXT = 100_000
-LARGEST_PLAIN = 8_000_000  # values and characters
 DEEPEST_TEXT = 50
+MOST_ATTRIBUTES = 20
 LONGEST_INTEGER = 4000  # bits; the decimal digits of longer ones take too long
 
 
@@ -3034,48 +3049,47 @@ def shown_pieces(value: Any, depth: int) -> Iterator[str]:
 
 
 def told_by(state: object, depth: int) -> Iterator[str]:
-    """What the attributes of an object are, if all are simple: as those of an exception are."""
+    """What the attributes of an object are, if they are few and simple, as an exception's are."""
     simple = (str, int, float, type(None))
-    if isinstance(state, Pairs) and all(isinstance(item, simple) for _, item in state):
+    if not isinstance(state, Pairs) or len(state) > MOST_ATTRIBUTES:
+        return
+    if all(isinstance(key, str) and isinstance(item, simple) for key, item in state):
         for key, item in state:
-            yield f" {str(key)[:100]}="
+            yield f" {key[:100]}="
             yield from shown_pieces(item, depth + 1)
 
 
 def as_plain(value: Any) -> Any:
-    """A value that was read from a pickle, as JSON has it; ValueError where that is too large."""
-    return PlainCopy().of(value, 0)
+    """A value that was read from a pickle, as JSON has it; TooLarge where that is too large, for a
+    few bytes can hold a text a million times."""
+    room = LARGEST_PLAIN
 
-
-class PlainCopy:
-    """Makes of a value what JSON has, up to a size: a few bytes can hold a text a million times."""
-
-    def __init__(self) -> None:
-        self._room = LARGEST_PLAIN
-
-    def of(self, value: Any, depth: int) -> Any:
-        self._room -= len(value) + 1 if isinstance(value, str) else 1
-        if self._room < 0 or depth > DEEPEST_TEXT:
-            raise ValueError("It is too large.")
+    def plain(value: Any, depth: int) -> Any:
+        nonlocal room
+        room -= len(value) + 1 if isinstance(value, str) else 1
+        if room < 0 or depth > DEEPEST_TEXT:
+            raise TooLarge("It is too large.")
         if isinstance(value, Pairs):
-            return {self.of(as_shown(k), depth): self.of(v, depth + 1) for k, v in value}
+            return {plain(as_shown(k), depth): plain(v, depth + 1) for k, v in value}
         if isinstance(value, (list, tuple)):
-            return [self.of(item, depth + 1) for item in value]
+            return [plain(item, depth + 1) for item in value]
         if value is None or isinstance(value, (bool, str)):
             return value
         if isinstance(value, float) and math.isfinite(value):
             return value
         if isinstance(value, int) and value.bit_length() <= LONGEST_INTEGER:
             return value
-        return self.of(as_shown(value), depth)
+        return plain(as_shown(value), depth)
+
+    return plain(value, 0)
 
 
 # -- the model -------------------------------------------------------------------------------------
 
-FACTS_IN_MEMORY = 20_000
+ATTEMPTS_IN_MEMORY = 20_000  # of so many tasks
 VERDICTS_IN_MEMORY = 60_000  # folders that they were told by
-GRAPHS_IN_MEMORY = 50
-LOG_LINES_IN_MEMORY = 20_000
+GRAPHS_IN_MEMORY = 8 * 2**20  # bytes, about
+LOGS_IN_MEMORY = 32 * 2**20  # bytes, about
 
 
 class UiModel:
@@ -3085,10 +3099,12 @@ class UiModel:
         """`clock`: tells the epoch seconds, against which signs of life are old."""
         self.store = store
         self.clock = clock
-        self._facts: Recent[TaskFacts] = Recent(FACTS_IN_MEMORY)  # by pathspec
+        # By pathspec, with the version of the task.
+        self._attempts: Recent[tuple[Version, list[Attempt]]] = Recent(ATTEMPTS_IN_MEMORY)
         self._verdicts: Recent[Verdict] = Recent(VERDICTS_IN_MEMORY, Verdict.weight)
-        self._graphs: Recent[Graph] = Recent(GRAPHS_IN_MEMORY)  # by sha
-        self._logs: Recent[list[UiLogLine]] = Recent(LOG_LINES_IN_MEMORY, len)
+        # By their places in the datastore; empty where there is none.
+        self._graphs: Recent[Graph] = Recent(GRAPHS_IN_MEMORY, graph_weight)
+        self._logs: Recent[list[UiLogLine]] = Recent(LOGS_IN_MEMORY, log_weight)
         self._unfinished: dict[Ids, None] = {}  # the runs that were running when last looked at
 
     # -- runs --------------------------------------------------------------------------------------
@@ -3137,21 +3153,15 @@ class UiModel:
         return self._known_verdict(row_ids(row), row["last_heartbeat_ts"]) is not None
 
     def _run_row(self, run: Run) -> UiRun:
-        number = run["run_number"]
         return {
-            "flow_id": run["flow_id"],
-            "run_number": number,
-            "run_id": _given_name(number),
-            "user_name": run["user_name"],
+            **run,
+            **named(run),
+            "run": str(run["run_number"]),
             "user": run.get("user"),
-            "run": str(number),
             "status": "",
             "ts_epoch": run_moment(run)[0],  # which holds when local mode changes tags
             "finished_at": None,
             "duration": None,
-            "last_heartbeat_ts": run["last_heartbeat_ts"],
-            "tags": run["tags"] or [],
-            "system_tags": run["system_tags"] or [],
         }
 
     def _known_verdict(self, ids: Ids, heartbeat: int | None) -> Verdict | None:
@@ -3195,7 +3205,7 @@ class UiModel:
         """When a run has reached its end, and the objects that tell it; None where it has not."""
         end = (*ids, self._end_step(ids))
         for task in self.store.task_ids(end)[-1:]:
-            attempts = self._facts_of(task).attempts
+            attempts = self._attempts_of(task)
             if attempts and attempts[-1].is_ok:
                 return attempts[-1].done_at, (end, task)
         return None
@@ -3225,15 +3235,12 @@ class UiModel:
         """
         if heartbeat is not None:
             return max(heartbeat * 1000, created)
-        folders = [
-            "/".join((self.store.folder, *ids)),
-            "/".join((self.store.folder, *ids, META_DIR)),
-        ]
+        own = "/".join((self.store.folder, *ids))
+        folders = [own, f"{own}/{META_DIR}"]
         if len(ids) == TASK_DEPTH:
-            folders += [f for f in self._card_folders(ids, "runtime") if f]
-            root = self.datastore_root(ids, None)
-            folders += [f for f in (datastore_file(root, *ids),) if f]
-        found = (stat_of(folder) for folder in folders)
+            folders += self._card_folders(ids, "runtime")
+            folders += filter(None, [datastore_file(self.datastore_root(ids, None), *ids)])
+        found = map(stat_of, folders)
         return max([created, *(int(s.st_mtime * 1000) for s in found if s is not None)])
 
     # -- steps and tasks ---------------------------------------------------------------------------
@@ -3243,19 +3250,14 @@ class UiModel:
         rows: list[UiStep] = []
         for step in list(self.store.steps(ids))[::-1]:
             ends = [t["finished_at"] for t in tasks if t["step_name"] == step["step_name"]]
-            known = [end for end in ends if end is not None]
-            end = max(known) if known and len(known) == len(ends) else None
+            end = None if None in ends else max(filter(None, ends), default=None)
             rows.append(
                 {
-                    "flow_id": step["flow_id"],
+                    **step,
+                    **named(step),
                     "run_number": wire_id(ids[1]),
                     "run_id": ids[1],
-                    "step_name": step["step_name"],
-                    "user_name": step["user_name"],
-                    "ts_epoch": step["ts_epoch"],
                     "duration": lasted(step["ts_epoch"], end, now),
-                    "tags": step["tags"] or [],
-                    "system_tags": step["system_tags"] or [],
                 }
             )
         return rows
@@ -3275,7 +3277,7 @@ class UiModel:
         return [] if task is None else self._attempt_rows(ids, task, now)[::-1]
 
     def _attempt_rows(self, ids: Ids, task: Task, now: float) -> list[UiTask]:
-        attempts = list(self._facts_of(ids).attempts) or [Attempt()]
+        attempts = self._attempts_of(ids).copy() or [Attempt()]
         heartbeat, created = task["last_heartbeat_ts"], task["ts_epoch"]
         is_alive, last_sign = True, created
         if attempts[-1].done_at is None:
@@ -3290,23 +3292,15 @@ class UiModel:
                 status = PENDING
             rows.append(
                 {
-                    "flow_id": task["flow_id"],
-                    "run_number": task["run_number"],
-                    "run_id": _given_name(task["run_number"]),
-                    "step_name": task["step_name"],
-                    "task_id": task["task_id"],
+                    **task,
+                    **named(task),
                     "task_name": _given_name(task["task_id"]),
-                    "user_name": task["user_name"],
+                    "attempt_id": number,
                     "status": status,
                     "task_ok": None,
-                    "ts_epoch": created,
                     "started_at": attempt.started_at,
                     "finished_at": end,
                     "duration": lasted(attempt.started_at or created, end, now),
-                    "attempt_id": number,
-                    "tags": task["tags"] or [],
-                    "system_tags": task["system_tags"] or [],
-                    "last_heartbeat_ts": heartbeat,
                 }
             )
         return rows
@@ -3314,30 +3308,27 @@ class UiModel:
     def _ended_unnoticed(self, ids: Ids, number: int, attempt: Attempt) -> Attempt:
         """An attempt whose process could not say that it ended: its scheduler has left a file."""
         path = datastore_file(self.datastore_root(ids, number), *ids, f"{number}.runtime")
-        status = path and stat_of(path)
-        if not path or not status:
+        if path is None:
             return attempt
-        with contextlib.suppress(OSError, ValueError, TooLarge, AttributeError):
-            told = json.loads(file_content(path, LARGEST_VALUE))
-            return attempt._replace(
-                done_at=int(status.st_mtime * 1000), is_ok=bool(told.get("success"))
-            )
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            is_ok = bool(json_content(path, LARGEST_VALUE).get("success"))
+            return attempt._replace(done_at=int(os.stat(path).st_mtime * 1000), is_ok=is_ok)
         return attempt
 
-    def _facts_of(self, ids: Ids) -> TaskFacts:
-        key = "/".join(ids)
-        version = self.store.version(ids)
-        known = self._facts.get(key)
-        if known is not None and version is not None and known.version == version:
-            return known
-        metadata = list(self.store.metadata(ids, fields=("attempt", "attempt-done", "attempt_ok")))
+    def _attempts_of(self, ids: Ids) -> list[Attempt]:
+        """What the records of a task say of its attempts; none where none has begun."""
+        key, version = "/".join(ids), self.store.version(ids)
+        known = self._attempts.get(key)
+        if known is not None and known[0] == version:
+            return known[1]
+        metadata = self.store.metadata(ids, fields=("attempt", "attempt-done", "attempt_ok"))
         attempts = attempts_in(metadata, self.store.attempts_with_artifacts(ids))
         for number, attempt in enumerate(attempts):
             if attempt.is_ok is None:
                 attempts[number] = self._completed_by_artifact(ids, number, attempt)
-        facts = TaskFacts(version, tuple(attempts))
-        self._facts.put(key, facts)
-        return facts
+        if version is not None:
+            self._attempts.put(key, (version, attempts))
+        return attempts
 
     def _completed_by_artifact(self, ids: Ids, number: int, attempt: Attempt) -> Attempt:
         """An attempt of which no metadatum says how it ended, but the artifact `_task_ok`."""
@@ -3345,7 +3336,7 @@ class UiModel:
         if artifact is None:
             return attempt
         is_ok: bool | None = None
-        with contextlib.suppress(OSError, ValueError, TooLarge):
+        with contextlib.suppress(OSError, ValueError):
             is_ok = bool(self.value(artifact, LARGEST_VALUE))
         return attempt._replace(
             done_at=max(artifact["ts_epoch"], attempt.done_at or 0), is_ok=is_ok
@@ -3355,41 +3346,33 @@ class UiModel:
 
     def graph(self, ids: Ids) -> Graph | None:
         """The graph of the flow of a run, as `_parameters` has stored it; None where it has not."""
-        artifact = self._artifact_of_parameters(ids, "_graph_info")
-        if artifact is None:
-            return None
-        key = f"{ids[0]}/{artifact['location']}/{artifact['sha']}"
-        if key not in self._graphs:
+        for task in self.store.task_ids((*ids, PARAMETERS_STEP)):
+            artifact = self.store.artifact(task, "_graph_info")
+            if artifact is not None:
+                return self._graph_in(artifact)
+        return None
+
+    def _graph_in(self, artifact: Artifact) -> Graph | None:
+        key = f"{artifact['flow_id']}/{artifact['location']}/{artifact['sha']}"
+        graph = self._graphs.get(key)
+        if graph is None:
             try:
-                graph = as_plain(self.value(artifact, LARGEST_GRAPH))
+                value = as_plain(self.value(artifact, LARGEST_GRAPH))
             except OSError:
                 return None  # it may come
-            except (ValueError, TooLarge):
-                graph = None
-            is_graph = isinstance(graph, dict) and isinstance(graph.get("steps"), dict)
-            self._graphs.put(key, cast(Graph, graph) if is_graph else {})
-        return self._graphs.get(key) or None
-
-    def _artifact_of_parameters(self, ids: Ids, name: str) -> Artifact | None:
-        for task in self.store.task_ids((*ids, PARAMETERS_STEP)):
-            artifact = self.store.artifact(task, name)
-            if artifact is not None:
-                return artifact
-        return None
+            except ValueError:
+                value = None
+            is_graph = isinstance(value, dict) and isinstance(value.get("steps"), dict)
+            graph = cast(Graph, value) if is_graph else {}
+            self._graphs.put(key, graph)
+        return graph or None
 
     def _end_step(self, ids: Ids) -> str:
         """The name of the last step of the flow of a run."""
         for task in self.store.task_ids((*ids, PARAMETERS_STEP)):
             for metadatum in self.store.metadata(task, fields=("end_step",)):
-                name = value_text(metadatum)
-                with contextlib.suppress(NotAllowed):
-                    check_name(name)
-                    return name
-        name = (self.graph(ids) or {}).get("end_step", DEFAULT_END_STEP)
-        with contextlib.suppress(NotAllowed, TypeError):
-            check_name(name)
-            return name
-        return DEFAULT_END_STEP
+                return end_step_named(value_text(metadatum))
+        return end_step_named((self.graph(ids) or {}).get("end_step"))
 
     def parameters(self, ids: Ids) -> dict[str, dict[str, object]]:
         """The parameters of a run and their values, those that can be shown."""
@@ -3398,7 +3381,7 @@ class UiModel:
             for artifact in self.store.artifacts(task):
                 name = artifact["name"]
                 if not name.startswith("_") and name not in ("name", "script_name"):
-                    with contextlib.suppress(OSError, ValueError, TooLarge):
+                    with contextlib.suppress(OSError, ValueError):
                         values[name] = {"value": as_plain(self.value(artifact, LARGEST_VALUE))}
         return dict(sorted(values.items()))
 
@@ -3417,7 +3400,7 @@ class UiModel:
         )
 
     def value(self, artifact: Artifact | UiArtifact, limit: int) -> Any:
-        """The value of an artifact, read without unpickling; TooLarge, ValueError or OSError."""
+        """The value of an artifact, read without unpickling; OSError, TooLarge or ValueError."""
         sha, location = artifact["sha"] or "", artifact["location"]
         if artifact["ds_type"] != "local" or not location.startswith(ROOT_LOCATION):
             raise ValueError("It is not stored on this machine.")
@@ -3427,31 +3410,19 @@ class UiModel:
         path = datastore_file(root, artifact["flow_id"], "data", sha[:2], sha)
         if path is None:
             raise FileNotFoundError(errno.ENOENT, "It is not in the datastore any more", sha)
-        import zlib
-
-        try:
-            content = unpacked(file_content(path, limit), limit)
-        except zlib.error as error:
-            raise ValueError(f"It cannot be unpacked: {error}.") from None
-        return PickleReader().read(content)
+        return PickleReader().read(unpacked(file_content(path, limit), limit))
 
     def with_value(self, row: UiArtifact) -> UiArtifact:
         """An artifact with its value, or with why that cannot be shown."""
         try:
             row["content"] = as_shown(self.value(row, LARGEST_VALUE))
-        except TooLarge:
-            detail = f"{row['name']} is larger than {LARGEST_VALUE} bytes."
-            row["postprocess_error"] = {
-                "id": "artifact-too-large",
-                "detail": detail,
-                "traceback": None,
-            }
         except (OSError, ValueError) as error:
-            row["postprocess_error"] = {
-                "id": "artifact-handle-failed",
-                "detail": error.strerror or "" if isinstance(error, OSError) else str(error),
-                "traceback": None,
-            }
+            kind, detail = "artifact-handle-failed", str(error)
+            if isinstance(error, TooLarge):
+                kind, detail = "artifact-too-large", f"It is larger than {LARGEST_VALUE} bytes."
+            elif isinstance(error, OSError):
+                detail = error.strerror or ""
+            row["postprocess_error"] = {"id": kind, "detail": detail, "traceback": None}
         return row
 
     # -- logs and cards ----------------------------------------------------------------------------
@@ -3479,7 +3450,11 @@ class UiModel:
         key = repr((paths, versions))
         lines = self._logs.get(key)
         if lines is None:
-            lines = log_lines([file_content(path, LARGEST_LOG, from_end=True) for path in paths])
+            contents = []
+            for path in paths:
+                with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+                    contents.append(file_content(path, LARGEST_LOG, from_end=True))
+            lines = log_lines(contents)
             self._logs.put(key, lines)
         return lines
 
@@ -3491,88 +3466,89 @@ class UiModel:
         """The HTML of a card, None where there is none; TooLarge."""
         for card, path in self._card_files(ids):
             if card["hash"] == card_hash:
-                return file_content(path, LARGEST_CARD)
+                with contextlib.suppress(FileNotFoundError):
+                    return file_content(path, LARGEST_CARD)
         return None
 
     def card_data(self, ids: Ids, card_hash: str) -> tuple[UiCard, object] | None:
-        """What a card shows at the moment, None where it is not known; TooLarge, ValueError."""
+        """What a card shows at the moment, None where it is not known; OSError, ValueError."""
         for card, path in self._card_files(ids, "runtime", ".data.json"):
             if card["hash"] == card_hash:
-                return card, json.loads(file_content(path, LARGEST_CARD))
+                return card, json_content(path, LARGEST_CARD)
         return None
 
-    def _card_folders(self, ids: Ids, kind: str) -> list[str | None]:
-        """Where the cards of a task may be: Metaflow before 2022 left the step out."""
+    def _card_folders(self, ids: Ids, kind: str) -> list[str]:
+        """The folders of a task's cards: Metaflow before 2022 left the step out."""
         flow, run, step, task = ids
         roots = dict.fromkeys((self.datastore_root(ids, None), self.store.folder))
-        return [
+        folders = (
             datastore_file(root, CARDS_DIR, flow, "runs", run, *below, kind)
             for root in roots
             for below in (("steps", step, "tasks", task), ("tasks", task))
-        ]
+        )
+        return [folder for folder in folders if folder is not None and os.path.isdir(folder)]
 
     def _card_files(
         self, ids: Ids, kind: str = "cards", suffix: str = ".html"
-    ) -> Iterator[tuple[UiCard, str]]:
+    ) -> list[tuple[UiCard, str]]:
         """The files TYPE-HASH and TYPE-ID-HASH of a task's cards, in the first folder of any."""
         for folder in self._card_folders(ids, kind):
-            if folder is not None:
-                found = 0
-                for name in sorted(os.listdir(folder)):
-                    parts = name[: -len(suffix)].split("-")
-                    path = os.path.join(folder, name)
-                    if name.endswith(suffix) and len(parts) in (2, 3) and not os.path.islink(path):
-                        found += 1
-                        name_of = parts[1] if len(parts) == 3 else None
-                        yield {"id": name_of, "type": parts[0], "hash": parts[-1]}, path
-                if found:
-                    return
+            with os.scandir(folder) as entries:
+                files = sorted(e.name for e in entries if e.is_file(follow_symlinks=False))
+            found: list[tuple[UiCard, str]] = []
+            for name in files:
+                parts = name[: -len(suffix)].split("-")
+                if name.endswith(suffix) and len(parts) in (2, 3):
+                    card_id = parts[1] if len(parts) == 3 else None
+                    card: UiCard = {"id": card_id, "type": parts[0], "hash": parts[-1]}
+                    found.append((card, f"{folder}/{name}"))
+            if found:
+                return found
+        return []
 
 
 def row_ids(row: UiRun) -> Ids:
     return (row["flow_id"], row["run"])
 
 
+class _Named(TypedDict):
+    run_id: str | None
+    tags: Tags
+    system_tags: Tags
+
+
+def named(record: Run | Step | Task | Metadatum | Artifact) -> _Named:
+    """What the rows of a run's objects have otherwise than the records."""
+    return {
+        "run_id": _given_name(record["run_number"]),
+        "tags": record["tags"] or [],
+        "system_tags": record["system_tags"] or [],
+    }
+
+
 def metadatum_row(metadatum: Metadatum) -> UiMetadatum:
     return {
-        "id": metadatum["id"],
-        "flow_id": metadatum["flow_id"],
-        "run_number": metadatum["run_number"],
-        "run_id": _given_name(metadatum["run_number"]),
-        "step_name": metadatum["step_name"],
-        "task_id": metadatum["task_id"],
+        **metadatum,
+        **named(metadatum),
         "task_name": _given_name(metadatum["task_id"]),
         "attempt_id": attempt_of(metadatum),
-        "field_name": metadatum["field_name"],
         "value": value_text(metadatum),
-        "type": metadatum["type"],
-        "user_name": metadatum["user_name"],
-        "ts_epoch": metadatum["ts_epoch"],
-        "tags": metadatum["tags"] or [],
-        "system_tags": metadatum["system_tags"] or [],
     }
 
 
 def artifact_row(artifact: Artifact) -> UiArtifact:
-    return {
-        "flow_id": artifact["flow_id"],
-        "run_number": artifact["run_number"],
-        "run_id": _given_name(artifact["run_number"]),
-        "step_name": artifact["step_name"],
-        "task_id": artifact["task_id"],
-        "task_name": _given_name(artifact["task_id"]),
-        "name": artifact["name"],
-        "location": artifact["location"],
-        "ds_type": artifact["ds_type"],
-        "sha": artifact["sha"],
-        "type": artifact["type"],
-        "content_type": artifact["content_type"],
-        "user_name": artifact["user_name"],
-        "attempt_id": artifact["attempt_id"],
-        "ts_epoch": artifact["ts_epoch"],
-        "tags": artifact["tags"] or [],
-        "system_tags": artifact["system_tags"] or [],
-    }
+    task_name = _given_name(artifact["task_id"])
+    row: _UiArtifact = {**artifact, **named(artifact), "task_name": task_name}
+    return cast(UiArtifact, row)
+
+
+def end_step_named(told: object) -> str:
+    """The name of a flow's last step, by what its run tells; the usual one where that is none."""
+    with contextlib.suppress(NotAllowed):
+        if isinstance(told, str):
+            check_name(told)
+            return told
+    return DEFAULT_END_STEP
 
 
 # ==================================================================================================
@@ -3597,9 +3573,9 @@ h1, h2, h3 { margin: 0; font-size: 13px; } h1 { font-size: 22px; margin-bottom: 
 input, button { font: inherit; color: inherit; background: var(--bg); border: var(--edge); border-radius: 7px; padding: 5px 11px; }
 code, pre, .log { font: 12.5px/1.55 var(--mono); overflow-wrap: anywhere; white-space: pre-wrap; margin: 0; }
 dl { display: flex; flex-wrap: wrap; gap: 12px 36px; margin: 0 0 22px; } dt { color: var(--dim); font-size: 12px; } dd { margin: 0; }
-table { width: 100%; border-collapse: collapse; } th { font-size: 12px; font-weight: 500; color: var(--dim); }
+table { width: 100%; border-collapse: collapse; } td:has(code) { width: 0; } th { font-size: 12px; font-weight: 500; color: var(--dim); }
 th, td { padding: 8px 16px; border-bottom: var(--edge); vertical-align: top; text-align: left; overflow-wrap: anywhere; }
-tbody tr:last-child td { border-bottom: 0; } td pre { max-height: 240px; overflow: auto; } td:first-child code { white-space: nowrap; }
+tbody tr:last-child td { border-bottom: 0; } td pre { max-height: 240px; overflow: auto; } td code { display: block; width: 240px; }
 iframe { display: block; width: 100%; height: 480px; border: 0; background: #fff; resize: vertical; } .note { color: var(--dim); }
 #crumbs { flex: 1; min-width: 0; flex-wrap: nowrap; gap: 8px; } #crumbs a { overflow: hidden; text-overflow: ellipsis; }
 #crumbs a:first-child { flex: none; font-weight: 650; } #crumbs a + a::before { content: "/"; color: var(--dim); margin-right: 8px; }
@@ -3629,11 +3605,12 @@ iframe { display: block; width: 100%; height: 480px; border: 0; background: #fff
 .lane { position: relative; min-height: 18px; } .tick { padding-left: 4px; border-left: var(--edge); }
 .bar, .tick { position: absolute; left: calc(100% * var(--from) / var(--span)); } .bar { inset-block: 3px; border-radius: 3px;
   min-width: 3px; background: var(--c); width: calc(100% * (var(--to) - var(--from)) / var(--span)); }
-.attempts { margin: 0 0 18px; } .attempts a { padding: 5px 14px; } .attempts [aria-current] { border-color: var(--accent); }
+.attempts:not(:empty) { margin: 0 0 18px; } .attempts a { padding: 5px 14px; } .attempts [aria-current] { border-color: var(--accent); }
 .log { max-height: 460px; overflow: auto; padding: 10px 16px; display: flex; flex-direction: column-reverse; /* Stays at its end. */ }
 .line { padding-left: 80px; } .line::before { content: attr(data-time); float: left; margin-left: -80px; color: var(--dim); }
-@media (max-width: 720px) { #crumbs { flex: 1 0 100%; } #filter { flex: 1; } #runs thead, #runs td:empty { display: none; }
-  main, header > div { padding-left: 14px; padding-right: 14px; } .row { grid-template-columns: 96px 1fr 80px; gap: 8px; }
+@media (max-width: 720px) { #crumbs { flex: 1 0 100%; flex-wrap: wrap; } #filter { flex: 1; } #runs thead, #runs td:empty { display: none; }
+  main, header > div { padding-left: 14px; padding-right: 14px; } td code { width: 120px; }
+  .row { grid-template-columns: 88px 1fr 106px; gap: 8px; }
   #runs tr { display: flex; flex-wrap: wrap; gap: 2px 14px; padding: 10px 14px; border-bottom: var(--edge); }
   #runs td { padding: 0; border: 0; } #runs td:nth-child(2) { order: -1; flex: 1 0 60%; } .tick:nth-child(even) { display: none; } }</style>
 <header><div><nav id="crumbs" aria-label="Where you are"></nav>
@@ -3644,19 +3621,18 @@ iframe { display: block; width: 100%; height: 480px; border: 0; background: #fff
   <button>Log in</button><p id="said" class="dim" role="alert">This service asks for its key once.</p></form>
 <main id="main" tabindex="-1"></main><script type="module">
 const FOLDED = 12, SETTLING = 10000, COLOURS = /\x1b\[[\d;]*[A-Za-z]/g, STATUSES = ["failed", "running", "pending", "completed"];
+const LATER = "Nothing yet. Metaflow stores what a task on this machine writes when the task ends.";
 const TICKS = [.1, .2, .5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400];
 const byId = id => document.getElementById(id), main = byId("main"), filter = byId("filter"), login = byId("login");
 // ---- Making the page. Text from flows passes through h() alone, which knows no markup: strings become text nodes. ----
 function h(tag, props, ...children) {
   const node = document.createElement(tag), {onclick = null, ...attributes} = props || {};
   for (const [name, value] of Object.entries(attributes)) if (![null, undefined, false].includes(value)) node.setAttribute(name, value);
-  node.append(...children.flat());
-  return Object.assign(node, {onclick});
+  node.append(...children.flat()); return Object.assign(node, {onclick});
 }
 function sync(parent, nodes) {  // Moves only what must move, so that focus, selection and scrolling outlive a redraw.
   const keep = new Set(nodes);
-  for (const child of [...parent.children]) if (!keep.has(child)) child.remove();
-  let at = parent.firstElementChild;
+  for (const child of [...parent.children]) if (!keep.has(child)) child.remove(); let at = parent.firstElementChild;
   for (const node of nodes) if (node === at) at = at.nextElementSibling; else parent.insertBefore(node, at);
 }
 const path = (...segments) => segments.map(segment => "/" + encodeURIComponent(segment)).join("");
@@ -3694,8 +3670,7 @@ function fillHead(head, title, row, more, below) {
 // ---- Asking the service. What is asked belongs to the view that is shown, and is given up with it. ----
 async function get(url) {
   const silence = problem => { throw problem.name === "AbortError" ? problem : new Error("The service does not answer."); };
-  const answer = await fetch("/api" + url, {signal: view.signal}).catch(silence);
-  if (answer.ok) return answer.json();
+  const answer = await fetch("/api" + url, {signal: view.signal}).catch(silence); if (answer.ok) return answer.json();
   if (answer.status === 401) { view.abort(); main.replaceChildren(login); byId("key").focus(); }
   const {detail = `The service answered ${answer.status}.`} = await answer.json().catch(() => ({}));
   throw Object.assign(new Error(detail), {status: answer.status});
@@ -3718,8 +3693,7 @@ const say = message => { if (live.socket.readyState === WebSocket.OPEN) live.soc
 const showLive = state => { byId("live").dataset.state = byId("live").textContent = state; };
 const drawSoon = () => { live.redraw = live.redraw || setTimeout(() => { live.redraw = 0; view.draw(); }, 200); };  // Once for many.
 function connect() {
-  const socket = live.socket = new WebSocket(location.origin.replace(/^http/, "ws") + "/api/ws");
-  let unanswered = 0, pinging = 0;
+  const socket = live.socket = new WebSocket(location.origin.replace(/^http/, "ws") + "/api/ws"); let unanswered = 0, pinging = 0;
   const ping = () => { if (unanswered) lost(); else { unanswered = 1; socket.send("__ping__"); } };
   const lost = socket.onclose = () => {  // A silent peer is given up without waiting for onclose, which would take a minute.
     clearInterval(pinging); socket.onclose = null; socket.close(); showLive("reconnecting");
@@ -3745,6 +3719,7 @@ function subscribe(view, resource, keep) {
 // ---- All runs. `runs` holds every run seen; the filter decides which are shown, and spares the service from sending others. ----
 const runs = new Map(), QUERY = {status: "status", flow: "flow_id:co", user: "user:co", tag: "_tags"};
 const runId = run => String(run.run || run.run_id || run.run_number), taskId = task => String(task.task_name || task.task_id);
+const tagsOf = ({tags: names = []}) => names.length ? [["Tags", tags(names)]] : [];
 const userOf = run => run.user || run.user_name || "", keepRun = run => runs.set(run.flow_id + "/" + run.run_number, {run});
 const parseFilter = text => [...text.matchAll(/(?:(status|flow|user|tag):)?("[^"]*"?|\S*)/g)]
   .map(([, field, value]) => ({field, value: value.replace(/"/g, "")})).filter(term => term.value);
@@ -3814,9 +3789,9 @@ function stepRows(run, step) {  // A long foreach shows its first tasks and the 
 async function runView(view, flow, id) {
   const base = path("flows", flow, "runs", id), steps = new Map(), nodes = new Map(), head = h("div", {id: "head"}), details = h("div");
   const rows = h("div"), ticks = h("span", {class: "lane"}), axis = h("div", {class: "row dim"}, h("span"), ticks, h("span"));
-  const lanes = h("div", {class: "timeline"}, axis, rows);
+  const lanes = h("div", {class: "timeline"}, axis, rows), timeline = panel("timeline", "Timeline", titled("Timeline"), lanes);
   let run = {}, end = 0, detailed = null;
-  const keep = row => fillHead(head, flow + "/" + id, run = row, [["User", userOf(row)], ["Tags", tags(row.tags || [])]], "");
+  const keep = row => fillHead(head, flow + "/" + id, run = row, [["User", userOf(row)], ...tagsOf(row)], "");
   const newStep = name => steps.set(name, {name, tasks: new Map(), node: h("div"), fold: h("button", {class: "fold"})}).get(name);
   function keepTask(row) {
     if (row.finished_at || !isHidden(row)) detailed = detailed || showDetails().catch(fail);
@@ -3832,11 +3807,10 @@ async function runView(view, flow, id) {
     const boxes = h("div", {class: "dag"}, graphBoxes(graph.graph_structure || [], node));
     const named = Object.entries(parameters).map(([name, {value}]) => [name, code(JSON.stringify(value))]);
     if (graph.steps) details.append(panel("dag", "Graph", titled("Graph"), boxes));
-    if (named.length) details.append(panel("parameters", "Parameters", titled("Parameters"), facts(named)));
-    view.draw();
+    if (named.length) details.append(panel("parameters", "Parameters", titled("Parameters"), facts(named))); view.draw();
   }
   view.draw = () => {
-    if (!run.status) return;
+    if (timeline.hidden = !run.status) return;
     for (const [name, box] of nodes) {
       const {status, text} = steps.has(name) ? summary(steps.get(name)) : {text: "not started"};
       box.className = "node " + colour(status); box.replaceChildren(name, h("br"), h("span", {class: "dim"}, text));
@@ -3853,7 +3827,7 @@ async function runView(view, flow, id) {
   };
   keep((await getIfAny(base, {})).data);
   (await getAll(base + "/tasks?_order=%2Bts_epoch&_limit=1000&postprocess=false")).forEach(keepTask);
-  main.replaceChildren(head, details, panel("timeline", "Timeline", titled("Timeline"), lanes)); view.draw();
+  main.replaceChildren(head, details, timeline); view.draw();
   subscribe(view, base, keep); subscribe(view, base + "/tasks", keepTask);
 }
 // ---- One task: the logs, cards, artifacts and metadata of an attempt. ----
@@ -3862,20 +3836,19 @@ function section(id, title, moving, fill, ...extra) {  // moving: worth asking f
   const load = afresh => fill(afresh).catch(unread).then(nodes => sync(body, nodes));
   return {node: panel(id, title, titled(title, ...extra), body), moving, load};
 }
-function logSection(stream, title, base, attempt) {
+function logSection(stream, title, base, attempt, isOpen) {
   const inner = h("div"), box = h("div", {class: "log", tabindex: 0, role: "group", "aria-label": title}, inner), known = new Map();
   const url = `${base}/logs/${stream}`, download = h("a", {href: `/api${url}/download?attempt_id=${attempt}`, download: ""}, "Download");
   const earlier = h("button", {class: "more", onclick: () => { wanted += 1; part.load(); }}, "Load earlier lines");
   const newLine = ({timestamp, line}) => h("div", {class: "line", "data-time": clock(timestamp)}, line.replace(COLOURS, "") + "\n");
-  let wanted = 1;
-  const lineNode = (line, key) => known.get(key) || known.set(key, newLine(line)).get(key);
+  let wanted = 1; const lineNode = (line, key) => known.get(key) || known.set(key, newLine(line)).get(key);
   const part = section("log-" + stream, title, true, async () => {
     let rows = [];  // Pages come from the end of the log backwards. The last may be short: then the one before it comes along.
     for (let page = 1; page <= wanted || rows.length && rows.length < 200 && rows[0].row; page += 1) {
       rows = [...(await getIfAny(`${url}?attempt_id=${attempt}&_limit=1000&_order=-row&_page=${page}`, [])).data.reverse(), ...rows];
     }
     sync(inner, [...rows.length && rows[0].row ? [earlier] : [], ...rows.map(line => lineNode(line, line.row + line.line))]);
-    return rows.length ? [box] : [note("Nothing was written.")];
+    return rows.length ? [box] : [note(isOpen() ? LATER : "Nothing was written.")];
   }, download);
   return part;
 }
@@ -3884,25 +3857,27 @@ function cardSection(base) {
   const nodes = ({hash, type, id}) => {  // Its scripts run, but without allow-same-origin not as this page: the API is out of reach.
     const url = `/api${base}/cards/${encodeURIComponent(hash)}`, name = [type, id].filter(Boolean).join(" \u00b7 ");
     return [titled(name, h("a", {href: url, target: "_blank", rel: "noopener"}, "Open in a new tab")),
-      h("iframe", {sandbox: "allow-scripts", title: "Card " + name, src: url + "?embed=true"})];
+      h("iframe", {sandbox: "allow-scripts", title: "Card " + name, src: url + "?embed=true&follow=true"})];
   };
   return section("cards", "Cards", true, async afresh => {
-    const {data} = await getIfAny(base + "/cards?invalidate=true", []);
-    if (afresh || shown.length !== 2 * data.length) shown = data.flatMap(nodes);
+    const {data} = await getIfAny(base + "/cards?data=true", []), isNew = afresh || shown.length !== 2 * data.length;
+    if (isNew) shown = data.flatMap(nodes);  // Else each is told what it has itself written meanwhile.
+    else data.forEach((card, at) => card.data && shown[2 * at + 1].contentWindow.postMessage(card.data, "*"));
     return data.length ? shown : [note("No cards.")];
   });
 }
 function valueSection(id, title, urls, name, value) {  // What a flow has for itself, with a name like _this, stays hidden.
   return section(id, title, false, async () => {
     const items = (await Promise.all(urls.map(url => getAll(url)))).flat().filter(item => !item[name].startsWith("_"));
-    const rows = items.map(item => row([code(item[name]), h("pre", null, value(item))]));
+    const once = new Map(items.map(item => [item[name] + "=" + value(item), item]));  // Metaflow records some metadata twice.
+    const rows = [...once.values()].map(item => row([code(item[name]), h("pre", null, value(item))]));
     return [rows.length ? table(["Name", "Value"], h("tbody", null, rows)) : note("None.")];
   });
 }
-function sections(base, attempt) {
+function sections(base, attempt, isOpen) {
   const artifacts = `${base}/artifacts?_limit=50&postprocess=true&attempt_id=`, metadata = `${base}/metadata?_limit=100&attempt_id`;
   const content = ({content, postprocess_error: problem}) => problem ? `(${problem.detail || "cannot be shown"})` : String(content);
-  return [logSection("out", "Standard output", base, attempt), logSection("err", "Standard error", base, attempt),
+  return [logSection("out", "Standard output", base, attempt, isOpen), logSection("err", "Standard error", base, attempt, isOpen),
     cardSection(base), valueSection("artifacts", "Artifacts", [artifacts + attempt], "name", content),
     valueSection("metadata", "Metadata", [`${metadata}=${attempt}`, metadata + ":is=null"], "field_name", ({value}) => String(value))];
 }
@@ -3913,7 +3888,8 @@ async function taskView(view, flow, id, step, task, chosen) {
   const keep = row => { attempts[row.attempt_id || 0] = row; };
   (await getIfAny(base + "/attempts?postprocess=true", [])).data.forEach(keep);
   const last = attempts.length - 1, shown = chosen === undefined ? last : Number(chosen), there = attempts[shown];
-  const parts = there ? sections(base, shown) : [], choices = h("nav", {class: "attempts", "aria-label": "Attempts"});
+  const isOpen = () => phase(attempts[shown]) !== "settled", parts = there ? sections(base, shown, isOpen) : [];
+  const choices = h("nav", {class: "attempts", "aria-label": "Attempts"});
   const choice = ({attempt_id: number, status}) => h("a", {href: link(flow, id, step, task, number),
     "aria-current": number === shown && "page"}, badge(status, `Attempt ${number}: ${status}`));
   view.draw = () => {
@@ -3922,9 +3898,10 @@ async function taskView(view, flow, id, step, task, chosen) {
     fillHead(head, step + "/" + task, attempts[shown] || {}, [], choices); view.wake();
   };
   async function follow() {
-    for (let wait = 2000, before = ""; there && !view.signal.aborted; wait = Math.min(wait + 500, 5000)) {
+    for (let wait = 500, before = ""; there && !view.signal.aborted; wait = Math.min(wait + 500, 5000)) {
       const now = phase(attempts[shown]), due = parts.filter(part => part.moving || now !== before);
       await Promise.all(due.map(part => part.load(now !== before)));
+      if (now !== before) wait = 500;
       if ((before = now) === "settled") return;
       await new Promise(resolve => { view.wake = resolve; setTimeout(resolve, wait); });
     }
@@ -3945,13 +3922,12 @@ async function route() {
   view.abort();
   const [flow, id, step, task, attempt] = names(), from = here, mine = view = new AbortController();
   Object.assign(view, {opened: Date.now(), draw: () => {}, tick: () => {}, wake: () => {}}); here = location.hash;
-  if (!id) listed = flow ? `flow:"${flow}"` : decode(here.split("?q=")[1] || "");
-  document.title = names().join("/") || "Metaflow runs";
+  if (!id) listed = flow ? `flow:"${flow}"` : decode(here.split("?q=")[1] || ""); document.title = names().join("/") || "Metaflow runs";
   if (document.activeElement !== filter) filter.value = listed;
   const trail = [["Runs", "#/"], [flow, link(flow)], [id, link(flow, id)], [step, link(flow, id)], [task, link(flow, id, step, task)]];
   byId("crumbs").replaceChildren(...trail.filter(([name]) => name).map(([name, href]) => h("a", {href}, name)));
   await (!id ? listView(view, listed) : !task ? runView(view, flow, id) : taskView(view, flow, id, step, task, attempt)).catch(fail);
-  if (mine !== view || view.signal.aborted || document.activeElement === filter) return;
+  if (mine !== view || view.signal.aborted || document.activeElement === filter || main.querySelector(":focus")) return;
   const back = [...main.querySelectorAll("a.nav")].find(item => from === item.hash || from.startsWith(item.hash + "/"));
   if (back) back.focus(); else { main.focus({preventScroll: true}); scrollTo(0, 0); }
 }
@@ -3985,12 +3961,6 @@ addEventListener("hashchange", route); route();
 # UI API: the routes of the official UI's backend, and its sockets
 # ==================================================================================================
 
-PAGE_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "connect-src 'self'; img-src data:; frame-src 'self'; base-uri 'none'; form-action 'self'; "
-    "frame-ancestors 'none'"
-)
-
 # -- what the UI may filter and order by -----------------------------------------------------------
 
 
@@ -4000,64 +3970,57 @@ def _count(name: str, text: str) -> int:
     return int(text)
 
 
-def plain_field(name: str) -> Field:
-    return Field(lambda row: row[name], _text)
+def columns(texts: Iterable[str], numbers: Iterable[str]) -> dict[str, Field]:
+    """The columns of rows by which these can be filtered and ordered."""
+    return {
+        **{name: Field(operator.itemgetter(name), _text) for name in texts},
+        **{name: Field(operator.itemgetter(name), _count, ORDERED) for name in numbers},
+    }
 
 
-def number_field(name: str) -> Field:
-    return Field(lambda row: row[name], _count, ORDERED)
+TASK_ID = Field(lambda row: str(row["task_id"]), _text)
 
-
-UI_RUN_FIELDS: Mapping[str, Field] = {
-    **{name: plain_field(name) for name in ("flow_id", "user_name", "user", "run", "run_id")},
-    **{name: number_field(name) for name in ("ts_epoch", "last_heartbeat_ts")},
+UI_RUN_COLUMNS: Mapping[str, Field] = {
+    **columns(("flow_id", "user_name", "user", "run", "run_id"), ("ts_epoch", "last_heartbeat_ts")),
     "run_number": RUN_FIELDS["run_number"],
 }
-UI_JUDGED_FIELDS: Mapping[str, Field] = {
-    "status": plain_field("status"),
-    "finished_at": number_field("finished_at"),
-    "duration": number_field("duration"),
-}
+UI_JUDGED_COLUMNS: Mapping[str, Field] = columns(("status",), ("finished_at", "duration"))
 """What takes to find out what has become of a run."""
 
-UI_TASK_FIELDS: Mapping[str, Field] = {
-    **{name: plain_field(name) for name in ("step_name", "status")},
-    **{
-        name: number_field(name) for name in ("attempt_id", "ts_epoch", "started_at", "finished_at")
-    },
-    "task_id": Field(lambda row: str(row["task_id"]), _text),
-    "taskId": Field(lambda row: str(row["task_id"]), _text),
+UI_STEP_COLUMNS: Mapping[str, Field] = columns(("step_name",), ("ts_epoch", "duration"))
+UI_TASK_COLUMNS: Mapping[str, Field] = {
+    **columns(
+        ("step_name", "status"),
+        ("attempt_id", "ts_epoch", "started_at", "finished_at", "duration"),
+    ),
+    "task_id": TASK_ID,
+    "taskId": TASK_ID,  # so the official UI calls it
 }
-UI_STEP_FIELDS: Mapping[str, Field] = {
-    "step_name": plain_field("step_name"),
-    "ts_epoch": number_field("ts_epoch"),
+UI_METADATA_COLUMNS: Mapping[str, Field] = {
+    **columns(("step_name", "field_name", "value", "type"), ("attempt_id", "ts_epoch")),
+    "task_id": TASK_ID,
 }
-UI_METADATA_FIELDS: Mapping[str, Field] = {
-    **{name: plain_field(name) for name in ("step_name", "field_name", "value", "type")},
-    **{name: number_field(name) for name in ("attempt_id", "ts_epoch")},
-    "task_id": Field(lambda row: str(row["task_id"]), _text),
-}
-UI_ARTIFACT_FIELDS: Mapping[str, Field] = {
-    **{name: plain_field(name) for name in ("step_name", "name", "ds_type", "type")},
-    "attempt_id": number_field("attempt_id"),
-}
+UI_ARTIFACT_COLUMNS: Mapping[str, Field] = columns(
+    ("step_name", "name", "ds_type", "type"), ("attempt_id", "ts_epoch")
+)
 
-Rows = Sequence[Mapping[str, Any]]
 Column = tuple[str, bool]
 """A column to order by, and whether the largest comes first."""
 
 
-def filtered(rows: Iterable[Made], query: Query, fields: Mapping[str, Field]) -> list[Made]:
-    """The rows that pass the filters of a query."""
-    return list(passing(rows, [test for _, test in filters(query, fields)]))
+def chosen(rows: Iterable[Made], query: Query, fields: Mapping[str, Field]) -> list[Made]:
+    """The rows that pass the filters of a query, in the order that it asks for."""
+    found = list(passing(rows, [test for _, test in filters(query, fields)]))
+    put_in_order(found, order_of(query, fields))
+    return found
 
 
-def order_of(query: Query, columns: Iterable[str]) -> list[Column]:
+def order_of(query: Query, known: Iterable[str]) -> list[Column]:
     """The order that `_order` asks for: no sign is descending; unknown columns are passed over."""
     order = []
     for part in (first(query, "_order") or "").split(","):
         name = part.lstrip("+- ")  # a plus in a URL arrives as a space
-        if name in columns:
+        if name in known:
             order.append((name, not part.startswith(("+", " "))))
     return order
 
@@ -4075,6 +4038,7 @@ def _column_order(name: str, row: Mapping[str, Any]) -> tuple[bool, Any]:
 
 # -- what answers are made of ----------------------------------------------------------------------
 
+HTML = "text/html; charset=utf-8"
 UI_PAGE, LARGEST_UI_PAGE = 10, 1000
 
 
@@ -4087,58 +4051,52 @@ class Paging(NamedTuple):
 
 
 def paging_of(query: Query, default: int = UI_PAGE) -> Paging:
-    numbers = []
-    for name, missing in (("_limit", default), ("_page", 1)):
-        text = first(query, name)
-        if text and not re.fullmatch("[0-9]{1,9}", text):
-            raise BadQuery(f"{name} is a number, not {text!r}.")
-        numbers.append(max(1, int(text)) if text else missing)
-    return Paging(min(numbers[0], LARGEST_UI_PAGE), numbers[1])
+    limit = count_in(query, "_limit", default)
+    return Paging(min(limit, LARGEST_UI_PAGE), count_in(query, "_page", 1))
 
 
-def enveloped(request: Request, data: object, status: int = 200) -> Answer:
-    """One object as the UI's backend answers it."""
-    return as_json(
-        {
-            "data": data,
-            "status": status,
-            "links": {"self": link(request)},
-            "query": dict(request.query),
-        },
-        status,
-    )
+def count_in(query: Query, name: str, default: int) -> int:
+    text = first(query, name)
+    if text and not re.fullmatch("[0-9]{1,9}", text):
+        raise BadQuery(f"{name} is a number, not {text!r}.")
+    return max(1, int(text)) if text else default
+
+
+def enveloped(
+    request: Request, data: object, status: int = 200, pages: Mapping[str, int | None] | None = None
+) -> Answer:
+    """What the UI's backend answers, in its envelope; `pages`: of a list, by their relation.
+
+    The official UI fetches `links.next` of a list until that is null.
+    """
+    links = {name: None if n is None else link(request, n) for name, n in (pages or {}).items()}
+    body: dict[str, object] = {
+        "data": data,
+        "status": status,
+        "links": {**links, "self": link(request)},
+        **({} if pages is None else {"pages": pages}),
+        "query": dict(request.query),
+    }
+    return as_json(body, status)
+
+
+def one_of(request: Request, found: object) -> Answer:
+    """One object, or 404 where there is none."""
+    return enveloped(request, {}, 404) if found is None else enveloped(request, found)
 
 
 def page_of(
     request: Request,
-    rows: Rows,
+    rows: Sequence[object],
     page: int = 1,
     next_page: int | None = None,
     last_page: int | None = None,
     status: int = 200,
 ) -> Answer:
-    """A list as the UI's backend answers it.
-
-    The official UI fetches `links.next` until that is null.
-    """
-    pages = {
-        "self": page,
-        "first": 1,
-        "prev": max(1, page - 1),
-        "next": next_page,
-        "last": last_page,
-    }
-    links = {name: None if n is None else link(request, n) for name, n in pages.items()}
-    return as_json(
-        {
-            "data": rows,
-            "status": status,
-            "links": {**links, "self": link(request)},
-            "pages": pages,
-            "query": dict(request.query),
-        },
-        status,
-    )
+    """A list: whole, unless it is said to be a page."""
+    previous = max(1, page - 1)
+    pages = {"self": page, "first": 1, "prev": previous, "next": next_page, "last": last_page}
+    return enveloped(request, rows, status, pages)
 
 
 def link(request: Request, page: int | None = None) -> str:
@@ -4159,6 +4117,75 @@ ui_route = UI_API.route
 UI_RUN = "/api" + RUN
 UI_TASK = "/api" + TASK
 
+RESOURCES = Router()
+"""What a page can subscribe to, by paths without /api."""
+
+NEWEST_RUNS_WATCHED = 100
+
+
+class Resource(NamedTuple):
+    """What a page can fetch, and be told of when it changes."""
+
+    rows: Callable[[], Iterable[Mapping[str, Any]]]
+    key: tuple[str, ...] = ()  # the fields that tell a row from others
+    stamp: Callable[[], object] = lambda: None  # as it was: no need to look at the rows; None: look
+    is_one: bool = False  # one object that changes, and no list that grows
+
+
+class Snapshots:
+    """What is computed once for all resources that are looked at together."""
+
+    def __init__(self, model: UiModel) -> None:
+        self.model = model
+        self.now = model.clock()
+        self._tasks: dict[Ids, list[UiTask]] = {}
+        self._runs: dict[Ids, UiRun | None] = {}
+
+    def run(self, ids: Ids) -> UiRun | None:
+        if ids not in self._runs:
+            self._runs[ids] = self.model.run(ids)
+        return self._runs[ids]
+
+    def tasks(self, ids: Ids) -> list[UiTask]:
+        if ids not in self._tasks:
+            self._tasks[ids] = self.model.tasks(ids, self.now)
+        return self._tasks[ids]
+
+    def stamp_of_run(self, ids: Ids) -> object:
+        """None while the run may change; else what changes when it does after all."""
+        run = self.run(ids)
+        if run is None or self.model.is_settled(run):
+            return json.dumps(run)
+        return None
+
+    def newest_runs(self) -> list[UiRun]:
+        """The newest runs, and those that were running when somebody looked last."""
+        newest = list(itertools.islice(self.model.runs(), NEWEST_RUNS_WATCHED))
+        found = {row_ids(row): row for row in self.model.unfinished_runs() + newest}
+        for ids, row in found.items():
+            self._runs[ids] = self.model.judge(row)
+        return list(found.values())
+
+
+def resource(template: str) -> Callable[[Handler], Handler]:
+    """Declare what can be fetched below /api and subscribed to, by the path without that.
+
+    A list is fetched whole, since the official UI would fetch all of its pages.
+    """
+
+    def declare(look_at: Handler) -> Handler:
+        def fetch(model: UiModel, request: Request, *names: str) -> Answer:
+            found: Resource = look_at(Snapshots(model), request.query, *names)
+            rows = list(found.rows())
+            if found.is_one:
+                return one_of(request, rows[0] if rows else None)
+            return page_of(request, rows)
+
+        ui_route("GET", "/api" + template)(fetch)
+        return RESOURCES.route("GET", template)(look_at)
+
+    return declare
+
 
 # -- autocompletion: declared first, since "autocomplete" might be an id ---------------------------
 
@@ -4173,8 +4200,8 @@ def suggestions(request: Request, name: str, values: Iterable[str]) -> Answer:
     """
     fields = {name: Field(lambda value: value, _text, is_list=False)}
     query = [as_like(pair) for pair in request.query]
-    found = sorted(filtered(set(values), query, fields))
-    return page_of(request, cast(Any, found[paging_of(request.query).part()]))
+    found = sorted(passing(set(values), [test for _, test in filters(query, fields)]))
+    return page_of(request, found[paging_of(request.query).part()])
 
 
 def as_like(pair: tuple[str, str]) -> tuple[str, str]:
@@ -4217,7 +4244,8 @@ def ui_complete_artifacts(model: UiModel, request: Request, flow: str, run: str)
 def ui_complete_tags(model: UiModel, request: Request) -> Answer:
     """Tags of the newest runs."""
     runs = itertools.islice(model.runs(), MOST_RUNS_FOR_TAGS)
-    return suggestions(request, "tag", (t for r in runs for t in r["tags"] + r["system_tags"]))
+    tags = ((*(run["tags"] or ()), *(run["system_tags"] or ())) for run in runs)
+    return suggestions(request, "tag", itertools.chain.from_iterable(tags))
 
 
 # -- what the UI is told of the service ------------------------------------------------------------
@@ -4261,56 +4289,52 @@ def ui_notifications(model: UiModel, request: Request) -> Answer:
     return as_json([])
 
 
-# -- runs, steps, tasks ----------------------------------------------------------------------------
+# -- runs ------------------------------------------------------------------------------------------
 
 
 @ui_route("GET", "/api/runs")
 def ui_list_runs(model: UiModel, request: Request) -> Answer:
     """A page of the runs of all flows, or of groups of them."""
     paging = paging_of(request.query)
-    order = order_of(request.query, {*UI_RUN_FIELDS, *UI_JUDGED_FIELDS})
+    order = order_of(request.query, {*UI_RUN_COLUMNS, *UI_JUDGED_COLUMNS})
     group = first(request.query, "_group")
-    found = found_runs(model, request.query)
+    found = found_runs(model, request.query, runs_asked_for(model, request.query))
+    if order not in ([], [("ts_epoch", True)]):  # as they are found: not all are looked at
+        found = in_order(model, found, order)
     if group in ("flow_id", "user"):
-        rows = in_order(model, found, order)
-        shown, is_more = group_page(rows, group, paging, group_limit(request.query))
-    elif order in ([], [("ts_epoch", True)]):  # as they are found: the rest is not looked at
+        shown, is_more = group_page(
+            found, group, paging, count_in(request.query, "_group_limit", UI_PAGE)
+        )
+    else:
         rows = list(itertools.islice(found, paging.part().start, paging.part().stop + 1))
         shown, is_more = rows[: paging.limit], len(rows) > paging.limit
-    else:
-        rows = in_order(model, found, order)
-        shown, is_more = rows[paging.part()], len(rows) > paging.part().stop
     judged = [model.judge(row) for row in shown]
     return page_of(request, judged, paging.page, paging.page + 1 if is_more else None)
 
 
 def in_order(model: UiModel, runs: Iterable[UiRun], order: Sequence[Column]) -> list[UiRun]:
     """Runs, newest first, put in another order; judged only where that needs it."""
-    by_verdict = any(name in UI_JUDGED_FIELDS for name, _ in order)
+    by_verdict = any(name in UI_JUDGED_COLUMNS for name, _ in order)
     rows = [model.judge(run) if by_verdict else run for run in runs]
     put_in_order(rows, order)
     return rows
 
 
-def found_runs(model: UiModel, query: Query) -> Iterator[UiRun]:
-    """The runs that pass the filters, newest first; judged only where a filter needs it."""
-    plain = [test for _, test in filters(query, UI_RUN_FIELDS)] + tag_filters(query)
-    by_verdict = [test for _, test in filters(query, UI_JUDGED_FIELDS)]
+def runs_asked_for(model: UiModel, query: Query) -> Iterator[UiRun]:
+    """All runs, newest first; not further back than a query wants to see any."""
     oldest = first(query, "ts_epoch:ge") or ""
-    floor = int(oldest) if INTEGER.fullmatch(oldest) else None
-    for row in model.runs():
-        if floor is not None and row["ts_epoch"] < floor:
-            return
-        if all(test(row) for test in plain):
-            if by_verdict:
-                model.judge(row)
-            if all(test(row) for test in by_verdict):
-                yield row
+    if not INTEGER.fullmatch(oldest):
+        return model.runs()
+    floor = int(oldest)
+    return itertools.takewhile(lambda run: run["ts_epoch"] >= floor, model.runs())
 
 
-def group_limit(query: Query) -> int:
-    text = first(query, "_group_limit") or ""
-    return int(text) if re.fullmatch("[0-9]{1,4}", text) else UI_PAGE
+def found_runs(model: UiModel, query: Query, runs: Iterable[UiRun]) -> Iterable[UiRun]:
+    """Those of the runs that pass the filters; judged only where a filter needs it."""
+    plain = [test for _, test in filters(query, UI_RUN_COLUMNS)] + tag_filters(query)
+    by_verdict = [test for _, test in filters(query, UI_JUDGED_COLUMNS)]
+    found = passing(runs, plain)
+    return passing(map(model.judge, found), by_verdict) if by_verdict else found
 
 
 def group_page(
@@ -4325,96 +4349,126 @@ def group_page(
     return shown, len(names) > paging.part().stop
 
 
-@ui_route("GET", UI_RUN)
-def ui_run(model: UiModel, request: Request, flow: str, run: str) -> Answer:
+# -- what can be fetched and subscribed to ---------------------------------------------------------
+
+
+@RESOURCES.route("GET", "/runs")
+def runs_resource(look: Snapshots, query: Query) -> Resource:
+    """The newest runs, and those that go on; to be fetched they come in pages, see above."""
+    rows = partial(found_runs, look.model, query)
+    return Resource(lambda: rows(look.newest_runs()), ("flow_id", "run"))
+
+
+@resource(RUN)
+def run_resource(look: Snapshots, query: Query, flow: str, run: str) -> Resource:
     """One run."""
-    row = model.run(run_ids(flow, run))
-    return enveloped(request, {}, 404) if row is None else enveloped(request, row)
+    row = look.run(run_ids(flow, run))
+    return Resource(lambda: [row] if row else [], is_one=True)
 
 
-@ui_route("GET", UI_RUN + "/steps")
-def ui_steps(model: UiModel, request: Request, flow: str, run: str) -> Answer:
+@resource(RUN + "/steps")
+def steps_resource(look: Snapshots, query: Query, flow: str, run: str) -> Resource:
     """The steps of a run."""
-    ids, now = run_ids(flow, run), model.clock()
-    steps = filtered(model.steps(ids, model.tasks(ids, now), now), request.query, UI_STEP_FIELDS)
-    return whole_list(request, steps)
+    ids = run_ids(flow, run)
+    return Resource(
+        lambda: chosen(look.model.steps(ids, look.tasks(ids), look.now), query, UI_STEP_COLUMNS),
+        ("step_name",),
+        lambda: look.stamp_of_run(ids),
+    )
 
 
-@ui_route("GET", UI_RUN + "/tasks")
-def ui_tasks(model: UiModel, request: Request, flow: str, run: str) -> Answer:
+@resource(RUN + "/tasks")
+def tasks_resource(look: Snapshots, query: Query, flow: str, run: str) -> Resource:
     """All attempts of all tasks of a run."""
-    tasks = model.tasks(run_ids(flow, run), model.clock())
-    return whole_list(request, filtered(tasks, request.query, UI_TASK_FIELDS))
+    ids = run_ids(flow, run)
+    return Resource(
+        lambda: chosen(look.tasks(ids), query, UI_TASK_COLUMNS),
+        ("step_name", "task_id", "attempt_id"),
+        lambda: look.stamp_of_run(ids),
+    )
 
 
-def whole_list(request: Request, rows: list[Any]) -> Answer:
-    """A list whole, in the order asked for, where the official UI would fetch all pages anyway."""
-    put_in_order(rows, order_of(request.query, rows[0] if rows else ()))
-    return page_of(request, rows)
+@resource(RUN + "/metadata")
+def run_metadata_resource(look: Snapshots, query: Query, flow: str, run: str) -> Resource:
+    """The metadata of the tasks of a run; read only from the steps that are asked for."""
+    ids = run_ids(flow, run)
+    asked = first(query, "step_name")
+
+    def rows() -> list[UiMetadatum]:
+        steps = asked.split(",") if asked else [s["step_name"] for s in look.model.store.steps(ids)]
+        tasks = [task for step in steps for task in look.model.store.task_ids((*ids, step))]
+        found = (row for task in tasks for row in look.model.metadata(task))
+        return chosen(found, query, UI_METADATA_COLUMNS)
+
+    def stamp() -> object:
+        return look.model.versions((*ids, asked)) if asked else look.stamp_of_run(ids)
+
+    return Resource(rows, ("step_name", "id"), stamp)
 
 
-@ui_route("GET", UI_RUN + "/metadata")
-def ui_run_metadata(model: UiModel, request: Request, flow: str, run: str) -> Answer:
-    """The metadata of the tasks of a run."""
-    rows = run_metadata(model, run_ids(flow, run), request.query)
-    return whole_list(request, filtered(rows, request.query, UI_METADATA_FIELDS))
-
-
-def run_metadata(model: UiModel, ids: Ids, query: Query) -> list[UiMetadatum]:
-    """The metadata of a run; read only from the steps that a query names, if it names any."""
-    named = first(query, "step_name")
-    steps = named.split(",") if named else [step["step_name"] for step in model.store.steps(ids)]
-    tasks = [task for step in steps for task in model.store.task_ids((*ids, step))]
-    return [row for task in tasks for row in model.metadata(task)]
-
-
-@ui_route("GET", UI_RUN + "/parameters")
-def ui_parameters(model: UiModel, request: Request, flow: str, run: str) -> Answer:
+@resource(RUN + "/parameters")
+def parameters_resource(look: Snapshots, query: Query, flow: str, run: str) -> Resource:
     """The parameters of a run."""
     ids = run_ids(flow, run)
-    if not model.store.task_ids((*ids, PARAMETERS_STEP)):
-        return enveloped(request, {}, 404)
-    return enveloped(request, model.parameters(ids))
+    step = (*ids, PARAMETERS_STEP)
+    return Resource(
+        lambda: [look.model.parameters(ids)] if look.model.store.task_ids(step) else [],
+        stamp=lambda: look.model.versions(step),
+        is_one=True,
+    )
+
+
+@resource(TASK + "/attempts")
+def attempts_resource(look: Snapshots, query: Query, *task: str) -> Resource:
+    """The attempts of a task, newest first."""
+    ids = task_ids(*task)
+    return Resource(
+        lambda: look.model.attempts(ids, look.now),
+        ("attempt_id",),
+        lambda: look.stamp_of_run(ids[:2]),
+    )
+
+
+@resource(TASK + "/metadata")
+def metadata_resource(look: Snapshots, query: Query, *task: str) -> Resource:
+    """The metadata of a task."""
+    ids = task_ids(*task)
+    return Resource(
+        lambda: chosen(look.model.metadata(ids), query, UI_METADATA_COLUMNS),
+        ("id",),
+        lambda: look.model.store.version(ids),
+    )
+
+
+@resource(TASK + "/artifacts")
+def artifacts_resource(look: Snapshots, query: Query, *task: str) -> Resource:
+    """The artifacts of an attempt of a task, with their values if `postprocess` says so."""
+    ids, attempt = task_ids(*task), attempt_asked_for(query)
+
+    def rows() -> Iterable[UiArtifact]:
+        found = chosen(look.model.artifacts(ids, attempt), query, UI_ARTIFACT_COLUMNS)
+        return map(look.model.with_value, found) if first(query, "postprocess") == "true" else found
+
+    return Resource(rows, ("name", "attempt_id"), lambda: look.model.store.version(ids))
+
+
+# -- what can only be fetched ----------------------------------------------------------------------
 
 
 @ui_route("GET", UI_RUN + "/artifacts")
 def ui_run_artifacts(model: UiModel, request: Request, flow: str, run: str) -> Answer:
     """None of a local datastore: the official UI would warn that it cannot read those."""
-    if first(request.query, "ds_type") == "local":
+    if first(request.query, "ds_type") == "local":  # what it asks for when it opens a run
         return page_of(request, [])
     below = (artifact_row(a) for a in model.store.artifacts_below(run_ids(flow, run)))
-    remote = [row for row in below if row["ds_type"] != "local"]
-    return whole_list(request, filtered(remote, request.query, UI_ARTIFACT_FIELDS))
+    remote = (row for row in below if row["ds_type"] != "local")
+    return page_of(request, chosen(remote, request.query, UI_ARTIFACT_COLUMNS))
 
 
 @ui_route("GET", UI_RUN + "/dag")
 def ui_dag(model: UiModel, request: Request, flow: str, run: str) -> Answer:
     """The graph of the flow of a run."""
-    graph = model.graph(run_ids(flow, run))
-    return enveloped(request, {}, 404) if graph is None else enveloped(request, graph)
-
-
-@ui_route("GET", UI_TASK + "/attempts")
-def ui_attempts(model: UiModel, request: Request, *task: str) -> Answer:
-    """The attempts of a task, newest first."""
-    return page_of(request, model.attempts(task_ids(*task), model.clock()))
-
-
-@ui_route("GET", UI_TASK + "/metadata")
-def ui_metadata(model: UiModel, request: Request, *task: str) -> Answer:
-    """The metadata of a task."""
-    rows = model.metadata(task_ids(*task))
-    return whole_list(request, filtered(rows, request.query, UI_METADATA_FIELDS))
-
-
-@ui_route("GET", UI_TASK + "/artifacts")
-def ui_artifacts(model: UiModel, request: Request, *task: str) -> Answer:
-    """The artifacts of an attempt of a task, with their values if `postprocess` says so."""
-    attempt = attempt_asked_for(request.query)
-    rows = filtered(model.artifacts(task_ids(*task), attempt), request.query, UI_ARTIFACT_FIELDS)
-    if first(request.query, "postprocess") == "true":
-        rows = [model.with_value(row) for row in rows]
-    return whole_list(request, rows)
+    return one_of(request, model.graph(run_ids(flow, run)))
 
 
 def attempt_asked_for(query: Query) -> int | None:
@@ -4427,9 +4481,10 @@ def ui_log(
     model: UiModel, request: Request, flow: str, run: str, step: str, task: str, stream: str
 ) -> Answer:
     """A page of a log. Pages are counted from the log's beginning, or its end for `-row`."""
-    lines = log_asked_for(model, request, task_ids(flow, run, step, task), stream)
-    if lines is None:
+    found = log_asked_for(model, request, task_ids(flow, run, step, task), stream)
+    if found is None:
         return page_of(request, [], status=404)
+    _, lines = found
     paging = paging_of(request.query, default=LARGEST_UI_PAGE)
     last = max(1, -(-len(lines) // paging.limit))
     is_descending = order_of(request.query, ("row",)) != [("row", False)]
@@ -4445,10 +4500,10 @@ def ui_log_download(
 ) -> Answer:
     """A log as a text file."""
     ids = task_ids(flow, run, step, task)
-    lines = log_asked_for(model, request, ids, stream)
-    if lines is None:
+    found = log_asked_for(model, request, ids, stream)
+    if found is None:
         raise HttpError(404, "There is no such task.")
-    attempt = attempt_asked_for(request.query) or 0
+    attempt, lines = found
     name = f"{LOG_STREAMS[stream]}_{'_'.join(ids)}-{attempt}.txt"
     header = f"attachment; filename*=UTF-8''{urllib.parse.quote(name, safe='')}"
     return Answer(
@@ -4460,8 +4515,8 @@ def ui_log_download(
 
 def log_asked_for(
     model: UiModel, request: Request, ids: Ids, stream: str
-) -> list[UiLogLine] | None:
-    """The lines of a log, of the newest attempt where none is named; None if there is no task."""
+) -> tuple[int, list[UiLogLine]] | None:
+    """An attempt, the newest where none is named, and its log; None if there is no such task."""
     if stream not in LOG_STREAMS:
         raise HttpError(404, "There is nothing at this path.")
     attempts = model.attempts(ids, model.clock())
@@ -4469,30 +4524,53 @@ def log_asked_for(
         return None
     attempt = attempt_asked_for(request.query)
     number = attempts[0]["attempt_id"] if attempt is None else attempt
-    return model.log(ids, number, LOG_STREAMS[stream])
+    return number, model.log(ids, number, LOG_STREAMS[stream])
 
 
 @ui_route("GET", UI_TASK + "/cards")
 def ui_cards(model: UiModel, request: Request, *task: str) -> Answer:
-    """The cards of a task."""
-    return page_of(request, model.cards(task_ids(*task)), last_page=1)
+    """The cards of a task; with `data=true` each with what it shows at the moment, or null."""
+    ids = task_ids(*task)
+    cards = model.cards(ids)
+    if first(request.query, "data") != "true":
+        return page_of(request, cards, last_page=1)
+    found = ((card, data_of_card(model, ids, card["hash"])) for card in cards)
+    rows = [{**card, "data": None if now is None else now[1]} for card, now in found]
+    return page_of(request, rows, last_page=1)
+
+
+def data_of_card(model: UiModel, ids: Ids, card_hash: str) -> tuple[UiCard, object] | None:
+    """What a card shows at the moment; None where that is not known or cannot be passed on."""
+    with contextlib.suppress(FileNotFoundError, ValueError, RecursionError):
+        found = model.card_data(ids, card_hash)
+        json.dumps(found)  # what could be read may still be too deep to be written
+        return found
+    return None
 
 
 @ui_route("GET", UI_TASK + "/cards/{hash}")
 def ui_card(
     model: UiModel, request: Request, flow: str, run: str, step: str, task: str, card_hash: str
 ) -> Answer:
-    """A card, as the flow has written it."""
+    """A card, as the flow has written it; with `follow=true` it hears what it is to show now."""
     try:
         content = model.card(task_ids(flow, run, step, task), card_hash)
     except TooLarge:
         raise HttpError(413, f"The card is larger than {LARGEST_CARD} bytes.") from None
-    missing = b"<!doctype html><p>There is no such card, or not yet."
-    return Answer(missing if content is None else content, 404 if content is None else 200, HTML)
+    if content is None:
+        return Answer(b"<!doctype html><p>There is no such card, or not yet.", 404, HTML)
+    follows = first(request.query, "follow") == "true"
+    return Answer(content + CARD_FOLLOWER if follows else content, kind=HTML)
 
 
-CARD_POLICY = ("Content-Security-Policy", "sandbox allow-scripts allow-popups")
-"""A card is written by a flow: its scripts are not to act as our page, also in a tab of its own."""
+CARD_FOLLOWER = b"""<script>
+addEventListener("message", ({data, source}) => {
+  if (source !== parent || typeof metaflow_card_update !== "function") return;
+  if (data.reload_token === window.METAFLOW_RELOAD_TOKEN) metaflow_card_update(data.data);
+  else location.reload();
+});
+</script>"""
+"""A card in its sandbox can ask for nothing: our page tells it, while the task runs."""
 
 
 @ui_route("GET", UI_TASK + "/cards/{hash}/data")
@@ -4500,10 +4578,7 @@ def ui_card_data(
     model: UiModel, request: Request, flow: str, run: str, step: str, task: str, card_hash: str
 ) -> Answer:
     """What a card shows at the moment."""
-    try:
-        found = model.card_data(task_ids(flow, run, step, task), card_hash)
-    except (TooLarge, ValueError):
-        found = None
+    found = data_of_card(model, task_ids(flow, run, step, task), card_hash)
     if found is None:
         return as_json({"error": "There are no data of such a card."}, 404)
     card, data = found
@@ -4691,143 +4766,6 @@ def websocket(request: Request, run: Callable[[WebSocket], None]) -> Upgrade:
     return Upgrade(answer, run_until_closed)
 
 
-# -- what a page can subscribe to ------------------------------------------------------------------
-
-LIVE = Router()
-live = LIVE.route
-
-NEWEST_RUNS_WATCHED = 100
-
-
-class Watched(NamedTuple):
-    """What a subscription sends when it changes."""
-
-    rows: Callable[[], Iterable[Mapping[str, Any]]]
-    key: tuple[str, ...] = ()  # the fields that tell a row from others
-    stamp: object = None  # equal to the last one: no need to look at the rows; None: look
-    is_one: bool = False  # one object that changes, and no list that grows
-
-
-class Snapshots:
-    """What is computed once for all subscriptions of a socket when they are looked at."""
-
-    def __init__(self, model: UiModel) -> None:
-        self.model = model
-        self.now = model.clock()
-        self._tasks: dict[Ids, list[UiTask]] = {}
-        self._runs: dict[Ids, UiRun | None] = {}
-        self._stamps: dict[Ids, object] = {}
-
-    def run(self, ids: Ids) -> UiRun | None:
-        if ids not in self._runs:
-            self._runs[ids] = self.model.run(ids)
-        return self._runs[ids]
-
-    def tasks(self, ids: Ids) -> list[UiTask]:
-        if ids not in self._tasks:
-            self._tasks[ids] = self.model.tasks(ids, self.now)
-        return self._tasks[ids]
-
-    def stamp_of_run(self, ids: Ids) -> object:
-        """None while the run may change; else what changes when it does after all."""
-        if ids not in self._stamps:
-            run = self.run(ids)
-            is_settled = run is not None and self.model.is_settled(run)
-            self._stamps[ids] = json.dumps(run) if run is None or is_settled else None
-        return self._stamps[ids]
-
-    def newest_runs(self) -> list[UiRun]:
-        """The newest runs, and those that were running when somebody looked last."""
-        newest = list(itertools.islice(self.model.runs(), NEWEST_RUNS_WATCHED))
-        found = {row_ids(row): row for row in self.model.unfinished_runs() + newest}
-        for ids, row in found.items():
-            self._runs[ids] = self.model.judge(row)
-        return list(found.values())
-
-
-@live("GET", "/runs")
-def live_runs(look: Snapshots, query: Query) -> Watched:
-    def rows() -> list[UiRun]:
-        runs = filtered(look.newest_runs(), query, {**UI_RUN_FIELDS, **UI_JUDGED_FIELDS})
-        tests = tag_filters(query)
-        return [run for run in runs if all(test(run) for test in tests)]
-
-    return Watched(rows, ("flow_id", "run"))
-
-
-@live("GET", RUN)
-def live_run(look: Snapshots, query: Query, flow: str, run: str) -> Watched:
-    row = look.run(run_ids(flow, run))
-    return Watched(lambda: [row] if row else [], is_one=True)
-
-
-@live("GET", RUN + "/steps")
-def live_steps(look: Snapshots, query: Query, flow: str, run: str) -> Watched:
-    ids = run_ids(flow, run)
-    return Watched(
-        lambda: look.model.steps(ids, look.tasks(ids), look.now),
-        ("step_name",),
-        look.stamp_of_run(ids),
-    )
-
-
-@live("GET", RUN + "/tasks")
-def live_tasks(look: Snapshots, query: Query, flow: str, run: str) -> Watched:
-    ids = run_ids(flow, run)
-    return Watched(
-        lambda: filtered(look.tasks(ids), query, UI_TASK_FIELDS),
-        ("step_name", "task_id", "attempt_id"),
-        look.stamp_of_run(ids),
-    )
-
-
-@live("GET", TASK + "/attempts")
-def live_attempts(look: Snapshots, query: Query, *task: str) -> Watched:
-    ids = task_ids(*task)
-    return Watched(
-        lambda: look.model.attempts(ids, look.now), ("attempt_id",), look.stamp_of_run(ids[:2])
-    )
-
-
-@live("GET", RUN + "/parameters")
-def live_parameters(look: Snapshots, query: Query, flow: str, run: str) -> Watched:
-    ids = run_ids(flow, run)
-    step = (*ids, PARAMETERS_STEP)
-    stamp = look.model.versions(step)
-    return Watched(lambda: [p for p in (look.model.parameters(ids),) if p], (), stamp, is_one=True)
-
-
-@live("GET", RUN + "/metadata")
-def live_run_metadata(look: Snapshots, query: Query, flow: str, run: str) -> Watched:
-    ids, step = run_ids(flow, run), first(query, "step_name")
-    stamp = look.model.versions((*ids, step)) if step else look.stamp_of_run(ids)
-    return Watched(
-        lambda: filtered(run_metadata(look.model, ids, query), query, UI_METADATA_FIELDS),
-        ("step_name", "id"),
-        stamp,
-    )
-
-
-@live("GET", TASK + "/metadata")
-def live_metadata(look: Snapshots, query: Query, *task: str) -> Watched:
-    ids = task_ids(*task)
-    return Watched(
-        lambda: filtered(look.model.metadata(ids), query, UI_METADATA_FIELDS),
-        ("id",),
-        look.model.store.version(ids),
-    )
-
-
-@live("GET", TASK + "/artifacts")
-def live_artifacts(look: Snapshots, query: Query, *task: str) -> Watched:
-    ids, attempt = task_ids(*task), attempt_asked_for(query)
-    return Watched(
-        lambda: map(look.model.with_value, look.model.artifacts(ids, attempt)),
-        ("name", "attempt_id"),
-        look.model.store.version(ids),
-    )
-
-
 # -- subscriptions ---------------------------------------------------------------------------------
 
 LOOK_SECONDS, IDLE_LOOK_SECONDS = 1.0, 3.0
@@ -4844,47 +4782,48 @@ GAP_SECONDS = 10.0
 VERDICT_LAG_SECONDS = RUN_HEARTBEAT_CUTOFF + 60
 """How much later than at the time it bears a change may have shown, when a run or task died."""
 
+FAR_FUTURE = 1e11
+"""Epoch seconds that are not worth calculating with."""
+
 MOST_SUBSCRIPTIONS = 256
-MOST_SOCKETS = 128
 
 
 class Subscription:
     """What a page wants to hear of, and what it has heard."""
 
     def __init__(self, uuid: str, resource: str, since: float) -> None:
-        """`since`: epoch seconds; what has changed after that is sent at once. BadQuery, HttpError
-        where there is no such resource."""
+        """`since`: epoch seconds; what has changed after that is sent at once. HttpError where
+        there is no such resource."""
         path, _, query = resource.partition("?")
         self.uuid = uuid
         self.resource = path
         self._query: Query = urllib.parse.parse_qsl(query, keep_blank_values=True)
         segments = [urllib.parse.unquote(segment) for segment in path.split("/")[1:]]
-        self._handler, self._arguments = LIVE.handler("GET", segments)
-        self._since = int(since * 1000)
+        self._handler, self._arguments = RESOURCES.handler("GET", segments)
+        self._since = since * 1000
         self._stamp: object = None
         self._known: dict[object, int] = {}
         self._is_first_look = True
 
-    def frames(self, look: Snapshots) -> Iterator[Mapping[str, object]]:
-        """What is to be told now."""
-        watched: Watched = cast(Any, self._handler(look, self._query, *self._arguments))
-        if watched.stamp is not None and watched.stamp == self._stamp:
-            return
-        self._stamp = watched.stamp
-        for row in watched.rows():
-            key = tuple(row[field] for field in watched.key)
+    def frames(self, look: Snapshots) -> list[Mapping[str, object]]:
+        """What is to be told now; after an exception it is to be told still."""
+        found: Resource = self._handler(look, self._query, *self._arguments)
+        stamp = found.stamp()
+        if stamp is not None and stamp == self._stamp:
+            return []
+        frames: list[Mapping[str, object]] = []
+        for row in list(found.rows()):  # all of them, before any counts as told
+            key = tuple(row[field] for field in found.key)
             state = hash(essence(row))
             known = self._known.get(key)
             self._known[key] = state
             if known == state or (self._is_first_look and last_change(row) < self._since):
                 continue
-            yield {
-                "type": "UPDATE" if watched.is_one or known is not None else "INSERT",
-                "uuid": self.uuid,
-                "resource": self.resource,
-                "data": row,
-            }
+            kind = "UPDATE" if found.is_one or known is not None else "INSERT"
+            frames.append({"type": kind, "uuid": self.uuid, "resource": self.resource, "data": row})
+        self._stamp = stamp
         self._is_first_look = False
+        return frames
 
 
 def essence(row: Mapping[str, Any]) -> str:
@@ -4894,9 +4833,12 @@ def essence(row: Mapping[str, Any]) -> str:
 
 
 def last_change(row: Mapping[str, Any]) -> float:
-    """When a row has changed last, in epoch milliseconds; infinite where it does not say."""
+    """When a row has changed last, in epoch milliseconds; infinite where it does not say.
+
+    Parameters of flows, which are fields of one row, may have the names of times.
+    """
     times = [row.get(name) for name in ("ts_epoch", "started_at", "finished_at")]
-    return max((time for time in times if time is not None), default=math.inf)
+    return max((time for time in times if isinstance(time, int)), default=math.inf)
 
 
 class Feed:
@@ -4960,7 +4902,7 @@ class Feed:
     def _subscribe(self, uuid: str, asked: Mapping[str, object]) -> None:
         resource, since = asked.get("resource"), asked.get("since")
         begin = self._model.clock() - GAP_SECONDS
-        if isinstance(since, (int, float)) and math.isfinite(since):
+        if isinstance(since, (int, float)) and abs(since) < FAR_FUTURE:
             begin = min(begin, since - VERDICT_LAG_SECONDS)
         if len(self._subscriptions) >= MOST_SUBSCRIPTIONS:
             raise BadFrame(OVER_LIMIT)
@@ -4975,7 +4917,7 @@ class Feed:
         if self._subscriptions.get(subscription.uuid) is not subscription:
             return
         try:
-            frames = list(subscription.frames(self._look))
+            frames = subscription.frames(self._look)
         except (BadQuery, StoreError, HttpError) as error:
             log.debug("%s cannot be watched: %s", subscription.resource, error)
             del self._subscriptions[subscription.uuid]
@@ -5000,29 +4942,38 @@ def ui_feed(model: UiModel, request: Request) -> Upgrade:
 @ui_route("GET", "/api/search" + RUN)
 def ui_search(model: UiModel, request: Request, flow: str, run: str) -> Upgrade:
     """A socket that tells which tasks have an artifact or foreach variable, and closes."""
-    found = partial(found_tasks, model, run_ids(flow, run), request.query)
 
     def tell(page: WebSocket) -> None:
-        matches = [
-            {
-                "flow_id": task["flow_id"],
-                "run_number": task["run_number"],
-                "step_name": task["step_name"],
-                "task_id": str(task["task_id"]),
-                "searchable": True,
-                "error": None,
-            }
-            for task in found()
-        ]
-        page.send({"event": {"type": "result", "matches": matches}})
+        try:
+            found = list(found_tasks(model, run_ids(flow, run), request.query))
+        except (StoreError, OSError) as error:
+            page.send({"event": {"type": "error", "message": str(error), "id": "search-failed"}})
+        else:
+            page.send({"event": {"type": "result", "matches": [match_of(task) for task in found]}})
 
     return websocket(request, tell)
+
+
+def match_of(task: Task) -> Mapping[str, object]:
+    """A task as the official UI takes the results of a search."""
+    return {
+        "flow_id": task["flow_id"],
+        "run_number": task["run_number"],
+        "step_name": task["step_name"],
+        "task_id": str(task["task_id"]),
+        "searchable": True,
+        "error": None,
+    }
+
+
+MOST_ENCODINGS = 3
+"""How many times over the official UI may have encoded what is searched for."""
 
 
 def found_tasks(model: UiModel, ids: Ids, query: Query) -> Iterator[Task]:
     """The tasks of a run that a search finds, by `key`, `value` and `scope`."""
     key, value = first(query, "key") or "", first(query, "value") or ""
-    while value != urllib.parse.unquote(value):
+    for _ in range(MOST_ENCODINGS):
         value = urllib.parse.unquote(value)
     scopes = (first(query, "scope") or "ARTIFACT").split(",")
     for step in model.store.steps(ids):
@@ -5037,37 +4988,38 @@ def found_tasks(model: UiModel, ids: Ids, query: Query) -> Iterator[Task]:
 def has_artifact(model: UiModel, ids: Ids, key: str, value: str) -> bool:
     """Whether the newest attempt of a task has an artifact of that name, and of that value if any:
     a part of it in whatever case, or all of it where it is in quotes."""
-    with contextlib.suppress(NotAllowed):
-        artifact = model.store.artifact(ids, key)
-        if artifact is not None and value:
-            content = model.with_value(artifact_row(artifact)).get("content")
-            if content is None:
-                return False
-            if len(value) > 1 and value[0] == value[-1] == '"':
-                return content == value[1:-1]
-            return value.lower() in content.lower()
+    artifact = model.store.artifact(ids, key)
+    if artifact is None or not value:
         return artifact is not None
-    return False
+    content = model.with_value(artifact_row(artifact)).get("content")
+    if content is None:
+        return False
+    if len(value) > 1 and value[0] == value[-1] == '"':
+        return content == value[1:-1]
+    return value.lower() in content.lower()
 
 
 def has_variable(model: UiModel, ids: Ids, key: str, value: str) -> bool:
     """Whether a task is within a foreach over `key`, and at that value if any."""
     wanted = f"{key}={value.strip(chr(34))}" if value else key
-    for metadatum in model.store.metadata(ids, fields=("foreach-stack",)):
-        stack: object = metadatum["value"]
-        entries = stack if isinstance(stack, list) else [str(stack)]
-        if any(wanted in entry for entry in entries):
-            return True
-    return False
+    stacks = model.store.metadata(ids, fields=("foreach-stack",))
+    return any(wanted in value_text(stack) for stack in stacks)
 
 
 # -- the page, and the files of the official UI ----------------------------------------------------
 
-HTML = "text/html; charset=utf-8"
+PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; frame-src 'self'; base-uri 'none'; form-action 'self'; "
+    "frame-ancestors 'none'"
+)
+CARD_POLICY = ("Content-Security-Policy", "sandbox allow-scripts allow-popups")
+"""A card is written by a flow: its scripts are not to act as our page, also in a tab of its own."""
+
 KEY_COOKIE = f"{PROGRAM}-key"
 LARGEST_STATIC_FILE = 64 * 2**20
 FOR_EVER = "public, max-age=31536000, immutable"
-SERVICE_PATHS = frozenset(("api", "flows", "auth", "metadata", "static"))
+SERVICE_PATHS = frozenset(("api", "flows", "auth", "metadata"))
 """Beginnings of paths at which there is no page of the official UI, whatever is asked for."""
 
 
@@ -5099,7 +5051,6 @@ class UiService(MetadataService):
         self._model = UiModel(store)
         self._ui_folder = None if ui_folder is None else os.path.realpath(ui_folder)
         self._key = key
-        self._sockets = threading.BoundedSemaphore(MOST_SOCKETS)
 
     def is_public(self, method: str, path: Sequence[str]) -> bool:
         """Whether a request is answered without the key: the page, which asks for it, and what
@@ -5111,7 +5062,7 @@ class UiService(MetadataService):
     def _is_page(self, path: Sequence[str]) -> bool:
         if list(path) == [""]:
             return True
-        if self._ui_folder is None or path[0] in SERVICE_PATHS - {"static"}:
+        if self._ui_folder is None or path[0] in SERVICE_PATHS:
             return False
         with contextlib.suppress(HttpError):
             METADATA_API.handler("GET", path)
@@ -5127,24 +5078,10 @@ class UiService(MetadataService):
             return self._login(request)
         handler, arguments = UI_API.handler(request.method, request.path)
         answer: Answer | Upgrade = handler(self._model, request, *arguments)
-        if isinstance(answer, Upgrade):
-            return self._counted(answer)
-        if answer.kind == HTML and self._ui_folder is None:  # the official UI looks into its cards
+        if isinstance(answer, Answer) and answer.kind == HTML and self._ui_folder is None:
+            # The official UI looks into its cards, and could not into those of another origin.
             return answer._replace(headers=(*answer.headers, CARD_POLICY))
         return answer
-
-    def _counted(self, upgrade: Upgrade) -> Upgrade:
-        """An upgrade that counts as an open socket while it lasts; 503 where there are too many."""
-        if not self._sockets.acquire(blocking=False):
-            raise HttpError(503, "Too many pages are open.")
-
-        def run(duplex: Duplex) -> None:
-            try:
-                upgrade.run(duplex)
-            finally:
-                self._sockets.release()
-
-        return Upgrade(upgrade.headers, run)
 
     def _login(self, request: Request) -> Answer:
         """Put the key into a cookie, since a browser cannot send it as a header."""
@@ -5172,12 +5109,11 @@ def static_file(folder: str, path: Sequence[str]) -> Answer:
     """A file of a build of the official UI; its index.html for what is a page of its own."""
     import mimetypes
 
-    names = [name for name in path if name]
-    found = os.path.realpath(os.path.join(folder, *names)) if safe_names(names) else folder
-    is_file = found.startswith(folder + "/") and os.path.isfile(found)
-    if not is_file and path[0] == "static":
-        raise HttpError(404, "There is no such file.")
-    file = found if is_file else os.path.join(folder, "index.html")
+    file = file_below(folder, [name for name in path if name])
+    if file is None or not os.path.isfile(file):
+        if path[0] == "static":
+            raise HttpError(404, "There is no such file.")
+        file = os.path.join(folder, "index.html")
     try:
         content = file_content(file, LARGEST_STATIC_FILE)
     except (OSError, TooLarge):
@@ -5190,16 +5126,13 @@ def static_file(folder: str, path: Sequence[str]) -> Answer:
     return Answer(content, kind=kind, headers=headers)
 
 
-def safe_names(names: Iterable[str]) -> bool:
-    return all(name not in (".", "..") and "/" not in name and "\0" not in name for name in names)
-
-
 # ==================================================================================================
 # Server: HTTP itself: parsing, limits, access, errors as JSON, in-flight requests
 # ==================================================================================================
 
 LARGEST_BODY = 64 * 2**20
 MOST_CONNECTIONS = 512
+MOST_PAGES = 128
 MOST_PARAMETERS = 100
 MOST_HEADERS = 100
 LONGEST_HEADER = 65536  # as long as http.server lets a request line be
@@ -5388,8 +5321,13 @@ class Server(http.server.ThreadingHTTPServer):
         self._connections[connection] = time.monotonic() + REQUEST_SECONDS
 
     def note_upgraded(self, connection: Connection) -> None:
-        """The connection is that of an open page: no request, but a reason to be there."""
+        """The connection becomes that of an open page: no request, but a reason to be there.
+
+        HttpError where there are too many.
+        """
         with self._lock:
+            if len(self._pages) >= MOST_PAGES:
+                raise HttpError(503, "Too many pages are open.")
             self._busy.discard(connection)
             self._pages.add(connection)
             if self.is_closing:
@@ -5479,6 +5417,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
             request = self._request()
             self.server.note_answering(self)
             answer: Answer | Upgrade = self.server.service.answer(request)
+            if isinstance(answer, Upgrade):
+                self.server.note_upgraded(self)
         except HttpError as error:
             self.close_connection = True  # for what is left of the request is not read
             answer = as_error(error)
@@ -5495,7 +5435,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.flush()
-        self.server.note_upgraded(self)
         upgrade.run(self)
 
     def receive(self, seconds: float) -> bytes | None:

@@ -77,6 +77,16 @@ def kills(session: nox.Session) -> None:
 
 
 @nox.session
+def browser(session: nox.Session) -> None:
+    """The page in a real browser, if there is one here; screenshots go to $SCREENSHOTS."""
+    session.install(".[dev]", "playwright")
+    screenshots = os.environ.get("SCREENSHOTS") or session.create_tmp()
+    session.log(f"screenshots go to {screenshots}")
+    env = {"SCREENSHOTS": screenshots}
+    session.run("pytest", "-q", "-m", "browser", *session.posargs, env=env)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """The table of how fast it is, each row side by side with what it is held against."""
     session.install(".", "nox")

@@ -14,6 +14,7 @@ import errno
 import fcntl
 import functools
 import gzip
+import hashlib
 import http.client
 import importlib.metadata
 import inspect
@@ -54,6 +55,8 @@ from hypothesis import strategies as st
 
 if TYPE_CHECKING:
     from metaflow.client.core import MetaflowObject, Task
+    from playwright.sync_api import Browser
+    from playwright.sync_api import Page as BrowserPage
 
 MODULE = Path(__file__).with_name("metaflow_local_service.py")
 
@@ -2902,6 +2905,110 @@ def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
         mls.file_content(str(tmp_path / "pipe"), 100)
 
 
+# -- what is hostile or makes no sense -------------------------------------------------------------
+
+
+def nested_names(depth: int) -> bytes:
+    """A pickle that names a class by tuples, each of which has the one before twice."""
+    pairs = b"".join(b"h%ch%c\x86\x94" % (n, n) for n in range(depth))
+    return b"]\x94" + pairs + b"\x8c\x01a\x93."
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        nested_names(60),
+        b"}K\x01a.",  # appends to a dict
+        b"\x8f(K\x01K\x02u.",  # sets items of a set
+        b"cbuiltins\nset\n\x94(" + b"N" * 50000 + b"l\x94]" + b"h\x00h\x01\x85Ra" * 10000 + b".",
+        b"c_codecs\nencode\n\x94\x8d" + (100_000).to_bytes(8, "little") + b"a" * 100_000 + b"\x94]"
+        + b"h\x00h\x01\x85Ra" * 10000 + b".",
+    ],
+    ids=["nested names", "append to a dict", "items of a set", "copied sets", "copied bytes"],
+)  # fmt: skip
+def test_a_pickle_that_would_take_for_ever_or_makes_no_sense_is_refused_or_shown(
+    pickled: bytes,
+) -> None:
+    with contextlib.suppress(ValueError):
+        value = mls.PickleReader().read(pickled)
+        assert len(mls.as_shown(value)) <= mls.LONGEST_TEXT + 3
+        mls.as_plain(value)
+
+
+def test_long_bytes_of_an_old_pickle_are_shown() -> None:
+    assert shown(b"x" * 5000, protocol=2) == str(b"x" * 5000)
+
+
+def test_of_an_object_only_few_attributes_are_shown() -> None:
+    assert shown(SimpleNamespace(**{f"a{n}": n for n in range(100)})) == "<types.SimpleNamespace>"
+
+
+def test_a_folder_that_is_taken_for_a_file_costs_no_descriptor(tmp_path: Path) -> None:
+    before = len(os.listdir("/dev/fd"))
+    for _ in range(3):
+        with pytest.raises(OSError):
+            mls.file_content(str(tmp_path), 100)
+    assert len(os.listdir("/dev/fd")) == before
+
+
+def test_of_a_log_of_many_lines_the_last_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mls, "MOST_LOG_LINES", 3)
+    lines = mls.log_lines([b"".join(log_line(str(n), n) for n in range(9))])
+    assert [line["line"] for line in lines] in (["6", "7", "8"], ["7", "8"])
+
+
+def stored(store: mls.Store, value: object) -> dict[str, str]:
+    """Put a value into the datastore, and say where it is."""
+    content = gzip.compress(pickle.dumps(value))
+    sha = hashlib.sha1(content).hexdigest()
+    path = Path(store.folder, "Flow", "data", sha[:2], sha)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return {"location": f":root:{store.folder}", "sha": sha}
+
+
+def make_running_task(ui: Api, ds_root: str) -> tuple[str, tuple[str, ...]]:
+    task = ui.new_task_of_its_own()
+    ui.post(f"{task}/metadata", [metadatum("attempt", "0"), metadatum("ds-root", ds_root)])
+    return task, tuple(task.split("/")[2::2])
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [
+        {"steps": {"start": {"decorators": 5}}},
+        {"steps": {"start": {"decorators": [{"name": "retry", "attributes": {"times": "x"}}]}}},
+        {"steps": {}, "end_step": ["end"]},
+        {"steps": {}, "end_step": "../.."},
+    ],
+)
+def test_a_graph_that_makes_no_sense_hides_no_run(store: mls.Store, ui: Api, graph: Any) -> None:
+    task, _ = make_running_task(ui, store.folder)
+    ui.post(f"{task}/metadata", [metadatum("attempt_ok", "False")])
+    parameters = ui.new_task(ui.new_step(task[: task.index("/steps")], "_parameters"))
+    ui.post(f"{parameters}/artifact", [artifact("_graph_info", **stored(store, graph))])
+    ui.post(f"{parameters}/metadata", [metadatum("attempt-done", "0")])
+    assert len(ui.get("/api/runs").json["data"]) == 1
+
+
+def test_a_datastore_whose_name_is_no_text_hides_no_run(ui: Api) -> None:
+    task, _ = make_running_task(ui, "/\ud800/.metaflow")
+    (run,) = ui.get("/api/runs").json["data"]
+    assert run["status"] == "running"
+    assert ui.get(f"/api{task}/logs/out?attempt_id=0").json["data"] == []
+    assert ui.get(f"/api{task}/cards").json["data"] == []
+
+
+@pytest.mark.parametrize("told", ["[" * 100_000, "5", '{"success": '])
+def test_what_a_scheduler_left_is_believed_only_where_it_makes_sense(
+    store: mls.Store, ui: Api, told: str
+) -> None:
+    _, ids = make_running_task(ui, store.folder)
+    Path(store.folder, *ids, "0.runtime").write_text(told)
+    (run,) = ui.get("/api/runs").json["data"]
+    assert run["status"] == "running"
+
+
 # ==================================================================================================
 # UI API
 # ==================================================================================================
@@ -3826,6 +3933,98 @@ def test_with_a_build_and_a_key_our_page_asks_for_it(store: mls.Store, build: Pa
         assert api.get("/MyFlow/1").content == b"<html>official"
         assert stranger.get("/flows").status == 401
         stranger.close()
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "not json", '{"a":' * 900 + "1" + "}" * 900])
+def test_data_of_a_card_that_make_no_sense_are_none(
+    store: mls.Store, ui: Api, content: str
+) -> None:
+    task, (flow, run, step, task_id) = make_running_task(ui, store.folder)
+    folder = Path(store.folder, "mf.cards", flow, "runs", run, "steps", step, "tasks", task_id)
+    (folder / "runtime").mkdir(parents=True)
+    (folder / "runtime" / "blank-abc.data.json").write_text(content)
+    (folder / "runtime" / "blank-def.data.json").mkdir()
+    assert ui.get(f"/api{task}/cards/abc/data").status in (200, 404)
+    assert ui.get(f"/api{task}/cards/def/data").status == 404
+
+
+def test_artifacts_are_put_in_no_order_that_there_is_not(store: mls.Store, ui: Api) -> None:
+    task = ui.new_task_of_its_own()
+    large = stored(store, b"x" * 1_000_000)
+    ui.post(f"{task}/artifact", [artifact("x"), artifact("y", **large)])
+    path = f"/api{task}/artifacts?postprocess=true&_order="
+    assert ui.get(f"{path}postprocess_error").status == 200
+    assert [row["name"] for row in ui.get(f"{path}-name").json["data"]] == ["y", "x"]
+
+
+def test_a_downloaded_log_is_named_after_the_attempt_that_it_is_of(
+    store: mls.Store, ui: Api
+) -> None:
+    task, ids = make_running_task(ui, store.folder)
+    ui.post(f"{task}/metadata", [metadatum("attempt", "1", attempt=1)])
+    Path(store.folder, *ids, "1.task_stdout.log").write_bytes(log_line("second", 1))
+    reply = ui.get(f"/api{task}/logs/out/download")
+    assert reply.content == b"second"
+    assert reply.headers["content-disposition"].endswith("-1.txt")
+
+
+def test_a_parameter_may_be_called_as_a_time_is(store: mls.Store, ui: Api) -> None:
+    run = ui.new_run(ui.new_flow())
+    task = ui.new_task(ui.new_step(run, "_parameters"))
+    ui.post(f"{task}/artifact", [artifact("ts_epoch", **stored(store, 5))])
+    with Page(ui) as page:
+        page.subscribe(f"{run}/parameters")
+        assert page.frame()["data"] == {"ts_epoch": {"value": 5}}
+
+
+@pytest.mark.parametrize("since", ["1e308", "-1e308", "1" + "0" * 400, "NaN", "Infinity"])
+def test_a_time_that_cannot_be_is_none(empty: Api, since: str) -> None:
+    with Page(empty) as page:
+        subscription = '"type": "SUBSCRIBE", "uuid": "u", "resource": "/runs", "since"'
+        page.send(f"{{{subscription}: {since}}}")
+        page.send("__ping__")
+        assert page.text() == "__pong__"
+
+
+def test_what_could_not_be_looked_at_is_told_the_next_time(
+    store: mls.Store, ui: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mls, "SETTLED_NS", -(10**12))
+    task = ui.new_task_of_its_own()
+    ui.post(f"{task}/metadata", [metadatum("attempt", "0")])
+    model = mls.UiModel(store)
+    subscription = mls.Subscription("u", f"{task}/metadata", 0)
+    read = model.metadata
+
+    def fail(ids: Any) -> Any:
+        yield from read(ids)
+        raise OSError(errno.EMFILE, "too many")
+
+    monkeypatch.setattr(model, "metadata", fail)
+    with pytest.raises(OSError):
+        list(subscription.frames(mls.Snapshots(model)))
+    monkeypatch.setattr(model, "metadata", read)
+    assert len(list(subscription.frames(mls.Snapshots(model)))) == 1
+    assert len(list(subscription.frames(mls.Snapshots(model)))) == 0
+
+
+def test_a_search_where_nothing_can_be_says_so(empty: Api) -> None:
+    with Page(empty, "/api/search/flows/../runs/1?key=x") as page:
+        assert page.frame()["event"]["type"] == "error"
+        assert page.close_code() == 1001
+
+
+def test_more_pages_than_can_be_served_are_refused(
+    ui: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mls, "MOST_PAGES", 1)
+    with Page(ui) as page:
+        assert page.status == 101
+        with Page(ui) as other:
+            assert other.status == 503
+    assert eventually(lambda: not ui.server._pages)
+    with Page(ui) as page:
+        assert page.status == 101
 
 
 # ==================================================================================================
@@ -6444,3 +6643,373 @@ def test_a_subdirectory_belongs_to_the_project_above_it(flows: Flows) -> None:
     run = flows.flow("service", "FailingFlow", "run", cwd=below)
     assert (flows.folder / ".metaflow" / run.run / "_meta" / "_self.json").exists()
     assert list(below.iterdir()) == []
+
+
+# ==================================================================================================
+# The page in a real browser (`nox -s browser`)
+# ==================================================================================================
+
+browser = pytest.mark.browser
+
+HOSTILE = "<img src=x onerror=alert(1)>"
+SEEN_FLOW = """
+import os, time
+from metaflow import FlowSpec, Parameter, card, current, retry, step
+from metaflow.cards import Markdown, Table
+class SeenFlow(FlowSpec):
+    text = Parameter("text", default="HOSTILE")
+    @card(type="blank", refresh_interval=1)
+    @step
+    def start(self):
+        print("hello", self.text)
+        heading = Markdown("# Begun")
+        current.card.append(heading)
+        current.card.append(Table([[self.text, 1]]))
+        while not os.path.exists("finish"):
+            if os.path.exists("go on"):
+                heading.update("# Halfway")
+            current.card.refresh()
+            time.sleep(0.1)
+        self.hostile = {self.text: [1, 2.5, None]}
+        self.letters = "ab"
+        self.next(self.work, foreach="letters")
+    @retry(times=1, minutes_between_retries=0)
+    @step
+    def work(self):
+        print("attempt", current.retry_count, "on", self.input)
+        if self.input == "b" and current.retry_count == 0:
+            raise ValueError("fails once, " + self.text)
+        self.next(self.join)
+    @step
+    def join(self, inputs):
+        self.next(self.end)
+    @step
+    def end(self):
+        pass
+if __name__ == "__main__":
+    SeenFlow()
+""".replace("HOSTILE", HOSTILE)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Browser]:
+    """A browser, without any traffic of its own."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    program = next(filter(None, map(shutil.which, names)), None)
+    if program is None:
+        pytest.skip(f"there is no browser here: none of {', '.join(names)} is on the path")
+    switches = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
+    switches += " --disable-background-networking --disable-component-update"
+    api.expect.set_options(timeout=30_000)
+    with api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=program, args=switches.split())
+        yield opened
+        opened.close()
+
+
+@contextlib.contextmanager
+def new_page(chromium: Browser, permitted: str = "$^", **options: Any) -> Iterator[BrowserPage]:
+    """A window of its own, in which nothing may go wrong, but what `permitted` matches."""
+    complaints: list[str] = []
+    with contextlib.closing(chromium.new_context(**options)) as context:
+        page = context.new_page()
+
+        def answer_for_the_rest_of_the_world(route: Any) -> None:
+            if route.request.frame == page.main_frame:  # a card may ask elsewhere, for a font
+                complaints.append(f"asks {route.request.url}")
+            route.fulfill(body="")
+
+        context.route(re.compile(r"^https?://(?!127\.0\.0\.1:)"), answer_for_the_rest_of_the_world)
+        page.on("console", lambda said: said.type == "error" and complaints.append(said.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
+        yield page
+    assert [said for said in complaints if not re.search(permitted, said)] == []
+
+
+@pytest.fixture
+def page(chromium: Browser) -> Iterator[BrowserPage]:
+    """An empty window; what goes wrong in it fails the test."""
+    with new_page(chromium) as page:
+        yield page
+
+
+def expect(what: Any) -> Any:
+    """Playwright's assertion on a page or a part of it, which waits for its coming true."""
+    from playwright.sync_api import expect
+
+    return expect(what)
+
+
+def visit(page: BrowserPage, url: str) -> None:
+    """Open a view of our page, and wait until it hears of what happens."""
+    page.goto(url)
+    expect(page.locator("#live")).to_have_attribute("data-state", "live")
+
+
+def run_row(page: BrowserPage, flow: str) -> Any:
+    return page.locator("#runs tbody tr", has=page.get_by_role("link", name=re.compile(flow)))
+
+
+def task_rows(page: BrowserPage, step: str) -> Any:
+    return page.get_by_role("link", name=re.compile(f"^{step}, task "))
+
+
+class Seen(NamedTuple):
+    """A service, and the views of a run that has finished under it."""
+
+    home: str
+    run: str
+    retried: str
+
+
+@pytest.fixture(scope="session")
+def seen_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
+    """SeenFlow, which has run once for all tests that only look."""
+    with command_line(tmp_path_factory.mktemp("browser").resolve()) as cli:
+        (cli.folder / "seen.py").write_text(SEEN_FLOW)
+        (cli.folder / "finish").touch()
+        ran = cli("run", sys.executable, "seen.py", "run", "--tag", HOSTILE)
+        assert ran.returncode == 0, ran.stderr
+        home = cli.status()["url"]
+        api = Api(home)
+        (run,) = api.get("/api/runs").json["data"]
+        path = f"/SeenFlow/{run['run_number']}"
+        tasks = f"/api/flows/SeenFlow/runs/{run['run_number']}/tasks?step_name=work"
+        work = api.get(f"{tasks}&_order=-attempt_id").json["data"]
+        api.close()
+        yield Seen(f"{home}/#/", f"{home}/#{path}", f"{home}/#{path}/work/{work[0]['task_id']}")
+
+
+@browser
+def test_one_clicks_from_the_list_to_the_log_of_a_task(page: BrowserPage, seen_run: Seen) -> None:
+    visit(page, seen_run.home)
+    expect(run_row(page, "SeenFlow")).to_have_attribute("data-status", "completed")
+    run_row(page, "SeenFlow").click()
+    expect(page).to_have_url(seen_run.run)
+    expect(page.locator("#head h1")).to_contain_text("SeenFlow/")
+    task_rows(page, "start").click()
+    expect(page.locator("#log-out")).to_contain_text(f"hello {HOSTILE}")
+    page.go_back()
+    page.go_back()
+    expect(run_row(page, "SeenFlow")).to_be_visible()
+
+
+@browser
+def test_a_run_is_shown_with_its_graph_parameters_and_retries(
+    page: BrowserPage, seen_run: Seen
+) -> None:
+    visit(page, seen_run.run)
+    expect(page.locator("#parameters")).to_contain_text(json.dumps(HOSTILE))
+    names = ["start", "work", "join", "end"]
+    nodes = page.locator("#dag .node")
+    expect(nodes).to_have_count(len(names))
+    assert [text.split("\n")[0] for text in nodes.all_inner_texts()] == names
+    retried = task_rows(page, "work").filter(has_text="2 tries")
+    expect(retried.locator(".bar.s-failed")).to_have_count(1)
+    expect(retried.locator(".bar.s-completed")).to_have_count(1)
+    nodes.filter(has_text="join").click()
+    expect(task_rows(page, "join")).to_be_focused()
+
+
+@browser
+def test_each_attempt_has_its_own_status_and_log(page: BrowserPage, seen_run: Seen) -> None:
+    visit(page, seen_run.retried)
+    expect(page.locator("#log-out")).to_contain_text("attempt 1 on b")
+    expect(page.locator("#log-out")).not_to_contain_text("attempt 0")
+    page.get_by_role("link", name="Attempt 0: failed").click()
+    expect(page.locator("#head")).to_have_attribute("data-status", "failed")
+    expect(page.locator("#log-out")).to_contain_text("attempt 0 on b")
+    expect(page.locator("#log-err")).to_contain_text(f"ValueError: fails once, {HOSTILE}")
+
+
+@browser
+def test_artifacts_and_metadata_are_shown_with_their_values(
+    page: BrowserPage, seen_run: Seen
+) -> None:
+    visit(page, seen_run.retried)
+    for table, name, value in (
+        ("#artifacts", "hostile", f"{{'{HOSTILE}': [1, 2.5, None]}}"),
+        ("#artifacts", "letters", "ab"),
+        ("#metadata", "foreach-stack", '["letters=b"]'),
+    ):
+        expect(page.locator(f"{table} tr", has_text=name)).to_contain_text(value)
+
+
+@browser
+def test_a_card_is_rendered_by_its_own_scripts_that_cannot_act_as_the_page(
+    page: BrowserPage, seen_run: Seen
+) -> None:
+    visit(page, seen_run.run)
+    task_rows(page, "start").click()
+    card = page.frame_locator("#cards iframe")
+    expect(card.get_by_role("heading", name="Begun")).to_be_visible()
+    expect(card.get_by_text(HOSTILE)).to_be_visible()
+    assert page.frames[1].evaluate("self.origin") == "null"
+
+
+@browser
+def test_what_flows_say_is_never_markup(page: BrowserPage, seen_run: Seen) -> None:
+    for view in seen_run:  # an image in it would not load, which is an error on the console
+        visit(page, view)
+        expect(page.get_by_text(HOSTILE).first).to_be_visible()
+        assert page.locator("main img").count() == 0
+
+
+@browser
+def test_a_run_appears_and_finishes_on_a_page_that_is_open(
+    page: BrowserPage, cli: Cli, daemon: Api
+) -> None:
+    (cli.folder / "seen.py").write_text(SEEN_FLOW)
+    visit(page, daemon.url)
+    page.evaluate("window.isTheSame = true")
+    flow = cli.popen("run", sys.executable, "seen.py", "run")
+    expect(run_row(page, "SeenFlow")).to_have_attribute("data-status", "running")
+    run_row(page, "SeenFlow").click()
+    task_rows(page, "start").click()
+    expect(page.locator("#head")).to_have_attribute("data-status", "running")
+    card = page.frame_locator("#cards iframe")
+    expect(card.get_by_role("heading", name="Begun")).to_be_visible()
+    (cli.folder / "go on").touch()
+    expect(card.get_by_role("heading", name="Halfway")).to_be_visible()
+    (cli.folder / "finish").touch()
+    expect(page.locator("#head")).to_have_attribute("data-status", "completed")
+    expect(page.locator("#log-out")).to_contain_text("hello")
+    expect(page.locator("#artifacts tr", has_text="letters")).to_contain_text("ab")
+    page.keyboard.press("Escape")
+    expect(page.locator("#head")).to_have_attribute("data-status", "completed")
+    expect(task_rows(page, "end")).to_have_attribute("data-status", "completed")
+    page.keyboard.press("Escape")
+    expect(run_row(page, "SeenFlow")).to_have_attribute("data-status", "completed")
+    assert page.evaluate("window.isTheSame"), "it was loaded anew"
+    assert flow.communicate(timeout=60) and flow.returncode == 0
+
+
+@browser
+def test_a_page_outlives_its_service_and_hears_what_it_has_missed(
+    chromium: Browser, cli: Cli, daemon: Api
+) -> None:
+    with new_page(chromium, permitted="WebSocket connection") as page:
+        visit(page, daemon.url)
+        assert cli("stop").returncode == 0
+        expect(page.locator("#live")).to_have_attribute("data-state", "reconnecting")
+        daemon.close()
+        assert cli("start", "--port", daemon.port).returncode == 0
+        daemon.new_run(daemon.new_flow("Missed"))
+        expect(run_row(page, "Missed")).to_be_visible()
+
+
+@browser
+def test_the_keyboard_is_enough(page: BrowserPage, daemon: Api) -> None:
+    for flow in ("First", "Second", "Third"):
+        daemon.new_run(daemon.new_flow(flow))
+    visit(page, daemon.url)
+    links = page.locator("#runs a.nav")
+    expect(links).to_have_count(3)
+    for key, at in (("j", 0), ("j", 1), ("ArrowDown", 2), ("k", 1)):
+        page.keyboard.press(key)
+        expect(links.nth(at)).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator("#head h1")).to_contain_text("Second/")
+    page.keyboard.press("Escape")
+    expect(links.nth(1)).to_be_focused()
+    page.keyboard.press("?")
+    expect(page.locator("#keys")).to_be_visible()
+    page.keyboard.press("/")
+    page.keyboard.type("flow:third")
+    expect(run_row(page, "Second")).to_have_count(0)
+    page.keyboard.press("Enter")
+    expect(links.first).to_be_focused()
+
+
+@browser
+def test_a_thousand_runs_and_a_thousand_tasks_are_all_within_reach(
+    chromium: Browser, daemon: Api
+) -> None:
+    flow = daemon.new_flow("Many")
+    for _ in range(999):
+        daemon.new_run(flow)
+    step = daemon.new_step(daemon.new_run(flow, tags=["wide"]))
+    for _ in range(1000):
+        task = daemon.new_task(step)
+        daemon.post(f"{task}/metadata", [metadatum("attempt", "0")])
+    with new_page(chromium, permitted="404") as page:  # these runs have no graph
+        visit(page, daemon.url)
+        rows = run_row(page, "Many")
+        expect(rows.first).to_be_visible()
+        while rows.count() < 1000:
+            seen = rows.count()
+            page.keyboard.press("End")
+            expect(rows.nth(seen)).to_be_attached()
+        rows.first.click(position={"x": 5, "y": 5})
+        expect(task_rows(page, "start").first).to_be_visible()
+        page.get_by_role("button", name="Show all 1,000").click()
+        expect(task_rows(page, "start")).to_have_count(1000)
+
+
+@browser
+def test_the_key_is_asked_for_once(chromium: Browser, cli: Cli) -> None:
+    assert cli("start", METAFLOW_SERVICE_AUTH_KEY="sesame").returncode == 0
+    url = cli.status()["url"]
+    service = Api(url, "sesame")
+    service.new_run(service.new_flow("Locked"))
+    service.close()
+    with new_page(chromium, permitted="401") as page:
+        page.goto(url)
+        for key in ("wrong", "sesame"):
+            page.get_by_label("Key", exact=True).fill(key)
+            page.keyboard.press("Enter")
+            expect(page.get_by_text("This key is wrong.")).to_have_count(int(key == "wrong"))
+        expect(run_row(page, "Locked")).to_be_visible()
+        visit(page, url)
+        expect(run_row(page, "Locked")).to_be_visible()
+
+
+@browser
+def test_a_build_of_another_ui_has_its_routes_its_requests_and_its_socket(
+    page: BrowserPage, cli: Cli, tmp_path: Path
+) -> None:
+    build = tmp_path / "build"
+    (build / "static").mkdir(parents=True)
+    (build / "index.html").write_text(
+        "<!doctype html><link rel=icon href=data:,><title>Another</title>"
+        "<p id=runs></p><p id=heard></p><script src=/static/app.js></script>"
+    )
+    (build / "static" / "app.js").write_text(
+        """
+        const show = (id, text) => { document.getElementById(id).textContent = text; };
+        const asked = fetch("/api/runs").then(answer => answer.json());
+        asked.then(({data}) => show("runs", data.length));
+        const socket = new WebSocket(`ws://${location.host}/api/ws`);
+        socket.onmessage = ({data}) => show("heard", data);
+        socket.onopen = () =>
+          socket.send(JSON.stringify({type: "SUBSCRIBE", uuid: "it", resource: "/runs"}));
+        """
+    )
+    assert cli("start", "--ui-dir", build).returncode == 0
+    service = Api(cli.status()["url"])
+    page.goto(f"{service.url}/AFlow/17/view/timeline?direction=asc")
+    expect(page).to_have_title("Another")
+    expect(page.locator("#runs")).to_have_text("0")
+    service.new_run(service.new_flow("AFlow"))
+    expect(page.locator("#heard")).to_contain_text('"INSERT"')
+    service.close()
+
+
+@browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("size", "width"), [("wide", 1280), ("narrow", 400)])
+def test_every_view_fits_its_window(
+    chromium: Browser, seen_run: Seen, tmp_path: Path, scheme: str, size: str, width: int
+) -> None:
+    """Leaves screenshots, to be looked at, in the folder that SCREENSHOTS names."""
+    folder = Path(os.environ.get("SCREENSHOTS") or tmp_path)
+    window = {"width": width, "height": 860}
+    with new_page(chromium, viewport=window, color_scheme=scheme) as page:
+        for name, view in seen_run._asdict().items():
+            visit(page, view)
+            expect(page.get_by_text(HOSTILE).first).to_be_visible()
+            expect(page.get_by_text("Loading ...")).to_have_count(0)
+            page.screenshot(path=folder / f"{name}-{size}-{scheme}.png", full_page=True)
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), name
