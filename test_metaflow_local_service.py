@@ -206,7 +206,6 @@ def served(store: mls.Store, host: str = "127.0.0.1", key: str | None = None) ->
         server.stop()
         thread.join()
         server.finish()
-        store.close()
 
 
 @pytest.fixture
@@ -880,7 +879,7 @@ def test_an_id_that_no_path_can_name_is_refused(store: mls.Store) -> None:
 
 def test_a_flow_cannot_have_the_name_of_a_file_of_the_service(store: mls.Store) -> None:
     with pytest.raises(mls.NotAllowed):
-        store.create_flow((mls.TEMPORARY_DIR,), labels())
+        store.create_flow((mls.PIDFILE,), labels())
 
 
 @pytest.mark.parametrize("name", ["*", "?", "[ab]", "a*", "**", "[!x]", "%", "~", "$HOME", " a "])
@@ -1238,15 +1237,16 @@ def test_records_are_private_to_their_user(store: mls.Store) -> None:
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
 
 
-def test_temporary_files_are_gone_when_the_store_is_closed_or_opened(project: Path) -> None:
-    leftover = project / ".metaflow" / mls.TEMPORARY_DIR / "17"
-    leftover.parent.mkdir(parents=True)
-    leftover.write_text('{"half')
-    store = mls.Store(str(project))
-    assert not leftover.exists()
-    new_run(store)
-    store.close()
-    assert [path.name for path in (project / ".metaflow").iterdir()] == ["Flow"]
+def test_what_a_killed_service_left_half_written_troubles_nobody(
+    store: mls.Store, local: Any
+) -> None:
+    task = new_task(store, new_run(store))
+    store.create_metadata(task, [a_field("name")])
+    for depth in range(1, 5):
+        folder = Path(store.folder, *task[:depth], mls.META_DIR)
+        (folder / f"{mls.TEMPORARY}17").write_text('{"half')
+    store.create_artifacts(task, [an_artifact("x")])
+    assert_both_tell_the_same(store, local)
 
 
 # ==================================================================================================
@@ -2115,13 +2115,15 @@ def test_the_pages_of_tasks_of_any_id_make_the_list(
         path = record_file(store, (*step, name))
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps({"ts_epoch": ts_epoch}))
-    assert_pages_make_the_list(mls.TASK_ORDER, lambda place: store.tasks(step, place), limit)
+    assert_pages_make_the_list(store, mls.TASK_ORDER, lambda place: store.tasks(step, place), limit)
 
 
-def assert_pages_make_the_list(order: Any, records: Callable[[Any], Any], limit: int) -> None:
+def assert_pages_make_the_list(
+    store: mls.Store, order: Any, records: Callable[[Any], Any], limit: int
+) -> None:
     whole, found, query = list(records(None)), [], [("_limit", str(limit))]
     for _ in range(len(whole) + 1):
-        answer = mls.listed(mls.Request("GET", [], query, None), order, records)
+        answer = mls.listed(store, mls.Request("GET", [], query, None), order, records)
         found += json.loads(answer.content)
         cursor = dict(answer.headers).get("X-Next-Cursor")
         if cursor is None:
@@ -2143,7 +2145,7 @@ def test_pages_make_the_list_after_local_mode_has_changed_a_run(
     assert [r["run_number"] for r in store.runs(run[:1])] == ["c", "b", "a"]
     local.mutate_user_tags_for_run("Flow", "b", tags_to_add=["new"])
     assert [r["run_number"] for r in store.runs(run[:1])] == ["b", "c", "a"]
-    assert_pages_make_the_list(mls.RUN_ORDER, lambda place: store.runs(("Flow",), place), 1)
+    assert_pages_make_the_list(store, mls.RUN_ORDER, lambda place: store.runs(("Flow",), place), 1)
 
 
 def test_a_list_is_whole_unless_a_page_or_a_filter_is_asked_for(api: Api) -> None:
@@ -4781,7 +4783,7 @@ def test_a_regular_expression_that_never_ends_holds_up_nobody(daemon: Api, cli: 
 
 
 def temporary_files(project: Path) -> list[Path]:
-    return all_paths(project / ".metaflow" / "metaflow-local-service.tmp")
+    return [path for path in all_paths(project) if path.name.startswith(mls.TEMPORARY)]
 
 
 def records(project: Path) -> list[Any]:
@@ -5240,7 +5242,6 @@ def test_what_was_acknowledged_outlives_a_kill_at_any_moment(cli: Cli, project: 
         assert restarted.returncode == 0, restarted.stderr
         service = cli.status()
         told.check(api, project, run)
-        assert temporary_files(project) == []
         everything.tasks += told.tasks
         everything.runs += told.runs
         everything.tags += told.tags
