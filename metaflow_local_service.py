@@ -6605,21 +6605,32 @@ def prepare_standard_streams() -> None:
 
 
 def main() -> NoReturn:
-    """Do what the command line says; what cannot be done is one line on stderr."""
+    """Do what the command line says; what cannot be done is one line on stderr.
+
+    The process ends without Python's own tidying up, which takes a fifth of what `url` takes.
+    """
     prepare_standard_streams()
     try:
-        arguments = make_parser(sys.argv[1:]).parse_args()
-        arguments.function(arguments)
+        exit_code = done(sys.argv[1:])
         print(end="", flush=True)  # sys.stdout is None where it was closed
     except Failure as failure:
         tell(str(failure))
-        raise SystemExit(failure.exit_code) from None
+        exit_code = failure.exit_code
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        exit_code = 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python's own flush succeeds
-        raise SystemExit(1) from None
-    raise SystemExit(0)
+        exit_code = 1
+    os._exit(exit_code)
+
+
+def done(words: Sequence[str]) -> int:
+    """Do what the words say, and return the exit code; Failure where that cannot be done."""
+    try:
+        arguments = make_parser(words).parse_args(words)
+        arguments.function(arguments)
+    except SystemExit as end:  # from argparse too, which has said all that there is to say
+        return int(end.code or 0)
+    return 0
 
 
 if __name__ == "__main__":
