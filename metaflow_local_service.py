@@ -112,7 +112,7 @@ log = logging.getLogger(PROGRAM)
 Environment = Mapping[str, str]
 
 
-class Failure(Exception):
+class ServiceError(Exception):
     """Something the user asked for that cannot be done: one sentence, and the exit code for it."""
 
     def __init__(self, sentence: str, exit_code: int = 1) -> None:
@@ -120,28 +120,28 @@ class Failure(Exception):
         self.exit_code = exit_code
 
 
-def port_number(text: str) -> int:
+def parse_port(text: str) -> int:
     """A TCP port from 0 (any free one) to 65535; ValueError with a sentence otherwise."""
     if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
         raise ValueError(f"a port is a number from 0 to 65535, not {text!r}")
     return int(text)
 
 
-def seconds(text: str) -> float:
+def parse_seconds(text: str) -> float:
     """A number of seconds, 0 or more; ValueError with a sentence otherwise."""
     if not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,9})?", text):
         raise ValueError(f"an idle time-out is a number of seconds, 0 or more, not {text!r}")
     return float(text)
 
 
-def access_key(text: str) -> str:
+def parse_key(text: str) -> str:
     """A key that can be sent as a header; ValueError with a sentence otherwise."""
     if not re.fullmatch("[!-~]{1,1000}", text):
         raise ValueError("a key is made of printable ASCII characters, without spaces")
     return text
 
 
-def ui_folder(text: str) -> str:
+def parse_ui_folder(text: str) -> str:
     """A folder with a build of the official UI, as a real path; ValueError otherwise."""
     folder = os.path.realpath(os.path.expanduser(text))
     if not os.path.isfile(os.path.join(folder, "index.html")):
@@ -149,12 +149,10 @@ def ui_folder(text: str) -> str:
     return folder
 
 
-Made = TypeVar("Made")
+T = TypeVar("T")
 
 
-def from_environment(
-    environment: Environment, name: str, convert: Callable[[str], Made]
-) -> Made | None:
+def from_environment(environment: Environment, name: str, convert: Callable[[str], T]) -> T | None:
     """The converted value of a variable, None where it is unset or empty."""
     text = environment.get(name)
     if not text:
@@ -162,7 +160,7 @@ def from_environment(
     try:
         return convert(text)
     except ValueError as error:
-        raise Failure(f"{name}: {error}", exit_code=2) from None
+        raise ServiceError(f"{name}: {error}", exit_code=2) from None
 
 
 def is_debug(environment: Environment) -> bool:
@@ -337,19 +335,19 @@ class StoreError(Exception):
     """What a client asked of the store cannot be: one sentence for it."""
 
 
-class NotThere(StoreError):
+class NotFound(StoreError):
     """There is no such record, or no parent to put one under."""
 
 
-class AlreadyThere(StoreError):
+class AlreadyExists(StoreError):
     """There is such a record already."""
 
 
-class NotAllowed(StoreError):
+class NotStorable(StoreError):
     """The name or the value cannot be stored."""
 
 
-class SystemTagsStay(StoreError):
+class SystemTagKept(StoreError):
     """System tags cannot be removed."""
 
 
@@ -375,7 +373,7 @@ def wire_id(name: str) -> Id:
 
 
 IdOrder = tuple[bool, Id]
-Moment = tuple[int, Any]
+SortKey = tuple[int, Any]
 """A record's place among its siblings, oldest first: its ts_epoch, then what makes it unique."""
 
 
@@ -388,7 +386,7 @@ STAMP = 10**15
 """Numbers from here on (16 digits) are microseconds: local mode's run ids, our metadata ids."""
 
 
-def run_moment(run: Run) -> Moment:
+def run_sort_key(run: Run) -> SortKey:
     """Where a run stands in its flow.
 
     A run of local mode's stands where its id says that it was made: this costs no look at the file,
@@ -400,26 +398,26 @@ def run_moment(run: Run) -> Moment:
     return (run["ts_epoch"], id_order(number))
 
 
-def flow_moment(flow: Flow) -> Moment:
+def flow_sort_key(flow: Flow) -> SortKey:
     return (flow["ts_epoch"], id_order(flow["flow_id"]))
 
 
-def task_moment(task: Task) -> Moment:
+def task_sort_key(task: Task) -> SortKey:
     return (task["ts_epoch"], id_order(task["task_id"]))
 
 
-def artifact_moment(artifact: Artifact) -> Moment:
+def artifact_sort_key(artifact: Artifact) -> SortKey:
     return (
         artifact["ts_epoch"],
         (id_order(artifact["task_id"]), artifact["name"], artifact["step_name"]),
     )
 
 
-def metadatum_moment(metadatum: Metadatum) -> Moment:
+def metadatum_sort_key(metadatum: Metadatum) -> SortKey:
     return (metadatum["ts_epoch"], metadatum["id"])
 
 
-def tags_of(run: Run) -> TagsOfRun:
+def run_tags(run: Run) -> TagsOfRun:
     return {"tags": run["tags"], "system_tags": run["system_tags"]}
 
 
@@ -542,12 +540,12 @@ DIGESTED = re.compile(r".*~[0-9a-f]{32}", re.DOTALL)
 def check_name(name: str) -> None:
     """Refuse a flow, run, step or task name that cannot be a folder of its own."""
     if name in ("", ".", "..", META_DIR) or "/" in name or "\0" in name:
-        raise NotAllowed(f"{name!r} cannot be a name: it cannot name a folder.")
+        raise NotStorable(f"{name!r} cannot be a name: it cannot name a folder.")
     try:
         if len(os.fsencode(name)) > NAME_BYTES:
-            raise NotAllowed(f"A name has at most {NAME_BYTES} bytes.")
+            raise NotStorable(f"A name has at most {NAME_BYTES} bytes.")
     except UnicodeEncodeError:
-        raise NotAllowed(f"{name!r} cannot be a name: it is not valid Unicode.") from None
+        raise NotStorable(f"{name!r} cannot be a name: it is not valid Unicode.") from None
 
 
 def metadatum_file(field_name: str, stamp: int) -> str:
@@ -605,11 +603,11 @@ class Listing(NamedTuple):
     """The objects below another, oldest first."""
 
     version: Version | None  # of the folder; None while it may change unnoticed
-    moments: list[Moment]
+    sort_keys: list[SortKey]
     unborn: list[str]  # folders without a record, so far
 
     def weight(self) -> int:
-        return len(self.moments) + len(self.unborn) + 1
+        return len(self.sort_keys) + len(self.unborn) + 1
 
 
 class TaskFiles(NamedTuple):
@@ -628,17 +626,17 @@ class TaskFiles(NamedTuple):
 NO_CHILDREN = Listing(None, [], [])
 
 
-class Recent(dict[str, Made]):
+class Cache(dict[str, T]):
     """A dict that forgets its oldest entries when together they weigh more than the limit."""
 
-    def __init__(self, limit: int, weigh: Callable[[Made], int] = lambda value: 1) -> None:
+    def __init__(self, limit: int, weigh: Callable[[T], int] = lambda value: 1) -> None:
         super().__init__()
         self._limit = limit
         self._weigh = weigh
         self._weight = 0
         self._lock = threading.Lock()  # guards every change; readers need none
 
-    def put(self, key: str, value: Made) -> None:
+    def put(self, key: str, value: T) -> None:
         with self._lock:
             self._forget(key)
             self[key] = value
@@ -671,7 +669,7 @@ UNREADABLE = frozenset((errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP))
 Version = tuple[int, int, int]
 
 
-def version_of(status: os.stat_result) -> Version:
+def file_version(status: os.stat_result) -> Version:
     """What tells a file or folder from its earlier and later states."""
     return (status.st_mtime_ns, status.st_ino, status.st_size)
 
@@ -689,10 +687,10 @@ systems keep those in steps of up to two seconds."""
 def settled_version(status: os.stat_result) -> Version | None:
     """The version of a folder that is looked at now, None where a later one may look the same."""
     settled = time.time_ns() - status.st_mtime_ns > SETTLED_NS
-    return version_of(status) if settled else None
+    return file_version(status) if settled else None
 
 
-def stat_of(path: str) -> os.stat_result | None:
+def stat_or_none(path: str) -> os.stat_result | None:
     """The status of a file or folder, None where there is none."""
     try:
         return os.stat(path)
@@ -700,7 +698,7 @@ def stat_of(path: str) -> os.stat_result | None:
         return None
 
 
-def folders_in(folder: str) -> list[str]:
+def list_folders(folder: str) -> list[str]:
     """The names of the folders in a folder, but for the one that holds its own record."""
     with os.scandir(folder) as entries:
         return [e.name for e in entries if is_folder(e) and e.name != META_DIR]
@@ -727,10 +725,10 @@ class Store:
         self._provider = local_metadata_provider(root)
         self.folder: str = self._provider._make_path()
         # Of each file its version and what was made of it, None where nothing could be.
-        self._records: Recent[tuple[Version, Any]] = Recent(RECORDS_IN_MEMORY, record_weight)
-        self._listings: Recent[Listing] = Recent(NAMES_IN_MEMORY, Listing.weight)  # by folder
-        self._task_files: Recent[TaskFiles] = Recent(TASK_FILES_IN_MEMORY, TaskFiles.weight)
-        self._last_task_ids: Recent[int] = Recent(RECORDS_IN_MEMORY)  # by folder of the run
+        self._records: Cache[tuple[Version, Any]] = Cache(RECORDS_IN_MEMORY, record_weight)
+        self._listings: Cache[Listing] = Cache(NAMES_IN_MEMORY, Listing.weight)  # by folder
+        self._task_files: Cache[TaskFiles] = Cache(TASK_FILES_IN_MEMORY, TaskFiles.weight)
+        self._last_task_ids: Cache[int] = Cache(RECORDS_IN_MEMORY)  # by folder of the run
         self._newest_runs: dict[str, int] = {}  # the newest run on disk at first sight, by flow
         # Changes follow one another, and so do long reads; no read waits for a change. Threads that
         # go into the kernel side by side hand Python's lock around at every call: 8 that list 1,000
@@ -752,17 +750,17 @@ class Store:
 
     def step(self, ids: Ids) -> Step | None:
         run, step = self._record(ids[:2], _run), self._record(ids, _step)
-        return {**step, **tags_of(run)} if run and step else None
+        return {**step, **run_tags(run)} if run and step else None
 
     def task(self, ids: Ids) -> Task | None:
         run, task = self._record(ids[:2], _run), self._record(ids, _task)
-        return {**task, **tags_of(run)} if run and task else None
+        return {**task, **run_tags(run)} if run and task else None
 
-    def flows(self, before: Moment | None = None) -> Iterator[Flow]:
+    def flows(self, before: SortKey | None = None) -> Iterator[Flow]:
         """All flows, newest first; only those older than `before` where it is given."""
         return self._children((), _flow, before)
 
-    def runs(self, ids: Ids, before: Moment | None = None) -> Iterator[Run]:
+    def runs(self, ids: Ids, before: SortKey | None = None) -> Iterator[Run]:
         """The runs of a flow, newest first."""
         return (run.copy() for run in self._children(ids, _run, before))
 
@@ -770,20 +768,20 @@ class Store:
         """The steps of a run, newest first."""
         run = self._record(ids, _run)
         if run is not None:
-            tags = tags_of(run)
+            tags = run_tags(run)
             for step in self._children(ids, _step):
                 yield {**step, **tags}
 
-    def tasks(self, ids: Ids, before: Moment | None = None) -> Iterator[Task]:
+    def tasks(self, ids: Ids, before: SortKey | None = None) -> Iterator[Task]:
         """The tasks of a step, newest first."""
         run = self._record(ids[:2], _run)
         if run is not None:
-            tags = tags_of(run)
+            tags = run_tags(run)
             for task in self._children(ids, _task, before):
                 yield {**task, **tags}
 
     def metadata(
-        self, ids: Ids, before: Moment | None = None, fields: tuple[str, ...] | None = None
+        self, ids: Ids, before: SortKey | None = None, fields: tuple[str, ...] | None = None
     ) -> Iterator[Metadatum]:
         """The metadata of a task, of all its attempts, newest first; only `fields`, if given."""
         prefixes = None if fields is None else metadatum_prefixes(fields)
@@ -791,7 +789,7 @@ class Store:
 
     def task_ids(self, step: Ids) -> list[Ids]:
         """The ids of the tasks of a step, oldest first."""
-        moments = self._listing(self._folder_of(step), step, _task).moments
+        moments = self._listing(self._folder_of(step), step, _task).sort_keys
         return [(*step, str(moment[1][1])) for moment in moments]
 
     def attempts_with_artifacts(self, ids: Ids) -> list[int]:
@@ -801,7 +799,9 @@ class Store:
     def version(self, ids: Ids) -> Version | None:
         """What tells whether there are other objects below this one than there were; of a task,
         other records. None while that may change unnoticed, and where there is no such object."""
-        status = stat_of(self._meta_of(ids) if len(ids) == TASK_DEPTH else self._folder_of(ids))
+        status = stat_or_none(
+            self._meta_of(ids) if len(ids) == TASK_DEPTH else self._folder_of(ids)
+        )
         return None if status is None else settled_version(status)
 
     def metadata_of_tasks(
@@ -810,7 +810,7 @@ class Store:
         """The ids of the tasks of a step, oldest first, each with its metadata, newest first."""
         folder = self._folder_of(step)
         prefixes = None if fields is None else metadatum_prefixes(fields)
-        for moment in self._listing(folder, step, _task).moments:
+        for moment in self._listing(folder, step, _task).sort_keys:
             name = str(moment[1][1])
             task = (*step, name)
             files = self._files_in(f"{folder}/{name}/{META_DIR}", task)
@@ -824,10 +824,10 @@ class Store:
             return []
         names = files.artifacts.get(max(files.artifacts) if attempt is None else attempt, ())
         found = (self._read(f"{files.folder}/{name}", (*ids, name), _artifact) for name in names)
-        tags = tags_of(run)
+        tags = run_tags(run)
         return sorted(
             ({**artifact, **tags} for artifact in found if artifact is not None),
-            key=artifact_moment,
+            key=artifact_sort_key,
             reverse=True,
         )
 
@@ -838,7 +838,7 @@ class Store:
             attempt = max(files.artifacts, default=0)
         file = artifact_file(attempt, name)
         artifact = self._read(f"{files.folder}/{file}", (*ids, file), _artifact)
-        return {**artifact, **tags_of(run)} if run and artifact else None
+        return {**artifact, **run_tags(run)} if run and artifact else None
 
     def _folder_of(self, ids: Ids) -> str:
         for name in ids:
@@ -848,16 +848,16 @@ class Store:
     def _meta_of(self, ids: Ids) -> str:
         return f"{self._folder_of(ids)}/{META_DIR}"
 
-    def _record(self, ids: Ids, make: Callable[[Ids, Raw], Made]) -> Made | None:
+    def _record(self, ids: Ids, make: Callable[[Ids, Raw], T]) -> T | None:
         """An object's own record, as it stands in memory: a copy of it goes out."""
         return self._read(f"{self._meta_of(ids)}/{SELF_FILE}", ids, make)
 
-    def _read(self, path: str, ids: Ids, make: Callable[[Ids, Raw], Made]) -> Made | None:
+    def _read(self, path: str, ids: Ids, make: Callable[[Ids, Raw], T]) -> T | None:
         """What is in a file now; None, with a word in the log, where nothing can be made of it."""
         try:
             status = os.stat(path)
             version = (status.st_mtime_ns, status.st_ino, status.st_size)
-            known: tuple[Version, Made | None] | None = self._records.get(path)
+            known: tuple[Version, T | None] | None = self._records.get(path)
             if known is None or known[0] != version:
                 if not stat.S_ISREG(status.st_mode):
                     raise IsADirectoryError(errno.EISDIR, "It is no file", path)
@@ -873,7 +873,7 @@ class Store:
             log.warning("%s cannot be read and is left out: %s", path, error)
             return None  # and is looked at anew the next time: it may be readable then
 
-    def _load(self, path: str, ids: Ids, make: Callable[[Ids, Raw], Made]) -> Made | None:
+    def _load(self, path: str, ids: Ids, make: Callable[[Ids, Raw], T]) -> T | None:
         try:
             with open(path, "rb") as f:
                 record = make(ids, json.loads(f.read()))
@@ -881,17 +881,17 @@ class Store:
             log.warning("%s is not a record and is left out: %r", path, error)
             return None
         if isinstance(record, dict) and "last_heartbeat_ts" in record:
-            beat = stat_of(os.path.join(os.path.dirname(path), HEARTBEAT_FILE))
+            beat = stat_or_none(os.path.join(os.path.dirname(path), HEARTBEAT_FILE))
             if beat is not None:
                 record["last_heartbeat_ts"] = int(beat.st_mtime)
         return record
 
     def _children(
-        self, ids: Ids, make: Callable[[Ids, Raw], Made], before: Moment | None = None
-    ) -> Iterator[Made]:
+        self, ids: Ids, make: Callable[[Ids, Raw], T], before: SortKey | None = None
+    ) -> Iterator[T]:
         """The records of the objects below another, newest first."""
         folder = self._folder_of(ids)
-        moments = self._listing(folder, ids, make).moments
+        moments = self._listing(folder, ids, make).sort_keys
         end = len(moments) if before is None else bisect.bisect_left(moments, before)
         for index in range(end - 1, -1, -1):
             name = str(moments[index][1][1])
@@ -900,19 +900,19 @@ class Store:
                 yield record
 
     def _listing(self, folder: str, ids: Ids, make: Callable[[Ids, Raw], Any]) -> Listing:
-        status = stat_of(folder)
+        status = stat_or_none(folder)
         if status is None:
             os.stat(self.folder)  # FileNotFoundError where the whole root is gone
             return NO_CHILDREN
         known = self._listings.get(folder, NO_CHILDREN)
-        if known.version == version_of(status) and not any(
+        if known.version == file_version(status) and not any(
             self._record((*ids, name), make) for name in known.unborn
         ):
             return known
         version = settled_version(status)
         moments, unborn = [], []
-        for name in folders_in(folder):
-            moment = self._moment_of((*ids, name), make)
+        for name in list_folders(folder):
+            moment = self._sort_key_of((*ids, name), make)
             if moment is None:
                 unborn.append(name)
             else:
@@ -923,10 +923,10 @@ class Store:
         self._listings.put(folder, listing)
         return listing
 
-    def _moment_of(self, ids: Ids, make: Callable[[Ids, Raw], Any]) -> Moment | None:
+    def _sort_key_of(self, ids: Ids, make: Callable[[Ids, Raw], Any]) -> SortKey | None:
         """Where an object stands among its siblings; None where there is no record of it.
 
-        A run that local mode named is not even looked at: see run_moment.
+        A run that local mode named is not even looked at: see run_sort_key.
         """
         name = ids[-1]
         identifier = wire_id(name) if len(ids) in (RUN_DEPTH, TASK_DEPTH) else name
@@ -939,12 +939,12 @@ class Store:
         return self._files_in(self._meta_of(ids), ids)
 
     def _files_in(self, folder: str, ids: Ids) -> TaskFiles:
-        status = stat_of(folder)
+        status = stat_or_none(folder)
         if status is None:
             os.stat(self.folder)
             return TaskFiles(None, folder, False, [], {})
         known = self._task_files.get(folder)
-        if known is not None and known.version == version_of(status):
+        if known is not None and known.version == file_version(status):
             return known
         version = settled_version(status)
         metadata: list[tuple[int, int, str]] = []
@@ -970,7 +970,7 @@ class Store:
         self,
         files: TaskFiles,
         ids: Ids,
-        before: Moment | None = None,
+        before: SortKey | None = None,
         prefixes: Container[str] | None = None,
     ) -> Iterator[Metadatum]:
         end = len(files.metadata) if before is None else bisect.bisect_left(files.metadata, before)
@@ -986,12 +986,12 @@ class Store:
     def metadata_of_run(self, ids: Ids) -> list[Metadatum]:
         """The metadata of all tasks of a run, newest first."""
         found = (m for _, metadata in self._tasks_below(ids) for m in metadata)
-        return sorted(found, key=metadatum_moment, reverse=True)
+        return sorted(found, key=metadatum_sort_key, reverse=True)
 
     def artifacts_below(self, ids: Ids) -> list[Artifact]:
         """The artifacts of the latest attempt of each task of a run or step, newest first."""
         found = (a for task, _ in self._tasks_below(ids) for a in self.artifacts(task))
-        return sorted(found, key=artifact_moment, reverse=True)
+        return sorted(found, key=artifact_sort_key, reverse=True)
 
     def _tasks_below(self, ids: Ids) -> Iterator[tuple[Ids, Iterator[Metadatum]]]:
         if len(ids) == RUN_DEPTH:
@@ -1003,9 +1003,9 @@ class Store:
     # -- writing ---------------------------------------------------------------------------------
 
     def create_flow(self, ids: Ids, labels: Labels) -> Flow:
-        """Make a flow. AlreadyThere where there is one of that name."""
+        """Make a flow. AlreadyExists where there is one of that name."""
         if ids[0].startswith(PROGRAM):
-            raise NotAllowed(f"{ids[0]!r} cannot be a flow: the name is the service's own.")
+            raise NotStorable(f"{ids[0]!r} cannot be a flow: the name is the service's own.")
         with self._writing:
             self._create(ids, self._raw("flow", ids, labels), _flow)
         return self._made(self.flow(ids))
@@ -1014,7 +1014,7 @@ class Store:
         """Make a run, of the id that the client brings or else of a new one.
 
         `beats`: whether its client will send heartbeats, in which case this counts as the first.
-        NotThere where the flow is not, AlreadyThere where the run is.
+        NotFound where the flow is not, AlreadyExists where the run is.
         """
         self._require(flow, _flow, "flow")
         with self._writing:
@@ -1024,7 +1024,7 @@ class Store:
         return self._made(self.run(ids))
 
     def create_step(self, ids: Ids, labels: Labels) -> Step:
-        """Make a step. NotThere where the run is not, AlreadyThere where the step is."""
+        """Make a step. NotFound where the run is not, AlreadyExists where the step is."""
         self._require(ids[:2], _run, "run")
         with self._writing:
             self._create(ids, self._raw("step", ids, labels), _step)
@@ -1087,7 +1087,7 @@ class Store:
     def change_tags(self, ids: Ids, add: Iterable[str], remove: Iterable[str]) -> list[str]:
         """Remove tags from a run and then add others, and return its tags.
 
-        Changes of one run follow one another. SystemTagsStay where one to remove is a system tag;
+        Changes of one run follow one another. SystemTagKept where one to remove is a system tag;
         to add one that is a system tag already does nothing.
         """
         with self._writing:
@@ -1101,17 +1101,17 @@ class Store:
             )
             if gone.intersection(system):
                 kept = ", ".join(sorted(gone.intersection(system)))
-                raise SystemTagsStay(f"System tags cannot be removed: {kept}.")
+                raise SystemTagKept(f"System tags cannot be removed: {kept}.")
             left = [tag for tag in before if tag not in gone]
             tags = list(dict.fromkeys((*left, *(tag for tag in add if tag not in system))))
             if tags != before:
                 self._add(ids, [(SELF_FILE, {**raw, "tags": tags})])
         return tags
 
-    def _require(self, ids: Ids, make: Callable[[Ids, Raw], Made], kind: str) -> Made:
+    def _require(self, ids: Ids, make: Callable[[Ids, Raw], T], kind: str) -> T:
         record = self._record(ids, make)
         if record is None:
-            raise NotThere(f"There is no {kind} {'/'.join(ids)}.")
+            raise NotFound(f"There is no {kind} {'/'.join(ids)}.")
         return record
 
     def _require_task(self, ids: Ids) -> None:
@@ -1119,7 +1119,7 @@ class Store:
         self._require(ids[:3], _step, "step")
         self._require(ids, _task, "task")
 
-    def _made(self, record: Made | None) -> Made:
+    def _made(self, record: T | None) -> T:
         if record is None:
             raise FileNotFoundError(
                 errno.ENOENT, "a record vanished while it was made", self.folder
@@ -1130,7 +1130,7 @@ class Store:
         """A folder for a new run: of a later number than all others of the flow."""
         folder = self._folder_of(flow)
         if folder not in self._newest_runs:
-            stamps = (int(name) for name in folders_in(folder) if wire_id(name) != name)
+            stamps = (int(name) for name in list_folders(folder) if wire_id(name) != name)
             horizon = 2 * time.time_ns() // 1000  # no clock made what is later
             self._newest_runs[folder] = max((s for s in stamps if s < horizon), default=0)
         self._require_real(folder)
@@ -1143,10 +1143,10 @@ class Store:
         """A folder for a new task: of the next number in its run, whoever numbered the others."""
         run, folder = self._folder_of(step[:2]), self._folder_of(step)
         self._require_real(folder)
-        steps = [f"{run}/{name}" for name in folders_in(run)]
+        steps = [f"{run}/{name}" for name in list_folders(run)]
         number = self._last_task_ids.get(run)
         if number is None:
-            names = itertools.chain.from_iterable(map(folders_in, steps))
+            names = itertools.chain.from_iterable(map(list_folders, steps))
             number = max((int(name) for name in names if wire_id(name) != name), default=0)
         while True:
             number += 1
@@ -1179,7 +1179,7 @@ class Store:
             self._require_real(os.path.dirname(folder))
             is_claimed = make_folder(folder)
             if not is_claimed and os.path.lexists(f"{meta}/{SELF_FILE}"):
-                raise AlreadyThere(f"There is already a {'/'.join(ids)}.")
+                raise AlreadyExists(f"There is already a {'/'.join(ids)}.")
         try:
             make_folder(meta)
             (version,) = self._write([(f"{meta}/{SELF_FILE}", raw)])
@@ -1218,7 +1218,7 @@ class Store:
     def _require_real(self, folder: str) -> None:
         """Refuse to write where a symbolic link leads."""
         if os.path.realpath(folder) != folder:
-            raise NotAllowed(f"{folder} is behind a symbolic link, and nothing is written there.")
+            raise NotStorable(f"{folder} is behind a symbolic link, and nothing is written there.")
 
     def _recorder(self, flow: str) -> Any:
         """A LocalMetadataProvider of a flow, which says what goes into a record.
@@ -1268,7 +1268,7 @@ class Store:
         try:
             if os.write(descriptor, content) != len(content):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
-            return version_of(os.fstat(descriptor))
+            return file_version(os.fstat(descriptor))
         finally:
             os.close(descriptor)
 
@@ -1284,11 +1284,11 @@ class Store:
 def _own_id(identifier: str, kind: str) -> str:
     """An id that a client brings: any name but a number, since numbers are the service's."""
     if identifier.isnumeric():
-        raise NotAllowed(f"A {kind} id that the client brings must not be a number.")
+        raise NotStorable(f"A {kind} id that the client brings must not be a number.")
     try:
         identifier.encode()  # a file name may have surrogates in it, a path of a request may not
     except UnicodeEncodeError:
-        raise NotAllowed(f"{identifier!r} cannot be a name: it is not valid Unicode.") from None
+        raise NotStorable(f"{identifier!r} cannot be a name: it is not valid Unicode.") from None
     check_name(identifier)
     return identifier
 
@@ -1307,13 +1307,13 @@ def _labelled(raw: Raw, labels: Labels, ts_epoch: int) -> Raw:
 
 
 def make_folder(path: str) -> bool:
-    """Make a private folder, and say whether it was not there. NotAllowed where a file is."""
+    """Make a private folder, and say whether it was not there. NotStorable where a file is."""
     try:
         os.mkdir(path, 0o700)
         return True
     except FileExistsError:
         if not stat.S_ISDIR(os.lstat(path).st_mode):
-            raise NotAllowed(
+            raise NotStorable(
                 f"{os.path.basename(path)!r} cannot be used: it is a file or link."
             ) from None
         return False
@@ -1346,7 +1346,7 @@ Query = Sequence[tuple[str, str]]
 Test = Callable[[Any], bool]
 
 
-def first(query: Query, name: str) -> str | None:
+def first_value(query: Query, name: str) -> str | None:
     """The value of a parameter that counts once: the first, None where it is not given."""
     return next((value for key, value in query if key == name), None)
 
@@ -1462,7 +1462,7 @@ TASK_FIELDS: Mapping[str, Field] = {
 }
 
 
-def filters(query: Query, fields: Mapping[str, Field]) -> list[tuple[str, Test]]:
+def parse_filters(query: Query, fields: Mapping[str, Field]) -> list[tuple[str, Test]]:
     """The conditions that a query sets, all of which must hold: the field of each and its test.
 
     Parameters that are not about one of the fields are not conditions. BadQuery where one is about
@@ -1495,7 +1495,7 @@ def _alternative(name: str, field: Field, asked: str, text: str) -> Test:
     return lambda value: value is not None and compare(value, operand)
 
 
-def tag_filters(query: Query) -> list[Test]:
+def parse_tag_filters(query: Query) -> list[Test]:
     """The conditions that `_tags` parameters set on the tags and system tags of a run together."""
     tests: list[Test] = []
     for parameter, value in query:
@@ -1533,7 +1533,7 @@ class Order(NamedTuple):
     is compared by the same function as the records, so the next page goes on right after it.
     """
 
-    moment: Callable[[Any], Moment]
+    moment: Callable[[Any], SortKey]
     keys: Mapping[str, Callable[[object], object]]
 
 
@@ -1555,12 +1555,12 @@ def _cursor_text(value: object) -> str:
     raise ValueError
 
 
-FLOW_ORDER = Order(flow_moment, {"ts_epoch": _cursor_number, "flow_id": _cursor_text})
-RUN_ORDER = Order(run_moment, {"ts_epoch": _cursor_number, "run_number": _cursor_id})
-TASK_ORDER = Order(task_moment, {"ts_epoch": _cursor_number, "task_id": _cursor_id})
-METADATA_ORDER = Order(metadatum_moment, {"ts_epoch": _cursor_number, "id": _cursor_number})
+FLOW_ORDER = Order(flow_sort_key, {"ts_epoch": _cursor_number, "flow_id": _cursor_text})
+RUN_ORDER = Order(run_sort_key, {"ts_epoch": _cursor_number, "run_number": _cursor_id})
+TASK_ORDER = Order(task_sort_key, {"ts_epoch": _cursor_number, "task_id": _cursor_id})
+METADATA_ORDER = Order(metadatum_sort_key, {"ts_epoch": _cursor_number, "id": _cursor_number})
 ARTIFACT_ORDER = Order(
-    artifact_moment,
+    artifact_sort_key,
     {
         "ts_epoch": _cursor_number,
         "task_id": _cursor_id,
@@ -1570,13 +1570,13 @@ ARTIFACT_ORDER = Order(
 )
 
 
-def cursor_after(order: Order, record: Mapping[str, Any]) -> str:
+def encode_cursor(order: Order, record: Mapping[str, Any]) -> str:
     """The cursor that leads to what comes after the record."""
     fields = {key: record[key] for key in order.keys}
     return base64.b64encode(json.dumps(fields).encode()).decode()
 
 
-def place_of(order: Order, cursor: str) -> Moment:
+def decode_cursor(order: Order, cursor: str) -> SortKey:
     """Where a cursor points; BadQuery where it is none of such a list.
 
     `step_name` may be missing, as it is in the reference's cursors.
@@ -1589,9 +1589,9 @@ def place_of(order: Order, cursor: str) -> Moment:
         raise BadQuery("Invalid cursor") from None
 
 
-def page_size(query: Query) -> int:
+def parse_limit(query: Query) -> int:
     """How many records a page is to have."""
-    text = first(query, "_limit")
+    text = first_value(query, "_limit")
     if not text:
         return DEFAULT_PAGE
     if not re.fullmatch(r"[0-9]{1,1000}", text) or int(text) < 1:
@@ -1618,15 +1618,15 @@ def run_status(end_metadata: Iterable[Metadatum], last_heartbeat_ts: int | None,
 
     `end_metadata`: that of all tasks of the step `end`. `now`: epoch seconds.
     """
-    attempts: list[Moment] = []
-    ended: list[tuple[Moment, bool]] = []
+    attempts: list[SortKey] = []
+    ended: list[tuple[SortKey, bool]] = []
     for metadatum in end_metadata:
         if metadatum["field_name"] == "attempt":
-            attempts.append(metadatum_moment(metadatum))
+            attempts.append(metadatum_sort_key(metadatum))
         elif metadatum["field_name"] == "attempt_ok":
             truth = TRUTHS.get(value_text(metadatum).lower())
             if truth is not None:
-                ended.append((metadatum_moment(metadatum), truth))
+                ended.append((metadatum_sort_key(metadatum), truth))
     if ended:
         moment, is_ok = max(ended)
         if is_ok:
@@ -1711,7 +1711,7 @@ MOST_DOUBLINGS = 27
 in which every other request waits."""
 
 
-def found_in(pattern: Pattern[str], texts: Collection[str]) -> set[str]:
+def find_matches(pattern: Pattern[str], texts: Collection[str]) -> set[str]:
     """Those of the texts in which a pattern is found; BadQuery where that could take too long.
 
     PostgreSQL searches in a time in proportion to the text. Python tries all ways to share a text
@@ -1801,7 +1801,7 @@ def _no_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is not JSON")
 
 
-class Answer(NamedTuple):
+class Response(NamedTuple):
     """An answer as the server sends it."""
 
     content: bytes
@@ -1827,16 +1827,18 @@ class Upgrade(NamedTuple):
     run: Callable[[Duplex], None]  # returns when the connection is to be closed
 
 
-def as_json(value: object, status: int = 200, headers: Sequence[tuple[str, str]] = ()) -> Answer:
-    return Answer(json.dumps(value).encode(), status, headers=headers)
+def json_response(
+    value: object, status: int = 200, headers: Sequence[tuple[str, str]] = ()
+) -> Response:
+    return Response(json.dumps(value).encode(), status, headers=headers)
 
 
-def as_text(text: str) -> Answer:
-    return Answer(text.encode(), kind="text/plain; charset=utf-8")
+def text_response(text: str) -> Response:
+    return Response(text.encode(), kind="text/plain; charset=utf-8")
 
 
-def as_error(error: HttpError) -> Answer:
-    return as_json({"message": str(error)}, error.status, error.headers)
+def error_response(error: HttpError) -> Response:
+    return json_response({"message": str(error)}, error.status, error.headers)
 
 
 Handler = Callable[..., Any]
@@ -1894,21 +1896,21 @@ class Router:
 # -- what requests carry ---------------------------------------------------------------------------
 
 
-def text_or_null(item: Mapping[str, object], key: str, default: str | None) -> str | None:
+def optional_text(item: Mapping[str, object], key: str, default: str | None) -> str | None:
     value = item.get(key, default)
     if value is not None and not isinstance(value, str):
         raise HttpError(400, f"{key} must be a string.")
     return value
 
 
-def text(item: Mapping[str, object], key: str, default: str) -> str:
-    value = text_or_null(item, key, default)
+def required_text(item: Mapping[str, object], key: str, default: str) -> str:
+    value = optional_text(item, key, default)
     if value is None:
         raise HttpError(400, f"{key} must be a string.")
     return value
 
 
-def tag_list(item: Mapping[str, object], key: str) -> Tags:
+def parse_tags(item: Mapping[str, object], key: str) -> Tags:
     value = item.get(key)
     if value is not None and not is_text_list(value):
         raise HttpError(400, f"{key} must be a list of strings.")
@@ -1919,15 +1921,15 @@ def is_text_list(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def labels_in(item: Mapping[str, object], default_user: str | None = None) -> Labels:
+def parse_labels(item: Mapping[str, object], default_user: str | None = None) -> Labels:
     return Labels(
-        text_or_null(item, "user_name", default_user),
-        tag_list(item, "tags"),
-        tag_list(item, "system_tags"),
+        optional_text(item, "user_name", default_user),
+        parse_tags(item, "tags"),
+        parse_tags(item, "system_tags"),
     )
 
 
-def new_id(item: Mapping[str, object], key: str) -> str | None:
+def parse_new_id(item: Mapping[str, object], key: str) -> str | None:
     """The id that a client brings, None where the service is to make one."""
     value = item.get(key)
     if value is not None and not isinstance(value, str):
@@ -1935,31 +1937,31 @@ def new_id(item: Mapping[str, object], key: str) -> str | None:
     return value
 
 
-def metadatum_in(item: Mapping[str, object]) -> MetadatumToStore:
+def parse_metadatum(item: Mapping[str, object]) -> MetadatumToStore:
     value = item.get("value", " ")
     if isinstance(value, (bool, int, float)):
         value = json.dumps(value)
     if not isinstance(value, str) and not is_text_list(value):
         raise HttpError(400, "value must be a string or a list of strings.")
     return MetadatumToStore(
-        text(item, "field_name", " "),
+        required_text(item, "field_name", " "),
         cast(MetadatumValue, value),
-        text(item, "type", " "),
-        labels_in(item),
+        required_text(item, "type", " "),
+        parse_labels(item),
     )
 
 
-def artifact_in(item: Mapping[str, object]) -> ArtifactToStore:
+def parse_artifact(item: Mapping[str, object]) -> ArtifactToStore:
     attempt = item.get("attempt_id", 0)
     return ArtifactToStore(
-        text(item, "name", " "),
-        text(item, "location", " "),
-        text(item, "ds_type", " "),
-        text_or_null(item, "sha", " "),
-        text_or_null(item, "type", " "),
-        text_or_null(item, "content_type", " "),
+        required_text(item, "name", " "),
+        required_text(item, "location", " "),
+        required_text(item, "ds_type", " "),
+        optional_text(item, "sha", " "),
+        optional_text(item, "type", " "),
+        optional_text(item, "content_type", " "),
         attempt_number(str(attempt) if not isinstance(attempt, bool) else ""),
-        labels_in(item, " "),
+        parse_labels(item, " "),
     )
 
 
@@ -1991,40 +1993,40 @@ def task_ids(flow: str, run: str, step: str, task: str) -> Ids:
 # -- what answers are made of ----------------------------------------------------------------------
 
 
-def one(record: Mapping[str, Any] | None, what: str) -> Answer:
+def json_or_404(record: Mapping[str, Any] | None, what: str) -> Response:
     if record is None:
         raise HttpError(404, f"There is no such {what}.")
-    return as_json(record)
+    return json_response(record)
 
 
-Records = Callable[[Optional[Moment]], Iterable[Mapping[str, Any]]]
+Records = Callable[[Optional[SortKey]], Iterable[Mapping[str, Any]]]
 
 
-def listed(
+def paginate(
     store: Store, request: Request, order: Order, records: Records, filtered: bool = False
-) -> Answer:
+) -> Response:
     """A whole list, or the page of it that `_limit`, `_cursor` or a filter asks for.
 
     `records`: makes the list, newest first; from a place on, where it is given one.
     """
-    cursor = first(request.query, "_cursor")
-    if cursor is None and first(request.query, "_limit") is None and not filtered:
+    cursor = first_value(request.query, "_cursor")
+    if cursor is None and first_value(request.query, "_limit") is None and not filtered:
         with store.long_reads:
             whole = list(records(None))
-        return as_json(whole)
-    limit = page_size(request.query)
-    place = place_of(order, cursor) if cursor else None
+        return json_response(whole)
+    limit = parse_limit(request.query)
+    place = decode_cursor(order, cursor) if cursor else None
     with store.long_reads:
         page = list(itertools.islice(records(place), limit + 1))
     headers = [("X-Limit", str(limit))]
     if len(page) > limit:
         page.pop()
-        headers.append(("X-Next-Cursor", cursor_after(order, page[-1])))
-    return as_json(page, headers=headers)
+        headers.append(("X-Next-Cursor", encode_cursor(order, page[-1])))
+    return json_response(page, headers=headers)
 
 
-def older(
-    order: Order, whole: Callable[[], list[Any]], before: Moment | None
+def records_before(
+    order: Order, whole: Callable[[], list[Any]], before: SortKey | None
 ) -> Iterable[Mapping[str, Any]]:
     """Those of an ordered list that come after a place in it."""
     return (r for r in whole() if before is None or order.moment(r) < before)
@@ -2045,60 +2047,66 @@ HEARTBEAT_SECONDS = 10
 
 
 @route("GET", "/ping")
-def ping(store: Store, request: Request) -> Answer:
+def ping(store: Store, request: Request) -> Response:
     """Say that the service is there; clients read its version from the header."""
-    return as_text("pong")
+    return text_response("pong")
 
 
 @route("GET", "/version")
-def version(store: Store, request: Request) -> Answer:
+def get_version(store: Store, request: Request) -> Response:
     """The version of the API."""
-    return as_text(PROTOCOL_VERSION)
+    return text_response(PROTOCOL_VERSION)
 
 
 @route("GET", "/healthcheck")
-def healthcheck(store: Store, request: Request) -> Answer:
+def healthcheck(store: Store, request: Request) -> Response:
     """Whether records can be written."""
     try:
         store.check_writable()
     except OSError as error:
         raise HttpError(503, f"{store.folder} cannot be written: {error.strerror}.") from None
-    return as_json({"status": "UP"})
+    return json_response({"status": "UP"})
 
 
 @route("GET", "/flows")
-def list_flows(store: Store, request: Request) -> Answer:
+def list_flows(store: Store, request: Request) -> Response:
     """All flows."""
-    return listed(store, request, FLOW_ORDER, store.flows)
+    return paginate(store, request, FLOW_ORDER, store.flows)
 
 
 @route("GET", FLOW)
-def get_flow(store: Store, request: Request, flow: str) -> Answer:
+def get_flow(store: Store, request: Request, flow: str) -> Response:
     """One flow."""
-    return one(store.flow((flow,)), "flow")
+    return json_or_404(store.flow((flow,)), "flow")
 
 
 @route("POST", FLOW)
-def create_flow(store: Store, request: Request, flow: str) -> Answer:
+def create_flow(store: Store, request: Request, flow: str) -> Response:
     """Make a flow."""
-    return as_json(store.create_flow((flow,), labels_in(request.json_object())))
+    return json_response(store.create_flow((flow,), parse_labels(request.json_object())))
 
 
 @route("GET", FLOW + "/runs")
-def list_runs(store: Store, request: Request, flow: str) -> Answer:
+def list_runs(store: Store, request: Request, flow: str) -> Response:
     """The runs of a flow that pass the filters, with their status if it is asked for."""
-    conditions = filters(request.query, RUN_FIELDS)
-    plain = [test for name, test in conditions if name != "status"] + tag_filters(request.query)
+    conditions = parse_filters(request.query, RUN_FIELDS)
+    plain = [test for name, test in conditions if name != "status"] + parse_tag_filters(
+        request.query
+    )
     by_status = [test for name, test in conditions if name == "status"]
 
-    def runs(before: Moment | None) -> Iterable[Run]:
-        found = passing(store.runs((flow,), before), plain)
-        return passing(map(partial(with_status, store), found), by_status) if by_status else found
+    def runs(before: SortKey | None) -> Iterable[Run]:
+        found = filter_records(store.runs((flow,), before), plain)
+        return (
+            filter_records(map(partial(with_status, store), found), by_status)
+            if by_status
+            else found
+        )
 
-    return listed(store, request, RUN_ORDER, runs, filtered=bool(plain or by_status))
+    return paginate(store, request, RUN_ORDER, runs, filtered=bool(plain or by_status))
 
 
-def passing(records: Iterable[Made], tests: Sequence[Test]) -> Iterable[Made]:
+def filter_records(records: Iterable[T], tests: Sequence[Test]) -> Iterable[T]:
     """The records that pass all tests."""
     return (r for r in records if all(test(r) for test in tests)) if tests else records
 
@@ -2121,34 +2129,34 @@ def status_of(store: Store, run: Run) -> str:
 
 
 @route("GET", RUN)
-def get_run(store: Store, request: Request, flow: str, run: str) -> Answer:
+def get_run(store: Store, request: Request, flow: str, run: str) -> Response:
     """One run."""
-    return one(store.run(run_ids(flow, run)), "run")
+    return json_or_404(store.run(run_ids(flow, run)), "run")
 
 
 @route("POST", FLOW + "/run")
-def create_run(store: Store, request: Request, flow: str) -> Answer:
+def create_run(store: Store, request: Request, flow: str) -> Response:
     """Make a run, with the id that the client brings or a new one."""
     body = request.json_object()
-    labels = labels_in(body)
+    labels = parse_labels(body)
     beats = sends_heartbeats(labels.system_tags)
-    run = store.create_run((flow,), new_id(body, "run_number"), labels, beats)
+    run = store.create_run((flow,), parse_new_id(body, "run_number"), labels, beats)
     run.pop("user", None)  # as the reference: only a GET says whether the owner is verified
-    return as_json(run)
+    return json_response(run)
 
 
-HEARTBEAT_ANSWER = as_json(json.dumps({"wait_time_in_seconds": HEARTBEAT_SECONDS}))
+HEARTBEAT_RESPONSE = json_response(json.dumps({"wait_time_in_seconds": HEARTBEAT_SECONDS}))
 """JSON in a JSON string: clients decode it twice."""
 
 
 @route("POST", RUN + "/heartbeat")
-def run_heartbeat(store: Store, request: Request, flow: str, run: str) -> Answer:
+def run_heartbeat(store: Store, request: Request, flow: str, run: str) -> Response:
     """Note that a run lives."""
-    return heartbeat_noted(store, run_ids(flow, run))
+    return record_heartbeat(store, run_ids(flow, run))
 
 
 @route("PATCH", RUN + "/tag/mutate")
-def mutate_tags(store: Store, request: Request, flow: str, run: str) -> Answer:
+def mutate_tags(store: Store, request: Request, flow: str, run: str) -> Response:
     """Add tags to a run and remove others."""
     body = request.json_object()
     changes = {}
@@ -2162,65 +2170,71 @@ def mutate_tags(store: Store, request: Request, flow: str, run: str) -> Answer:
     tags = store.change_tags(
         run_ids(flow, run), add=changes["tags_to_add"], remove=changes["tags_to_remove"]
     )
-    return as_json({"tags": tags})
+    return json_response({"tags": tags})
 
 
 @route("GET", RUN + "/metadata")
-def list_run_metadata(store: Store, request: Request, flow: str, run: str) -> Answer:
+def list_run_metadata(store: Store, request: Request, flow: str, run: str) -> Response:
     """The metadata of all tasks of a run."""
     metadata = partial(store.metadata_of_run, run_ids(flow, run))
-    return listed(store, request, METADATA_ORDER, partial(older, METADATA_ORDER, metadata))
+    return paginate(
+        store, request, METADATA_ORDER, partial(records_before, METADATA_ORDER, metadata)
+    )
 
 
 @route("GET", RUN + "/artifacts")
-def list_run_artifacts(store: Store, request: Request, flow: str, run: str) -> Answer:
+def list_run_artifacts(store: Store, request: Request, flow: str, run: str) -> Response:
     """The artifacts of the latest attempt of each task of a run."""
     artifacts = partial(store.artifacts_below, run_ids(flow, run))
-    return listed(store, request, ARTIFACT_ORDER, partial(older, ARTIFACT_ORDER, artifacts))
+    return paginate(
+        store, request, ARTIFACT_ORDER, partial(records_before, ARTIFACT_ORDER, artifacts)
+    )
 
 
 @route("GET", RUN + "/steps")
-def list_steps(store: Store, request: Request, flow: str, run: str) -> Answer:
+def list_steps(store: Store, request: Request, flow: str, run: str) -> Response:
     """The steps of a run."""
-    return as_json(list(store.steps(run_ids(flow, run))))
+    return json_response(list(store.steps(run_ids(flow, run))))
 
 
 @route("GET", STEP)
-def get_step(store: Store, request: Request, flow: str, run: str, step: str) -> Answer:
+def get_step(store: Store, request: Request, flow: str, run: str, step: str) -> Response:
     """One step."""
-    return one(store.step((*run_ids(flow, run), step)), "step")
+    return json_or_404(store.step((*run_ids(flow, run), step)), "step")
 
 
 @route("POST", STEP + "/step")
-def create_step(store: Store, request: Request, flow: str, run: str, step: str) -> Answer:
+def create_step(store: Store, request: Request, flow: str, run: str, step: str) -> Response:
     """Make a step."""
-    labels = labels_in(request.json_object(), default_user="")
-    return as_json(store.create_step((*run_ids(flow, run), step), labels))
+    labels = parse_labels(request.json_object(), default_user="")
+    return json_response(store.create_step((*run_ids(flow, run), step), labels))
 
 
 @route("GET", STEP + "/artifacts")
-def list_step_artifacts(store: Store, request: Request, flow: str, run: str, step: str) -> Answer:
+def list_step_artifacts(store: Store, request: Request, flow: str, run: str, step: str) -> Response:
     """The artifacts of the latest attempt of each task of a step."""
     artifacts = partial(store.artifacts_below, (*run_ids(flow, run), step))
-    return listed(store, request, ARTIFACT_ORDER, partial(older, ARTIFACT_ORDER, artifacts))
+    return paginate(
+        store, request, ARTIFACT_ORDER, partial(records_before, ARTIFACT_ORDER, artifacts)
+    )
 
 
 @route("GET", STEP + "/tasks")
-def list_tasks(store: Store, request: Request, flow: str, run: str, step: str) -> Answer:
+def list_tasks(store: Store, request: Request, flow: str, run: str, step: str) -> Response:
     """The tasks of a step that pass the filters."""
-    tests = [test for _, test in filters(request.query, TASK_FIELDS)]
+    tests = [test for _, test in parse_filters(request.query, TASK_FIELDS)]
 
-    def tasks(before: Moment | None) -> Iterable[Task]:
-        return passing(store.tasks((*run_ids(flow, run), step), before), tests)
+    def tasks(before: SortKey | None) -> Iterable[Task]:
+        return filter_records(store.tasks((*run_ids(flow, run), step), before), tests)
 
-    return listed(store, request, TASK_ORDER, tasks, filtered=bool(tests))
+    return paginate(store, request, TASK_ORDER, tasks, filtered=bool(tests))
 
 
 @route("GET", STEP + "/filtered_tasks")
-def filter_tasks(store: Store, request: Request, flow: str, run: str, step: str) -> Answer:
+def filter_tasks(store: Store, request: Request, flow: str, run: str, step: str) -> Response:
     """The pathspecs of the tasks of a step that have a metadatum of that name and value."""
-    field = first(request.query, "metadata_field_name")
-    pattern = postgres_regex(first(request.query, "pattern") or "")
+    field = first_value(request.query, "metadata_field_name")
+    pattern = postgres_regex(first_value(request.query, "pattern") or "")
 
     below = store.metadata_of_tasks((*run_ids(flow, run), step), (field,) if field else None)
     with store.long_reads:
@@ -2228,99 +2242,105 @@ def filter_tasks(store: Store, request: Request, flow: str, run: str, step: str)
             (ids, {value_text(m) for m in metadata if field in (None, "", m["field_name"])})
             for ids, metadata in below
         ]
-    found = found_in(pattern, {value for _, values in tasks for value in values})
-    return as_json(["/".join(ids) for ids, values in tasks if values & found])
+    found = find_matches(pattern, {value for _, values in tasks for value in values})
+    return json_response(["/".join(ids) for ids, values in tasks if values & found])
 
 
 @route("GET", TASK)
-def get_task(store: Store, request: Request, *task: str) -> Answer:
+def get_task(store: Store, request: Request, *task: str) -> Response:
     """One task."""
-    return one(store.task(task_ids(*task)), "task")
+    return json_or_404(store.task(task_ids(*task)), "task")
 
 
 @route("POST", STEP + "/task")
-def create_task(store: Store, request: Request, flow: str, run: str, step: str) -> Answer:
+def create_task(store: Store, request: Request, flow: str, run: str, step: str) -> Response:
     """Make a task, with the name that the client brings or the next number."""
     body = request.json_object()
-    labels = labels_in(body)
+    labels = parse_labels(body)
     beats = sends_heartbeats(labels.system_tags)
     ids = (*run_ids(flow, run), step)
-    return as_json(store.create_task(ids, new_id(body, "task_id"), labels, beats))
+    return json_response(store.create_task(ids, parse_new_id(body, "task_id"), labels, beats))
 
 
 @route("POST", TASK + "/heartbeat")
-def task_heartbeat(store: Store, request: Request, *task: str) -> Answer:
+def task_heartbeat(store: Store, request: Request, *task: str) -> Response:
     """Note that a task lives, and so its run."""
-    return heartbeat_noted(store, task_ids(*task))
+    return record_heartbeat(store, task_ids(*task))
 
 
-def heartbeat_noted(store: Store, ids: Ids) -> Answer:
+def record_heartbeat(store: Store, ids: Ids) -> Response:
     if not store.heartbeat(ids):
         raise HttpError(404, "There is no such run or task.")
-    return HEARTBEAT_ANSWER
+    return HEARTBEAT_RESPONSE
 
 
 @route("GET", TASK + "/metadata")
-def list_metadata(store: Store, request: Request, *task: str) -> Answer:
+def list_metadata(store: Store, request: Request, *task: str) -> Response:
     """The metadata of all attempts of a task."""
-    return listed(store, request, METADATA_ORDER, partial(store.metadata, task_ids(*task)))
+    return paginate(store, request, METADATA_ORDER, partial(store.metadata, task_ids(*task)))
 
 
 @route("POST", TASK + "/metadata")
-def create_metadata(store: Store, request: Request, *task: str) -> Answer:
+def create_metadata(store: Store, request: Request, *task: str) -> Response:
     """Add metadata to a task, all or none."""
-    rows = [metadatum_in(item) for item in request.json_objects()]
-    return as_json({"metadata_created": added(store.create_metadata, task_ids(*task), rows)})
+    rows = [parse_metadatum(item) for item in request.json_objects()]
+    return json_response(
+        {"metadata_created": create_rows(store.create_metadata, task_ids(*task), rows)}
+    )
 
 
 @route("GET", TASK + "/artifacts")
-def list_artifacts(store: Store, request: Request, *task: str) -> Answer:
+def list_artifacts(store: Store, request: Request, *task: str) -> Response:
     """The artifacts of the latest attempt of a task."""
     artifacts = partial(store.artifacts, task_ids(*task))
-    return listed(store, request, ARTIFACT_ORDER, partial(older, ARTIFACT_ORDER, artifacts))
+    return paginate(
+        store, request, ARTIFACT_ORDER, partial(records_before, ARTIFACT_ORDER, artifacts)
+    )
 
 
 @route("POST", TASK + "/artifact")
-def create_artifacts(store: Store, request: Request, *task: str) -> Answer:
+def create_artifacts(store: Store, request: Request, *task: str) -> Response:
     """Add artifacts to a task, all or none; those that it has already are passed over."""
-    rows = [artifact_in(item) for item in request.json_objects()]
-    return as_json({"artifacts_created": added(store.create_artifacts, task_ids(*task), rows)})
+    rows = [parse_artifact(item) for item in request.json_objects()]
+    return json_response(
+        {"artifacts_created": create_rows(store.create_artifacts, task_ids(*task), rows)}
+    )
 
 
-def added(add: Callable[[Ids, Any], int], ids: Ids, rows: Sequence[object]) -> int:
+def create_rows(add: Callable[[Ids, Any], int], ids: Ids, rows: Sequence[object]) -> int:
     """Add rows to a task. Where it is not there, the reference's answer is 400 and not 404."""
     try:
         return add(ids, rows)
-    except NotThere:
+    except NotFound:
         raise HttpError(400, "need to register run_id and task_id first") from None
 
 
 @route("GET", TASK + "/artifacts/{name}")
 def get_artifact(
     store: Store, request: Request, flow: str, run: str, step: str, task: str, name: str
-) -> Answer:
+) -> Response:
     """One artifact of the latest attempt of a task."""
-    return one(store.artifact(task_ids(flow, run, step, task), name), "artifact")
+    return json_or_404(store.artifact(task_ids(flow, run, step, task), name), "artifact")
 
 
 @route("GET", TASK + "/artifacts/{name}/attempt/{attempt}")
 def get_artifact_of_attempt(
     store: Store, request: Request, flow: str, run: str, step: str, task: str, name: str, n: str
-) -> Answer:
+) -> Response:
     """One artifact of an attempt of a task."""
     ids = task_ids(flow, run, step, task)
-    return one(store.artifact(ids, name, attempt_in_path(n)), "artifact")
+    return json_or_404(store.artifact(ids, name, parse_attempt_segment(n)), "artifact")
 
 
 @route("GET", TASK + "/attempt/{attempt}/artifacts")
 def list_artifacts_of_attempt(
     store: Store, request: Request, flow: str, run: str, step: str, task: str, n: str
-) -> Answer:
+) -> Response:
     """The artifacts of an attempt of a task."""
-    return as_json(store.artifacts(task_ids(flow, run, step, task), attempt_in_path(n)))
+    return json_response(store.artifacts(task_ids(flow, run, step, task), parse_attempt_segment(n)))
 
 
-def attempt_in_path(segment: str) -> int:
+def parse_attempt_segment(segment: str) -> int:
     """An attempt that is asked for; any number will do, since one that cannot be is not there."""
     if not re.fullmatch("[0-9]{1,100}", segment):
         raise HttpError(400, "An attempt is a number.")
@@ -2330,10 +2350,10 @@ def attempt_in_path(segment: str) -> int:
 # -- dispatch --------------------------------------------------------------------------------------
 
 STATUS_OF_STORE_ERRORS: Mapping[type, int] = {
-    NotThere: 404,
-    AlreadyThere: 409,
-    NotAllowed: 400,
-    SystemTagsStay: 422,
+    NotFound: 404,
+    AlreadyExists: 409,
+    NotStorable: 400,
+    SystemTagKept: 422,
 }
 STATUS_OF_OS_ERRORS: Mapping[int | None, int] = {
     errno.ENOSPC: 507,
@@ -2356,29 +2376,31 @@ class MetadataService:
         """Whether a request is answered to those who do not bring the key, if there is one."""
         return False
 
-    def dispatch(self, request: Request) -> Answer | Upgrade:
+    def dispatch(self, request: Request) -> Response | Upgrade:
         """The answer to a request; HttpError, BadQuery, StoreError, OSError where it gets none."""
         handler, arguments = METADATA_API.handler(request.method, request.path)
-        answer: Answer = handler(self._store, request, *arguments)
-        return answer
+        response: Response = handler(self._store, request, *arguments)
+        return response
 
-    def answer(self, request: Request) -> Answer | Upgrade:
+    def answer(self, request: Request) -> Response | Upgrade:
         """The answer to a request, whatever it is; never an exception that a client can cause."""
         try:
             return self.dispatch(request)
         except HttpError as error:
-            return as_error(error)
+            return error_response(error)
         except BadQuery as error:
-            return as_error(HttpError(400, str(error)))
+            return error_response(HttpError(400, str(error)))
         except StoreError as error:
-            return as_error(HttpError(STATUS_OF_STORE_ERRORS[type(error)], str(error)))
+            return error_response(HttpError(STATUS_OF_STORE_ERRORS[type(error)], str(error)))
         except OSError as error:
             log.warning("%s /%s: %s", request.method, "/".join(request.path), error)
             status = STATUS_OF_OS_ERRORS.get(error.errno, 500)
-            return as_error(HttpError(status, f"The records cannot be reached: {error.strerror}."))
+            return error_response(
+                HttpError(status, f"The records cannot be reached: {error.strerror}.")
+            )
         except Exception:
             log.exception("%s /%s", request.method, "/".join(request.path))
-            return as_error(HttpError(500, "The service failed; its log says where."))
+            return error_response(HttpError(500, "The service failed; its log says where."))
 
 
 class BrokenService:
@@ -2390,8 +2412,8 @@ class BrokenService:
     def is_public(self, method: str, path: Sequence[str]) -> bool:
         return False
 
-    def answer(self, request: Request) -> Answer:
-        return as_error(HttpError(500, self._reason))
+    def answer(self, request: Request) -> Response:
+        return error_response(HttpError(500, self._reason))
 
 
 # ==================================================================================================
@@ -2399,7 +2421,7 @@ class BrokenService:
 # ==================================================================================================
 
 
-class UiRun(_Run):
+class RunRow(_Run):
     """A run. Times are epoch milliseconds, but for heartbeats; durations are milliseconds.
 
     As in all rows, the tags are never null, and `run_id` is the name that a client gave, if any.
@@ -2408,17 +2430,17 @@ class UiRun(_Run):
     run_id: str | None
     run: str
     user: str | None  # the verified owner
-    status: str  # "" until somebody wants to know: see UiModel.judge
+    status: str  # "" until somebody wants to know: see Model.judge
     finished_at: int | None
     duration: int | None
 
 
-class UiStep(Step):
+class StepRow(Step):
     run_id: str  # here the backend of the official UI has the number too
     duration: int
 
 
-class UiTask(Task):
+class AttemptRow(Task):
     """An attempt of a task; one that nobody has begun is its attempt 0."""
 
     run_id: str | None
@@ -2431,7 +2453,7 @@ class UiTask(Task):
     duration: int
 
 
-class UiMetadatum(Metadatum):
+class MetadatumRow(Metadatum):
     """A metadatum, the value of which is text."""
 
     run_id: str | None
@@ -2439,12 +2461,12 @@ class UiMetadatum(Metadatum):
     attempt_id: int | None
 
 
-class _UiArtifact(Artifact):
+class _ArtifactRow(Artifact):
     run_id: str | None
     task_name: str | None
 
 
-class ShowingFailed(TypedDict):
+class DisplayError(TypedDict):
     """Why a value is not shown; the official UI has texts of its own for some ids."""
 
     id: str
@@ -2452,18 +2474,18 @@ class ShowingFailed(TypedDict):
     traceback: None
 
 
-class UiArtifact(_UiArtifact, total=False):
+class ArtifactRow(_ArtifactRow, total=False):
     content: str
-    postprocess_error: ShowingFailed
+    postprocess_error: DisplayError
 
 
-class UiLogLine(TypedDict):
+class LogLine(TypedDict):
     row: int
     timestamp: int | None  # epoch milliseconds; None where the line does not say
     line: str
 
 
-class UiCard(TypedDict):
+class Card(TypedDict):
     id: str | None
     type: str
     hash: str
@@ -2526,7 +2548,7 @@ def graph_weight(graph: Graph) -> int:
     return 1000 + 5 * len(json.dumps(graph))
 
 
-def attempt_of(metadatum: Metadatum) -> int | None:
+def metadatum_attempt(metadatum: Metadatum) -> int | None:
     """The attempt that a metadatum is of, by its tag `attempt_id:N`; None where it has none."""
     for tag in metadatum["tags"] or ():
         match = re.fullmatch("attempt_id:([0-9]{1,5})", tag) if isinstance(tag, str) else None
@@ -2535,27 +2557,27 @@ def attempt_of(metadatum: Metadatum) -> int | None:
     return None
 
 
-def attempts_in(metadata: Iterable[Metadatum], others: Iterable[int]) -> list[Attempt]:
+def attempts_from_metadata(metadata: Iterable[Metadatum], others: Iterable[int]) -> list[Attempt]:
     """The attempts that metadata tell of, in any order, from 0 to the newest; and `others`, of
     which is only known that they were."""
     told: dict[int, list[Metadatum]] = {number: [] for number in others}
     for metadatum in metadata:
         text = value_text(metadatum)
         if metadatum["field_name"] == "attempt_ok":
-            told.setdefault(attempt_of(metadatum) or 0, []).append(metadatum)
+            told.setdefault(metadatum_attempt(metadatum) or 0, []).append(metadatum)
         elif re.fullmatch("[0-9]{1,5}", text):
             told.setdefault(int(text), []).append(metadatum)
     last = max((number for number in told if number <= LARGEST_SHOWN_ATTEMPT), default=-1)
-    return [attempt_told_by(told.get(number, ())) for number in range(last + 1)]
+    return [attempt_from_metadata(told.get(number, ())) for number in range(last + 1)]
 
 
-def attempt_told_by(metadata: Sequence[Metadatum]) -> Attempt:
+def attempt_from_metadata(metadata: Sequence[Metadatum]) -> Attempt:
     """What the metadata of an attempt say of it: begun at the first, done at the last that says
     so, and done well if the last that knows says so."""
     begun = [m["ts_epoch"] for m in metadata if m["field_name"] == "attempt"]
     done = [m["ts_epoch"] for m in metadata if m["field_name"] in ("attempt-done", "attempt_ok")]
     told = [
-        (metadatum_moment(m), TRUTHS.get(value_text(m).lower()))
+        (metadatum_sort_key(m), TRUTHS.get(value_text(m).lower()))
         for m in metadata
         if m["field_name"] == "attempt_ok"
     ]
@@ -2601,12 +2623,12 @@ def attempts_allowed(graph: Graph, step: str) -> int | None:
     return min(allowed, MAX_ATTEMPTS)
 
 
-def cannot_go_on(tasks: Iterable[UiTask], graph: Graph) -> bool:
+def cannot_go_on(tasks: Iterable[AttemptRow], graph: Graph) -> bool:
     """Whether a run has failed for good: a task has used up its attempts, and none goes on.
 
     The scheduler waits for the siblings of a failed task; so does this.
     """
-    newest: dict[tuple[str, Id], UiTask] = {}
+    newest: dict[tuple[str, Id], AttemptRow] = {}
     for task in tasks:
         newest[task["step_name"], task["task_id"]] = task
     if any(task["finished_at"] is None for task in newest.values()):
@@ -2618,7 +2640,7 @@ def cannot_go_on(tasks: Iterable[UiTask], graph: Graph) -> bool:
     )
 
 
-def lasted(begin: int, end: int | None, now: float) -> int:
+def elapsed_ms(begin: int, end: int | None, now: float) -> int:
     """Milliseconds from a time to another, or to now."""
     return max(0, (int(now * 1000) if end is None else end) - begin)
 
@@ -2660,7 +2682,7 @@ def file_below(folder: str, names: Iterable[str]) -> str | None:
         os.fsencode(folder)
         for name in names:
             check_name(name)
-    except (NotAllowed, UnicodeEncodeError):
+    except (NotStorable, UnicodeEncodeError):
         return None
     real = os.path.realpath(folder)
     path = os.path.realpath("/".join((real, *names)))
@@ -2697,7 +2719,7 @@ def json_content(path: str, limit: int) -> Any:
         raise ValueError("It is nested too deeply.") from None
 
 
-def unpacked(blob: bytes, limit: int) -> bytes:
+def decompress(blob: bytes, limit: int) -> bytes:
     """What a blob of the datastore holds; TooLarge where that is more than the limit."""
     import zlib
 
@@ -2727,7 +2749,7 @@ MOST_LOG_LINES = 200_000
 """How many lines of a file are shown: about as many as a file of LARGEST_LOG has of Metaflow's."""
 
 
-def log_lines(files: Iterable[bytes]) -> list[UiLogLine]:
+def log_lines(files: Iterable[bytes]) -> list[LogLine]:
     """The lines of the log files of a stream, in the order of their times.
 
     One without a time stays behind the line that it follows in its file.
@@ -2749,7 +2771,7 @@ def log_lines(files: Iterable[bytes]) -> list[UiLogLine]:
     ]
 
 
-def log_weight(lines: Sequence[UiLogLine]) -> int:
+def log_weight(lines: Sequence[LogLine]) -> int:
     """About how many bytes of memory the lines of a log take."""
     return sum(len(line["line"]) for line in lines) + 300 * (len(lines) + 1)
 
@@ -2775,7 +2797,7 @@ class Items(list[Any]):
     """A set in a pickle."""
 
 
-class Thing:
+class StandIn:
     """An object of some class in a pickle, or the class itself: never made, only named."""
 
     def __init__(self, name: str, is_class: bool = False) -> None:
@@ -2784,7 +2806,7 @@ class Thing:
         self.state: object = None
 
 
-def pairs_of(items: list[Any]) -> Pairs:
+def pair_up(items: list[Any]) -> Pairs:
     """Keys and values, which a pickle has in turn."""
     return Pairs(zip(items[::2], items[1::2]))
 
@@ -2806,7 +2828,7 @@ EMPTY_COLLECTIONS: Mapping[str, Callable[[], object]] = {
 MARKED_COLLECTIONS: Mapping[str, Callable[[list[Any]], object]] = {
     "LIST": list,
     "TUPLE": tuple,
-    "DICT": pairs_of,
+    "DICT": pair_up,
     "FROZENSET": Items,
 }
 SHORT_TUPLES: Mapping[str, int] = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -2907,10 +2929,10 @@ class PickleReader:
         self._extend(Items, self._marked())
 
     def _setitem(self, _: Any) -> None:
-        self._extend(Pairs, pairs_of([self._stack.pop(-2), self._stack.pop()]))
+        self._extend(Pairs, pair_up([self._stack.pop(-2), self._stack.pop()]))
 
     def _setitems(self, _: Any) -> None:
-        self._extend(Pairs, pairs_of(self._marked()))
+        self._extend(Pairs, pair_up(self._marked()))
 
     def _extend(self, kind: type[list[Any]], items: list[Any]) -> None:
         """Add to the collection on the stack; that of a class of its own stays unknown."""
@@ -2918,16 +2940,16 @@ class PickleReader:
             self._stack[-1].extend(items)
 
     def _global(self, argument: str) -> None:
-        self._stack.append(Thing(argument.replace(" ", "."), is_class=True))
+        self._stack.append(StandIn(argument.replace(" ", "."), is_class=True))
 
     def _stack_global(self, _: Any) -> None:
         name, module = self._stack.pop(), self._stack.pop()
         parts = [part[:LONGEST_CLASS_NAME] for part in (module, name) if isinstance(part, str)]
-        self._stack.append(Thing(".".join(parts), is_class=True))
+        self._stack.append(StandIn(".".join(parts), is_class=True))
 
     def _reduce(self, _: Any) -> None:
         arguments, called = self._stack.pop(), self._stack.pop()
-        made = made_of(called, arguments)
+        made = represent_call(called, arguments)
         self._copied += len(made) if isinstance(made, (Items, bytes)) else 0
         if self._copied > LARGEST_PLAIN:
             raise TooLarge("It is too large.")
@@ -2941,23 +2963,23 @@ class PickleReader:
 
     def _inst(self, argument: str) -> None:
         self._marked()
-        self._stack.append(Thing(argument.replace(" ", ".")))
+        self._stack.append(StandIn(argument.replace(" ", ".")))
 
     def _obj(self, _: Any) -> None:
-        self._stack.append(made_of(self._marked()[0], ()))
+        self._stack.append(represent_call(self._marked()[0], ()))
 
     def _build(self, _: Any) -> None:
         state = self._stack.pop()
-        if isinstance(self._stack[-1], Thing):
+        if isinstance(self._stack[-1], StandIn):
             self._stack[-1].state = state
 
 
-def made_of(called: object, arguments: object) -> object:
+def represent_call(called: object, arguments: object) -> object:
     """What stands for the result of a call in a pickle.
 
     Collections of the standard library are shown as what they hold, times as such.
     """
-    if not isinstance(called, Thing):
+    if not isinstance(called, StandIn):
         raise ValueError("what is no class is called")
     name = called.name.replace("__builtin__.", "builtins.").replace("copy_reg.", "copyreg.")
     parts = arguments if isinstance(arguments, tuple) else ()
@@ -2970,10 +2992,10 @@ def made_of(called: object, arguments: object) -> object:
     if name in ("collections.OrderedDict", "collections.defaultdict"):
         return Pairs()
     if name.startswith("datetime.") and len(parts) == 1 and isinstance(parts[0], (bytes, str)):
-        return pickled_time(name, parts[0]) or Thing(name)
+        return pickled_time(name, parts[0]) or StandIn(name)
     if name in ("copyreg._reconstructor", "copyreg.__newobj__") and parts:
-        return made_of(parts[0], ())
-    return Thing(name)
+        return represent_call(parts[0], ())
+    return StandIn(name)
 
 
 def pickled_time(name: str, state: bytes | str) -> str | None:
@@ -2997,13 +3019,13 @@ MOST_ATTRIBUTES = 20
 LONGEST_INTEGER = 4000  # bits; the decimal digits of longer ones take too long
 
 
-def as_shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value that was read from a pickle, as `str` would show the original, up to a length."""
     if isinstance(value, str):
         return value[:LONGEST_TEXT]
     pieces: list[str] = []
     room = LONGEST_TEXT
-    for piece in shown_pieces(value, 0):
+    for piece in format_pieces(value, 0):
         pieces.append(piece[:room])
         room -= len(piece)
         if room <= 0:
@@ -3014,7 +3036,7 @@ def as_shown(value: Any) -> str:
 BRACKETS: Mapping[type, tuple[str, str]] = {list: ("[", "]"), tuple: ("(", ")"), Items: ("{", "}")}
 
 
-def shown_pieces(value: Any, depth: int) -> Iterator[str]:
+def format_pieces(value: Any, depth: int) -> Iterator[str]:
     """The parts of the text of a value; more than anybody can read, if they are all asked for."""
     if depth > DEEPEST_TEXT:
         yield "..."
@@ -3022,9 +3044,9 @@ def shown_pieces(value: Any, depth: int) -> Iterator[str]:
         yield "{"
         for index, (key, item) in enumerate(value):
             yield ", " if index else ""
-            yield from shown_pieces(key, depth + 1)
+            yield from format_pieces(key, depth + 1)
             yield ": "
-            yield from shown_pieces(item, depth + 1)
+            yield from format_pieces(item, depth + 1)
         yield "}"
     elif isinstance(value, Items) and not value:
         yield "set()"
@@ -3033,11 +3055,11 @@ def shown_pieces(value: Any, depth: int) -> Iterator[str]:
         yield opening
         for index, item in enumerate(value):
             yield ", " if index else ""
-            yield from shown_pieces(item, depth + 1)
+            yield from format_pieces(item, depth + 1)
         yield f",{closing}" if isinstance(value, tuple) and len(value) == 1 else closing
-    elif isinstance(value, Thing):
+    elif isinstance(value, StandIn):
         yield f"<class {value.name}" if value.is_class else f"<{value.name}"
-        yield from told_by(value.state, depth)
+        yield from format_attributes(value.state, depth)
         yield ">"
     elif isinstance(value, int) and value.bit_length() > LONGEST_INTEGER:
         yield f"<integer of {value.bit_length()} bits>"
@@ -3045,7 +3067,7 @@ def shown_pieces(value: Any, depth: int) -> Iterator[str]:
         yield repr(value[: LONGEST_TEXT + 1] if isinstance(value, (str, bytes)) else value)
 
 
-def told_by(state: object, depth: int) -> Iterator[str]:
+def format_attributes(state: object, depth: int) -> Iterator[str]:
     """What the attributes of an object are, if they are few and simple, as an exception's are."""
     simple = (str, int, float, type(None))
     if not isinstance(state, Pairs) or len(state) > MOST_ATTRIBUTES:
@@ -3053,10 +3075,10 @@ def told_by(state: object, depth: int) -> Iterator[str]:
     if all(isinstance(key, str) and isinstance(item, simple) for key, item in state):
         for key, item in state:
             yield f" {key[:100]}="
-            yield from shown_pieces(item, depth + 1)
+            yield from format_pieces(item, depth + 1)
 
 
-def as_plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
     """A value that was read from a pickle, as JSON has it; TooLarge where that is too large, for a
     few bytes can hold a text a million times."""
     room = LARGEST_PLAIN
@@ -3067,7 +3089,7 @@ def as_plain(value: Any) -> Any:
         if room < 0 or depth > DEEPEST_TEXT:
             raise TooLarge("It is too large.")
         if isinstance(value, Pairs):
-            return {plain(as_shown(k), depth): plain(v, depth + 1) for k, v in value}
+            return {plain(format_value(k), depth): plain(v, depth + 1) for k, v in value}
         if isinstance(value, (list, tuple)):
             return [plain(item, depth + 1) for item in value]
         if value is None or isinstance(value, (bool, str)):
@@ -3076,7 +3098,7 @@ def as_plain(value: Any) -> Any:
             return value
         if isinstance(value, int) and value.bit_length() <= LONGEST_INTEGER:
             return value
-        return plain(as_shown(value), depth)
+        return plain(format_value(value), depth)
 
     return plain(value, 0)
 
@@ -3089,7 +3111,7 @@ GRAPHS_IN_MEMORY = 8 * 2**20  # bytes, about
 LOGS_IN_MEMORY = 32 * 2**20  # bytes, about
 
 
-class UiModel:
+class Model:
     """The runs of a store as a person looks at them. Reads only; may be used by any thread."""
 
     def __init__(self, store: Store, clock: Callable[[], float] = time.time) -> None:
@@ -3097,29 +3119,29 @@ class UiModel:
         self.store = store
         self.clock = clock
         # By pathspec, with the version of the task.
-        self._attempts: Recent[tuple[Version, list[Attempt]]] = Recent(ATTEMPTS_IN_MEMORY)
-        self._verdicts: Recent[Verdict] = Recent(VERDICTS_IN_MEMORY, Verdict.weight)
+        self._attempts: Cache[tuple[Version, list[Attempt]]] = Cache(ATTEMPTS_IN_MEMORY)
+        self._verdicts: Cache[Verdict] = Cache(VERDICTS_IN_MEMORY, Verdict.weight)
         # By their places in the datastore; empty where there is none.
-        self._graphs: Recent[Graph] = Recent(GRAPHS_IN_MEMORY, graph_weight)
-        self._logs: Recent[list[UiLogLine]] = Recent(LOGS_IN_MEMORY, log_weight)
+        self._graphs: Cache[Graph] = Cache(GRAPHS_IN_MEMORY, graph_weight)
+        self._logs: Cache[list[LogLine]] = Cache(LOGS_IN_MEMORY, log_weight)
         self._unfinished: dict[Ids, None] = {}  # the runs that were running when last looked at
 
     # -- runs --------------------------------------------------------------------------------------
 
-    def runs(self) -> Iterator[UiRun]:
+    def runs(self) -> Iterator[RunRow]:
         """All runs of all flows, newest first, not judged yet."""
         import heapq
 
         flows = [self.store.runs((flow["flow_id"],)) for flow in self.store.flows()]
-        newest_first = heapq.merge(*flows, key=run_moment, reverse=True)
+        newest_first = heapq.merge(*flows, key=run_sort_key, reverse=True)
         return (self._run_row(run) for run in newest_first)
 
-    def run(self, ids: Ids) -> UiRun | None:
+    def run(self, ids: Ids) -> RunRow | None:
         """A run with its status, None where there is none."""
         run = self.store.run(ids)
         return None if run is None else self.judge(self._run_row(run))
 
-    def unfinished_runs(self) -> list[UiRun]:
+    def unfinished_runs(self) -> list[RunRow]:
         """The runs that were running when somebody looked last, not judged anew."""
         rows = []
         for ids in list(self._unfinished):
@@ -3130,13 +3152,13 @@ class UiModel:
                 rows.append(self._run_row(run))
         return rows
 
-    def judge(self, row: UiRun) -> UiRun:
+    def judge(self, row: RunRow) -> RunRow:
         """Fill in what has become of a run, and return its row."""
         if not row["status"]:
             now = self.clock()
             verdict = self._verdict(row, now)
             row["status"], row["finished_at"] = verdict.status, verdict.finished_at
-            row["duration"] = lasted(row["ts_epoch"], verdict.finished_at, now)
+            row["duration"] = elapsed_ms(row["ts_epoch"], verdict.finished_at, now)
         return row
 
     def versions(self, step: Ids) -> object:
@@ -3145,18 +3167,18 @@ class UiModel:
         found = [self.store.version(i) for i in ids]
         return None if None in found else tuple(found)
 
-    def is_settled(self, row: UiRun) -> bool:
+    def is_settled(self, row: RunRow) -> bool:
         """Whether a run has ended and nothing of it has changed for a while."""
-        return self._known_verdict(row_ids(row), row["last_heartbeat_ts"]) is not None
+        return self._known_verdict(run_row_ids(row), row["last_heartbeat_ts"]) is not None
 
-    def _run_row(self, run: Run) -> UiRun:
+    def _run_row(self, run: Run) -> RunRow:
         return {
             **run,
-            **named(run),
+            **shared_columns(run),
             "run": str(run["run_number"]),
             "user": run.get("user"),
             "status": "",
-            "ts_epoch": run_moment(run)[0],  # which holds when local mode changes tags
+            "ts_epoch": run_sort_key(run)[0],  # which holds when local mode changes tags
             "finished_at": None,
             "duration": None,
         }
@@ -3170,8 +3192,8 @@ class UiModel:
             return None
         return known
 
-    def _verdict(self, row: UiRun, now: float) -> Verdict:
-        ids, heartbeat = row_ids(row), row["last_heartbeat_ts"]
+    def _verdict(self, row: RunRow, now: float) -> Verdict:
+        ids, heartbeat = run_row_ids(row), row["last_heartbeat_ts"]
         known = self._known_verdict(ids, heartbeat)
         if known is not None:
             return known
@@ -3207,9 +3229,9 @@ class UiModel:
                 return attempts[-1].done_at, (end, task)
         return None
 
-    def _state_of_run(self, row: UiRun, now: float) -> tuple[str, int | None]:
+    def _state_of_run(self, row: RunRow, now: float) -> tuple[str, int | None]:
         """What has become of a run that has not reached its end."""
-        ids = row_ids(row)
+        ids = run_row_ids(row)
         tasks = self.tasks(ids, now)
         last_sign = max(
             itertools.chain(
@@ -3237,43 +3259,43 @@ class UiModel:
         if len(ids) == TASK_DEPTH:
             folders += self._card_folders(ids, "runtime")
             folders += filter(None, [datastore_file(self.datastore_root(ids, None), *ids)])
-        found = map(stat_of, folders)
+        found = map(stat_or_none, folders)
         return max([created, *(int(s.st_mtime * 1000) for s in found if s is not None)])
 
     # -- steps and tasks ---------------------------------------------------------------------------
 
-    def steps(self, ids: Ids, tasks: Sequence[UiTask], now: float) -> list[UiStep]:
+    def steps(self, ids: Ids, tasks: Sequence[AttemptRow], now: float) -> list[StepRow]:
         """The steps of a run, oldest first; `tasks`: all of the run."""
-        rows: list[UiStep] = []
+        rows: list[StepRow] = []
         for step in list(self.store.steps(ids))[::-1]:
             ends = [t["finished_at"] for t in tasks if t["step_name"] == step["step_name"]]
             end = None if None in ends else max(filter(None, ends), default=None)
             rows.append(
                 {
                     **step,
-                    **named(step),
+                    **shared_columns(step),
                     "run_number": wire_id(ids[1]),
                     "run_id": ids[1],
-                    "duration": lasted(step["ts_epoch"], end, now),
+                    "duration": elapsed_ms(step["ts_epoch"], end, now),
                 }
             )
         return rows
 
-    def tasks(self, ids: Ids, now: float) -> list[UiTask]:
+    def tasks(self, ids: Ids, now: float) -> list[AttemptRow]:
         """The attempts of all tasks of a run, oldest task first."""
-        rows: list[UiTask] = []
+        rows: list[AttemptRow] = []
         for step in list(self.store.steps(ids))[::-1]:
             step_ids = (*ids, step["step_name"])
             for task in list(self.store.tasks(step_ids))[::-1]:
                 rows += self._attempt_rows((*step_ids, str(task["task_id"])), task, now)
         return rows
 
-    def attempts(self, ids: Ids, now: float) -> list[UiTask]:
+    def attempts(self, ids: Ids, now: float) -> list[AttemptRow]:
         """The attempts of a task, newest first."""
         task = self.store.task(ids)
         return [] if task is None else self._attempt_rows(ids, task, now)[::-1]
 
-    def _attempt_rows(self, ids: Ids, task: Task, now: float) -> list[UiTask]:
+    def _attempt_rows(self, ids: Ids, task: Task, now: float) -> list[AttemptRow]:
         attempts = self._attempts_of(ids).copy() or [Attempt()]
         heartbeat, created = task["last_heartbeat_ts"], task["ts_epoch"]
         is_alive, last_sign = True, created
@@ -3282,7 +3304,7 @@ class UiModel:
             cutoff = TASK_SILENCE_CUTOFF if heartbeat is None else TASK_HEARTBEAT_CUTOFF
             last_sign = self._last_sign(ids, heartbeat, created)
             is_alive = now * 1000 - last_sign <= cutoff * 1000
-        rows: list[UiTask] = []
+        rows: list[AttemptRow] = []
         for number, attempt in enumerate(attempts):
             status, end = attempt_status(attempts, number, created, is_alive, last_sign)
             if status == RUNNING and attempt.started_at is None and heartbeat is None:
@@ -3290,14 +3312,14 @@ class UiModel:
             rows.append(
                 {
                     **task,
-                    **named(task),
+                    **shared_columns(task),
                     "task_name": _given_name(task["task_id"]),
                     "attempt_id": number,
                     "status": status,
                     "task_ok": None,
                     "started_at": attempt.started_at,
                     "finished_at": end,
-                    "duration": lasted(attempt.started_at or created, end, now),
+                    "duration": elapsed_ms(attempt.started_at or created, end, now),
                 }
             )
         return rows
@@ -3319,7 +3341,7 @@ class UiModel:
         if known is not None and known[0] == version:
             return known[1]
         metadata = self.store.metadata(ids, fields=("attempt", "attempt-done", "attempt_ok"))
-        attempts = attempts_in(metadata, self.store.attempts_with_artifacts(ids))
+        attempts = attempts_from_metadata(metadata, self.store.attempts_with_artifacts(ids))
         for number, attempt in enumerate(attempts):
             if attempt.is_ok is None:
                 attempts[number] = self._completed_by_artifact(ids, number, attempt)
@@ -3354,7 +3376,7 @@ class UiModel:
         graph = self._graphs.get(key)
         if graph is None:
             try:
-                value = as_plain(self.value(artifact, LARGEST_GRAPH))
+                value = plain_value(self.value(artifact, LARGEST_GRAPH))
             except OSError:
                 return None  # it may come
             except ValueError:
@@ -3368,8 +3390,8 @@ class UiModel:
         """The name of the last step of the flow of a run."""
         for task in self.store.task_ids((*ids, PARAMETERS_STEP)):
             for metadatum in self.store.metadata(task, fields=("end_step",)):
-                return end_step_named(value_text(metadatum))
-        return end_step_named((self.graph(ids) or {}).get("end_step"))
+                return end_step_name(value_text(metadatum))
+        return end_step_name((self.graph(ids) or {}).get("end_step"))
 
     def parameters(self, ids: Ids) -> dict[str, dict[str, object]]:
         """The parameters of a run and their values, those that can be shown."""
@@ -3379,24 +3401,24 @@ class UiModel:
                 name = artifact["name"]
                 if not name.startswith("_") and name not in ("name", "script_name"):
                     with contextlib.suppress(OSError, ValueError):
-                        values[name] = {"value": as_plain(self.value(artifact, LARGEST_VALUE))}
+                        values[name] = {"value": plain_value(self.value(artifact, LARGEST_VALUE))}
         return dict(sorted(values.items()))
 
     # -- metadata and artifacts --------------------------------------------------------------------
 
-    def metadata(self, ids: Ids) -> list[UiMetadatum]:
+    def metadata(self, ids: Ids) -> list[MetadatumRow]:
         """The metadata of a task, by name, oldest first."""
         rows = [metadatum_row(metadatum) for metadatum in self.store.metadata(ids)]
         return sorted(rows, key=lambda row: (row["field_name"], row["ts_epoch"], row["id"]))
 
-    def artifacts(self, ids: Ids, attempt: int | None) -> list[UiArtifact]:
+    def artifacts(self, ids: Ids, attempt: int | None) -> list[ArtifactRow]:
         """The artifacts of an attempt of a task, by name, without their values."""
         return sorted(
             (artifact_row(artifact) for artifact in self.store.artifacts(ids, attempt)),
             key=lambda row: row["name"],
         )
 
-    def value(self, artifact: Artifact | UiArtifact, limit: int) -> Any:
+    def value(self, artifact: Artifact | ArtifactRow, limit: int) -> Any:
         """The value of an artifact, read without unpickling; OSError, TooLarge or ValueError."""
         sha, location = artifact["sha"] or "", artifact["location"]
         if artifact["ds_type"] != "local" or not location.startswith(ROOT_LOCATION):
@@ -3407,12 +3429,12 @@ class UiModel:
         path = datastore_file(root, artifact["flow_id"], "data", sha[:2], sha)
         if path is None:
             raise FileNotFoundError(errno.ENOENT, "It is not in the datastore any more", sha)
-        return PickleReader().read(unpacked(file_content(path, limit), limit))
+        return PickleReader().read(decompress(file_content(path, limit), limit))
 
-    def with_value(self, row: UiArtifact) -> UiArtifact:
+    def with_value(self, row: ArtifactRow) -> ArtifactRow:
         """An artifact with its value, or with why that cannot be shown."""
         try:
-            row["content"] = as_shown(self.value(row, LARGEST_VALUE))
+            row["content"] = format_value(self.value(row, LARGEST_VALUE))
         except (OSError, ValueError) as error:
             kind, detail = "artifact-handle-failed", str(error)
             if isinstance(error, TooLarge):
@@ -3430,11 +3452,11 @@ class UiModel:
         Metadata say what clients said: use it through `datastore_file` only.
         """
         for metadatum in self.store.metadata(ids, fields=("ds-root",)):
-            if attempt is None or attempt_of(metadatum) in (attempt, None):
+            if attempt is None or metadatum_attempt(metadatum) in (attempt, None):
                 return value_text(metadatum)
         return self.store.folder
 
-    def log(self, ids: Ids, attempt: int, stream: str) -> list[UiLogLine]:
+    def log(self, ids: Ids, attempt: int, stream: str) -> list[LogLine]:
         """The lines of what an attempt has written to a stream (stdout or stderr), oldest first.
 
         Local Metaflow writes logs when an attempt has ended. Of a huge log this is the last part.
@@ -3443,7 +3465,7 @@ class UiModel:
         names = (f"{attempt}.{source}_{stream}.log" for source in LOG_SOURCES)
         found = [datastore_file(root, *ids, name) for name in names]
         paths = [path for path in found if path is not None]
-        versions = [version_of(status) for status in map(stat_of, paths) if status]
+        versions = [file_version(status) for status in map(stat_or_none, paths) if status]
         key = repr((paths, versions))
         lines = self._logs.get(key)
         if lines is None:
@@ -3455,7 +3477,7 @@ class UiModel:
             self._logs.put(key, lines)
         return lines
 
-    def cards(self, ids: Ids) -> list[UiCard]:
+    def cards(self, ids: Ids) -> list[Card]:
         """The cards of a task."""
         return [card for card, _ in self._card_files(ids)]
 
@@ -3467,7 +3489,7 @@ class UiModel:
                     return file_content(path, LARGEST_CARD)
         return None
 
-    def card_data(self, ids: Ids, card_hash: str) -> tuple[UiCard, object] | None:
+    def card_data(self, ids: Ids, card_hash: str) -> tuple[Card, object] | None:
         """What a card shows at the moment, None where it is not known; OSError, ValueError."""
         for card, path in self._card_files(ids, "runtime", ".data.json"):
             if card["hash"] == card_hash:
@@ -3487,34 +3509,34 @@ class UiModel:
 
     def _card_files(
         self, ids: Ids, kind: str = "cards", suffix: str = ".html"
-    ) -> list[tuple[UiCard, str]]:
+    ) -> list[tuple[Card, str]]:
         """The files TYPE-HASH and TYPE-ID-HASH of a task's cards, in the first folder of any."""
         for folder in self._card_folders(ids, kind):
             with os.scandir(folder) as entries:
                 files = sorted(e.name for e in entries if e.is_file(follow_symlinks=False))
-            found: list[tuple[UiCard, str]] = []
+            found: list[tuple[Card, str]] = []
             for name in files:
                 parts = name[: -len(suffix)].split("-")
                 if name.endswith(suffix) and len(parts) in (2, 3):
                     card_id = parts[1] if len(parts) == 3 else None
-                    card: UiCard = {"id": card_id, "type": parts[0], "hash": parts[-1]}
+                    card: Card = {"id": card_id, "type": parts[0], "hash": parts[-1]}
                     found.append((card, f"{folder}/{name}"))
             if found:
                 return found
         return []
 
 
-def row_ids(row: UiRun) -> Ids:
+def run_row_ids(row: RunRow) -> Ids:
     return (row["flow_id"], row["run"])
 
 
-class _Named(TypedDict):
+class SharedColumns(TypedDict):
     run_id: str | None
     tags: Tags
     system_tags: Tags
 
 
-def named(record: Run | Step | Task | Metadatum | Artifact) -> _Named:
+def shared_columns(record: Run | Step | Task | Metadatum | Artifact) -> SharedColumns:
     """What the rows of a run's objects have otherwise than the records."""
     return {
         "run_id": _given_name(record["run_number"]),
@@ -3523,25 +3545,25 @@ def named(record: Run | Step | Task | Metadatum | Artifact) -> _Named:
     }
 
 
-def metadatum_row(metadatum: Metadatum) -> UiMetadatum:
+def metadatum_row(metadatum: Metadatum) -> MetadatumRow:
     return {
         **metadatum,
-        **named(metadatum),
+        **shared_columns(metadatum),
         "task_name": _given_name(metadatum["task_id"]),
-        "attempt_id": attempt_of(metadatum),
+        "attempt_id": metadatum_attempt(metadatum),
         "value": value_text(metadatum),
     }
 
 
-def artifact_row(artifact: Artifact) -> UiArtifact:
+def artifact_row(artifact: Artifact) -> ArtifactRow:
     task_name = _given_name(artifact["task_id"])
-    row: _UiArtifact = {**artifact, **named(artifact), "task_name": task_name}
-    return cast(UiArtifact, row)
+    row: _ArtifactRow = {**artifact, **shared_columns(artifact), "task_name": task_name}
+    return cast(ArtifactRow, row)
 
 
-def end_step_named(told: object) -> str:
+def end_step_name(told: object) -> str:
     """The name of a flow's last step, by what its run tells; the usual one where that is none."""
-    with contextlib.suppress(NotAllowed):
+    with contextlib.suppress(NotStorable):
         if isinstance(told, str):
             check_name(told)
             return told
@@ -4005,30 +4027,30 @@ Column = tuple[str, bool]
 """A column to order by, and whether the largest comes first."""
 
 
-def chosen(rows: Iterable[Made], query: Query, fields: Mapping[str, Field]) -> list[Made]:
+def select_rows(rows: Iterable[T], query: Query, fields: Mapping[str, Field]) -> list[T]:
     """The rows that pass the filters of a query, in the order that it asks for."""
-    found = list(passing(rows, [test for _, test in filters(query, fields)]))
-    put_in_order(found, order_of(query, fields))
+    found = list(filter_records(rows, [test for _, test in parse_filters(query, fields)]))
+    sort_rows(found, parse_order(query, fields))
     return found
 
 
-def order_of(query: Query, known: Iterable[str]) -> list[Column]:
+def parse_order(query: Query, known: Iterable[str]) -> list[Column]:
     """The order that `_order` asks for: no sign is descending; unknown columns are passed over."""
     order = []
-    for part in (first(query, "_order") or "").split(","):
+    for part in (first_value(query, "_order") or "").split(","):
         name = part.lstrip("+- ")  # a plus in a URL arrives as a space
         if name in known:
             order.append((name, not part.startswith(("+", " "))))
     return order
 
 
-def put_in_order(rows: list[Any], order: Sequence[Column]) -> None:
+def sort_rows(rows: list[Any], order: Sequence[Column]) -> None:
     """Order rows as PostgreSQL does: null is larger than everything."""
     for name, is_descending in reversed(order):
-        rows.sort(key=partial(_column_order, name), reverse=is_descending)
+        rows.sort(key=partial(_column_sort_key, name), reverse=is_descending)
 
 
-def _column_order(name: str, row: Mapping[str, Any]) -> tuple[bool, Any]:
+def _column_sort_key(name: str, row: Mapping[str, Any]) -> tuple[bool, Any]:
     value = row.get(name)
     return (value is None, id_order(0 if value is None else value))
 
@@ -4047,56 +4069,58 @@ class Paging(NamedTuple):
         return slice((self.page - 1) * self.limit, self.page * self.limit)
 
 
-def paging_of(query: Query, default: int = UI_PAGE) -> Paging:
-    limit = count_in(query, "_limit", default)
-    return Paging(min(limit, LARGEST_UI_PAGE), count_in(query, "_page", 1))
+def parse_paging(query: Query, default: int = UI_PAGE) -> Paging:
+    limit = parse_count(query, "_limit", default)
+    return Paging(min(limit, LARGEST_UI_PAGE), parse_count(query, "_page", 1))
 
 
-def count_in(query: Query, name: str, default: int) -> int:
-    text = first(query, name)
+def parse_count(query: Query, name: str, default: int) -> int:
+    text = first_value(query, name)
     if text and not re.fullmatch("[0-9]{1,9}", text):
         raise BadQuery(f"{name} is a number, not {text!r}.")
     return max(1, int(text)) if text else default
 
 
-def enveloped(
+def envelope(
     request: Request, data: object, status: int = 200, pages: Mapping[str, int | None] | None = None
-) -> Answer:
+) -> Response:
     """What the UI's backend answers, in its envelope; `pages`: of a list, by their relation.
 
     The official UI fetches `links.next` of a list until that is null.
     """
-    links = {name: None if n is None else link(request, n) for name, n in (pages or {}).items()}
+    links = {
+        name: None if n is None else page_link(request, n) for name, n in (pages or {}).items()
+    }
     body: dict[str, object] = {
         "data": data,
         "status": status,
-        "links": {**links, "self": link(request)},
+        "links": {**links, "self": page_link(request)},
         **({} if pages is None else {"pages": pages}),
         "query": dict(request.query),
     }
-    return as_json(body, status)
+    return json_response(body, status)
 
 
-def one_of(request: Request, found: object) -> Answer:
+def envelope_one(request: Request, found: object) -> Response:
     """One object, or 404 where there is none."""
-    return enveloped(request, {}, 404) if found is None else enveloped(request, found)
+    return envelope(request, {}, 404) if found is None else envelope(request, found)
 
 
-def page_of(
+def envelope_page(
     request: Request,
     rows: Sequence[object],
     page: int = 1,
     next_page: int | None = None,
     last_page: int | None = None,
     status: int = 200,
-) -> Answer:
+) -> Response:
     """A list: whole, unless it is said to be a page."""
     previous = max(1, page - 1)
     pages = {"self": page, "first": 1, "prev": previous, "next": next_page, "last": last_page}
-    return enveloped(request, rows, status, pages)
+    return envelope(request, rows, status, pages)
 
 
-def link(request: Request, page: int | None = None) -> str:
+def page_link(request: Request, page: int | None = None) -> str:
     """The request's own path and query, or those of another page; without the host, which may be
     another for who is behind a proxy."""
     query = [pair for pair in request.query if page is None or pair[0] != "_page"]
@@ -4129,21 +4153,21 @@ class Resource(NamedTuple):
     is_one: bool = False  # one object that changes, and no list that grows
 
 
-class Snapshots:
+class Snapshot:
     """What is computed once for all resources that are looked at together."""
 
-    def __init__(self, model: UiModel) -> None:
+    def __init__(self, model: Model) -> None:
         self.model = model
         self.now = model.clock()
-        self._tasks: dict[Ids, list[UiTask]] = {}
-        self._runs: dict[Ids, UiRun | None] = {}
+        self._tasks: dict[Ids, list[AttemptRow]] = {}
+        self._runs: dict[Ids, RunRow | None] = {}
 
-    def run(self, ids: Ids) -> UiRun | None:
+    def run(self, ids: Ids) -> RunRow | None:
         if ids not in self._runs:
             self._runs[ids] = self.model.run(ids)
         return self._runs[ids]
 
-    def tasks(self, ids: Ids) -> list[UiTask]:
+    def tasks(self, ids: Ids) -> list[AttemptRow]:
         if ids not in self._tasks:
             self._tasks[ids] = self.model.tasks(ids, self.now)
         return self._tasks[ids]
@@ -4155,28 +4179,28 @@ class Snapshots:
             return json.dumps(run)
         return None
 
-    def newest_runs(self) -> list[UiRun]:
+    def newest_runs(self) -> list[RunRow]:
         """The newest runs, and those that were running when somebody looked last."""
         newest = list(itertools.islice(self.model.runs(), NEWEST_RUNS_WATCHED))
-        found = {row_ids(row): row for row in self.model.unfinished_runs() + newest}
+        found = {run_row_ids(row): row for row in self.model.unfinished_runs() + newest}
         for ids, row in found.items():
             self._runs[ids] = self.model.judge(row)
         return list(found.values())
 
 
-def resource(template: str) -> Callable[[Handler], Handler]:
+def ui_resource(template: str) -> Callable[[Handler], Handler]:
     """Declare what can be fetched below /api and subscribed to, by the path without that.
 
     A list is fetched whole, since the official UI would fetch all of its pages.
     """
 
     def declare(look_at: Handler) -> Handler:
-        def fetch(model: UiModel, request: Request, *names: str) -> Answer:
-            found: Resource = look_at(Snapshots(model), request.query, *names)
+        def fetch(model: Model, request: Request, *names: str) -> Response:
+            found: Resource = look_at(Snapshot(model), request.query, *names)
             rows = list(found.rows())
             if found.is_one:
-                return one_of(request, rows[0] if rows else None)
-            return page_of(request, rows)
+                return envelope_one(request, rows[0] if rows else None)
+            return envelope_page(request, rows)
 
         ui_route("GET", "/api" + template)(fetch)
         return RESOURCES.route("GET", template)(look_at)
@@ -4189,19 +4213,19 @@ def resource(template: str) -> Callable[[Handler], Handler]:
 MOST_RUNS_FOR_TAGS = 2000
 
 
-def suggestions(request: Request, name: str, values: Iterable[str]) -> Answer:
+def completions(request: Request, name: str, values: Iterable[str]) -> Response:
     """A page of the values that pass the filters on `name`, each once and in order.
 
     A regular expression (`re`) is taken as text with `.*` in it, which is all that the official UI
     sends: what a person types into a box is then never a wrong or an endless one.
     """
     fields = {name: Field(lambda value: value, _text, is_list=False)}
-    query = [as_like(pair) for pair in request.query]
-    found = sorted(passing(set(values), [test for _, test in filters(query, fields)]))
-    return page_of(request, found[paging_of(request.query).part()])
+    query = [regex_to_like(pair) for pair in request.query]
+    found = sorted(filter_records(set(values), [test for _, test in parse_filters(query, fields)]))
+    return envelope_page(request, found[parse_paging(request.query).part()])
 
 
-def as_like(pair: tuple[str, str]) -> tuple[str, str]:
+def regex_to_like(pair: tuple[str, str]) -> tuple[str, str]:
     """A parameter, where it asks for a regular expression as one that asks for a LIKE pattern."""
     name, separator, asked = pair[0].partition(":")
     if separator and asked == "re":
@@ -4211,38 +4235,38 @@ def as_like(pair: tuple[str, str]) -> tuple[str, str]:
 
 
 @ui_route("GET", "/api/flows/autocomplete")
-def ui_complete_flows(model: UiModel, request: Request) -> Answer:
+def ui_complete_flows(model: Model, request: Request) -> Response:
     """Names of flows."""
-    return suggestions(request, "flow_id", (flow["flow_id"] for flow in model.store.flows()))
+    return completions(request, "flow_id", (flow["flow_id"] for flow in model.store.flows()))
 
 
 @ui_route("GET", "/api" + FLOW + "/runs/autocomplete")
-def ui_complete_runs(model: UiModel, request: Request, flow: str) -> Answer:
+def ui_complete_runs(model: Model, request: Request, flow: str) -> Response:
     """Ids of the runs of a flow."""
     runs = model.store.runs((flow,))
-    return suggestions(request, "run", (str(run["run_number"]) for run in runs))
+    return completions(request, "run", (str(run["run_number"]) for run in runs))
 
 
 @ui_route("GET", UI_RUN + "/steps/autocomplete")
-def ui_complete_steps(model: UiModel, request: Request, flow: str, run: str) -> Answer:
+def ui_complete_steps(model: Model, request: Request, flow: str, run: str) -> Response:
     """Names of the steps of a run."""
     steps = model.store.steps(run_ids(flow, run))
-    return suggestions(request, "step_name", (step["step_name"] for step in steps))
+    return completions(request, "step_name", (step["step_name"] for step in steps))
 
 
 @ui_route("GET", UI_RUN + "/artifacts/autocomplete")
-def ui_complete_artifacts(model: UiModel, request: Request, flow: str, run: str) -> Answer:
+def ui_complete_artifacts(model: Model, request: Request, flow: str, run: str) -> Response:
     """Names of the artifacts of a run."""
     artifacts = model.store.artifacts_below(run_ids(flow, run))
-    return suggestions(request, "name", (artifact["name"] for artifact in artifacts))
+    return completions(request, "name", (artifact["name"] for artifact in artifacts))
 
 
 @ui_route("GET", "/api/tags/autocomplete")
-def ui_complete_tags(model: UiModel, request: Request) -> Answer:
+def ui_complete_tags(model: Model, request: Request) -> Response:
     """Tags of the newest runs."""
     runs = itertools.islice(model.runs(), MOST_RUNS_FOR_TAGS)
     tags = ((*(run["tags"] or ()), *(run["system_tags"] or ())) for run in runs)
-    return suggestions(request, "tag", itertools.chain.from_iterable(tags))
+    return completions(request, "tag", itertools.chain.from_iterable(tags))
 
 
 # -- what the UI is told of the service ------------------------------------------------------------
@@ -4257,88 +4281,88 @@ LINKS = [
 
 
 @ui_route("GET", "/api/features")
-def ui_features(model: UiModel, request: Request) -> Answer:
+def ui_features(model: Model, request: Request) -> Response:
     """What the official UI is to offer."""
-    return as_json({f"FEATURE_{name}": True for name in FEATURES})
+    return json_response({f"FEATURE_{name}": True for name in FEATURES})
 
 
 @ui_route("GET", "/api/plugin")
-def ui_plugins(model: UiModel, request: Request) -> Answer:
+def ui_plugins(model: Model, request: Request) -> Response:
     """No plugins; anything but a list would break the official UI."""
-    return as_json([])
+    return json_response([])
 
 
 @ui_route("GET", "/api/version")
-def ui_version(model: UiModel, request: Request) -> Answer:
+def ui_version(model: Model, request: Request) -> Response:
     """The version of the API."""
-    return as_text(PROTOCOL_VERSION)
+    return text_response(PROTOCOL_VERSION)
 
 
 @ui_route("GET", "/api/links")
-def ui_links(model: UiModel, request: Request) -> Answer:
+def ui_links(model: Model, request: Request) -> Response:
     """What the official UI links to."""
-    return as_json(LINKS)
+    return json_response(LINKS)
 
 
 @ui_route("GET", "/api/notifications")
-def ui_notifications(model: UiModel, request: Request) -> Answer:
+def ui_notifications(model: Model, request: Request) -> Response:
     """No announcements."""
-    return as_json([])
+    return json_response([])
 
 
 # -- runs ------------------------------------------------------------------------------------------
 
 
 @ui_route("GET", "/api/runs")
-def ui_list_runs(model: UiModel, request: Request) -> Answer:
+def ui_list_runs(model: Model, request: Request) -> Response:
     """A page of the runs of all flows, or of groups of them."""
-    paging = paging_of(request.query)
-    order = order_of(request.query, {*UI_RUN_COLUMNS, *UI_JUDGED_COLUMNS})
-    group = first(request.query, "_group")
-    found = found_runs(model, request.query, runs_asked_for(model, request.query))
+    paging = parse_paging(request.query)
+    order = parse_order(request.query, {*UI_RUN_COLUMNS, *UI_JUDGED_COLUMNS})
+    group = first_value(request.query, "_group")
+    found = filter_runs(model, request.query, runs_since(model, request.query))
     if order not in ([], [("ts_epoch", True)]):  # as they are found: not all are looked at
-        found = in_order(model, found, order)
+        found = sorted_runs(model, found, order)
     if group in ("flow_id", "user"):
-        shown, is_more = group_page(
-            found, group, paging, count_in(request.query, "_group_limit", UI_PAGE)
+        shown, is_more = paginate_groups(
+            found, group, paging, parse_count(request.query, "_group_limit", UI_PAGE)
         )
     else:
         rows = list(itertools.islice(found, paging.part().start, paging.part().stop + 1))
         shown, is_more = rows[: paging.limit], len(rows) > paging.limit
     judged = [model.judge(row) for row in shown]
-    return page_of(request, judged, paging.page, paging.page + 1 if is_more else None)
+    return envelope_page(request, judged, paging.page, paging.page + 1 if is_more else None)
 
 
-def in_order(model: UiModel, runs: Iterable[UiRun], order: Sequence[Column]) -> list[UiRun]:
+def sorted_runs(model: Model, runs: Iterable[RunRow], order: Sequence[Column]) -> list[RunRow]:
     """Runs, newest first, put in another order; judged only where that needs it."""
     by_verdict = any(name in UI_JUDGED_COLUMNS for name, _ in order)
     rows = [model.judge(run) if by_verdict else run for run in runs]
-    put_in_order(rows, order)
+    sort_rows(rows, order)
     return rows
 
 
-def runs_asked_for(model: UiModel, query: Query) -> Iterator[UiRun]:
+def runs_since(model: Model, query: Query) -> Iterator[RunRow]:
     """All runs, newest first; not further back than a query wants to see any."""
-    oldest = first(query, "ts_epoch:ge") or ""
+    oldest = first_value(query, "ts_epoch:ge") or ""
     if not INTEGER.fullmatch(oldest):
         return model.runs()
     floor = int(oldest)
     return itertools.takewhile(lambda run: run["ts_epoch"] >= floor, model.runs())
 
 
-def found_runs(model: UiModel, query: Query, runs: Iterable[UiRun]) -> Iterable[UiRun]:
+def filter_runs(model: Model, query: Query, runs: Iterable[RunRow]) -> Iterable[RunRow]:
     """Those of the runs that pass the filters; judged only where a filter needs it."""
-    plain = [test for _, test in filters(query, UI_RUN_COLUMNS)] + tag_filters(query)
-    by_verdict = [test for _, test in filters(query, UI_JUDGED_COLUMNS)]
-    found = passing(runs, plain)
-    return passing(map(model.judge, found), by_verdict) if by_verdict else found
+    plain = [test for _, test in parse_filters(query, UI_RUN_COLUMNS)] + parse_tag_filters(query)
+    by_verdict = [test for _, test in parse_filters(query, UI_JUDGED_COLUMNS)]
+    found = filter_records(runs, plain)
+    return filter_records(map(model.judge, found), by_verdict) if by_verdict else found
 
 
-def group_page(
-    rows: Iterable[UiRun], group: str, paging: Paging, most: int
-) -> tuple[list[UiRun], bool]:
+def paginate_groups(
+    rows: Iterable[RunRow], group: str, paging: Paging, most: int
+) -> tuple[list[RunRow], bool]:
     """A page of groups of rows, each cut to its first `most`; and whether there are more groups."""
-    groups: dict[str | None, list[UiRun]] = {}
+    groups: dict[str | None, list[RunRow]] = {}
     for row in rows:
         groups.setdefault(cast(Any, row)[group], []).append(row)
     names = sorted(groups, key=lambda name: (name is None, name or ""))
@@ -4350,52 +4374,54 @@ def group_page(
 
 
 @RESOURCES.route("GET", "/runs")
-def runs_resource(look: Snapshots, query: Query) -> Resource:
+def runs_resource(look: Snapshot, query: Query) -> Resource:
     """The newest runs, and those that go on; to be fetched they come in pages, see above."""
-    rows = partial(found_runs, look.model, query)
+    rows = partial(filter_runs, look.model, query)
     return Resource(lambda: rows(look.newest_runs()), ("flow_id", "run"))
 
 
-@resource(RUN)
-def run_resource(look: Snapshots, query: Query, flow: str, run: str) -> Resource:
+@ui_resource(RUN)
+def run_resource(look: Snapshot, query: Query, flow: str, run: str) -> Resource:
     """One run."""
     row = look.run(run_ids(flow, run))
     return Resource(lambda: [row] if row else [], is_one=True)
 
 
-@resource(RUN + "/steps")
-def steps_resource(look: Snapshots, query: Query, flow: str, run: str) -> Resource:
+@ui_resource(RUN + "/steps")
+def steps_resource(look: Snapshot, query: Query, flow: str, run: str) -> Resource:
     """The steps of a run."""
     ids = run_ids(flow, run)
     return Resource(
-        lambda: chosen(look.model.steps(ids, look.tasks(ids), look.now), query, UI_STEP_COLUMNS),
+        lambda: select_rows(
+            look.model.steps(ids, look.tasks(ids), look.now), query, UI_STEP_COLUMNS
+        ),
         ("step_name",),
         lambda: look.stamp_of_run(ids),
     )
 
 
-@resource(RUN + "/tasks")
-def tasks_resource(look: Snapshots, query: Query, flow: str, run: str) -> Resource:
+@ui_resource(RUN + "/tasks")
+def tasks_resource(look: Snapshot, query: Query, flow: str, run: str) -> Resource:
     """All attempts of all tasks of a run."""
     ids = run_ids(flow, run)
     return Resource(
-        lambda: chosen(look.tasks(ids), query, UI_TASK_COLUMNS),
+        lambda: select_rows(look.tasks(ids), query, UI_TASK_COLUMNS),
         ("step_name", "task_id", "attempt_id"),
         lambda: look.stamp_of_run(ids),
     )
 
 
-@resource(RUN + "/metadata")
-def run_metadata_resource(look: Snapshots, query: Query, flow: str, run: str) -> Resource:
+@ui_resource(RUN + "/metadata")
+def run_metadata_resource(look: Snapshot, query: Query, flow: str, run: str) -> Resource:
     """The metadata of the tasks of a run; read only from the steps that are asked for."""
     ids = run_ids(flow, run)
-    asked = first(query, "step_name")
+    asked = first_value(query, "step_name")
 
-    def rows() -> list[UiMetadatum]:
+    def rows() -> list[MetadatumRow]:
         steps = asked.split(",") if asked else [s["step_name"] for s in look.model.store.steps(ids)]
         tasks = [task for step in steps for task in look.model.store.task_ids((*ids, step))]
         found = (row for task in tasks for row in look.model.metadata(task))
-        return chosen(found, query, UI_METADATA_COLUMNS)
+        return select_rows(found, query, UI_METADATA_COLUMNS)
 
     def stamp() -> object:
         return look.model.versions((*ids, asked)) if asked else look.stamp_of_run(ids)
@@ -4403,8 +4429,8 @@ def run_metadata_resource(look: Snapshots, query: Query, flow: str, run: str) ->
     return Resource(rows, ("step_name", "id"), stamp)
 
 
-@resource(RUN + "/parameters")
-def parameters_resource(look: Snapshots, query: Query, flow: str, run: str) -> Resource:
+@ui_resource(RUN + "/parameters")
+def parameters_resource(look: Snapshot, query: Query, flow: str, run: str) -> Resource:
     """The parameters of a run."""
     ids = run_ids(flow, run)
     step = (*ids, PARAMETERS_STEP)
@@ -4415,8 +4441,8 @@ def parameters_resource(look: Snapshots, query: Query, flow: str, run: str) -> R
     )
 
 
-@resource(TASK + "/attempts")
-def attempts_resource(look: Snapshots, query: Query, *task: str) -> Resource:
+@ui_resource(TASK + "/attempts")
+def attempts_resource(look: Snapshot, query: Query, *task: str) -> Resource:
     """The attempts of a task, newest first."""
     ids = task_ids(*task)
     return Resource(
@@ -4426,25 +4452,29 @@ def attempts_resource(look: Snapshots, query: Query, *task: str) -> Resource:
     )
 
 
-@resource(TASK + "/metadata")
-def metadata_resource(look: Snapshots, query: Query, *task: str) -> Resource:
+@ui_resource(TASK + "/metadata")
+def metadata_resource(look: Snapshot, query: Query, *task: str) -> Resource:
     """The metadata of a task."""
     ids = task_ids(*task)
     return Resource(
-        lambda: chosen(look.model.metadata(ids), query, UI_METADATA_COLUMNS),
+        lambda: select_rows(look.model.metadata(ids), query, UI_METADATA_COLUMNS),
         ("id",),
         lambda: look.model.store.version(ids),
     )
 
 
-@resource(TASK + "/artifacts")
-def artifacts_resource(look: Snapshots, query: Query, *task: str) -> Resource:
+@ui_resource(TASK + "/artifacts")
+def artifacts_resource(look: Snapshot, query: Query, *task: str) -> Resource:
     """The artifacts of an attempt of a task, with their values if `postprocess` says so."""
-    ids, attempt = task_ids(*task), attempt_asked_for(query)
+    ids, attempt = task_ids(*task), parse_attempt(query)
 
-    def rows() -> Iterable[UiArtifact]:
-        found = chosen(look.model.artifacts(ids, attempt), query, UI_ARTIFACT_COLUMNS)
-        return map(look.model.with_value, found) if first(query, "postprocess") == "true" else found
+    def rows() -> Iterable[ArtifactRow]:
+        found = select_rows(look.model.artifacts(ids, attempt), query, UI_ARTIFACT_COLUMNS)
+        return (
+            map(look.model.with_value, found)
+            if first_value(query, "postprocess") == "true"
+            else found
+        )
 
     return Resource(rows, ("name", "attempt_id"), lambda: look.model.store.version(ids))
 
@@ -4453,90 +4483,92 @@ def artifacts_resource(look: Snapshots, query: Query, *task: str) -> Resource:
 
 
 @ui_route("GET", UI_RUN + "/artifacts")
-def ui_run_artifacts(model: UiModel, request: Request, flow: str, run: str) -> Answer:
+def ui_run_artifacts(model: Model, request: Request, flow: str, run: str) -> Response:
     """None of a local datastore: the official UI would warn that it cannot read those."""
-    if first(request.query, "ds_type") == "local":  # what it asks for when it opens a run
-        return page_of(request, [])
+    if first_value(request.query, "ds_type") == "local":  # what it asks for when it opens a run
+        return envelope_page(request, [])
     below = (artifact_row(a) for a in model.store.artifacts_below(run_ids(flow, run)))
     remote = (row for row in below if row["ds_type"] != "local")
-    return page_of(request, chosen(remote, request.query, UI_ARTIFACT_COLUMNS))
+    return envelope_page(request, select_rows(remote, request.query, UI_ARTIFACT_COLUMNS))
 
 
 @ui_route("GET", UI_RUN + "/dag")
-def ui_dag(model: UiModel, request: Request, flow: str, run: str) -> Answer:
+def ui_dag(model: Model, request: Request, flow: str, run: str) -> Response:
     """The graph of the flow of a run."""
-    return one_of(request, model.graph(run_ids(flow, run)))
+    return envelope_one(request, model.graph(run_ids(flow, run)))
 
 
-def attempt_asked_for(query: Query) -> int | None:
-    text = first(query, "attempt_id")
-    return None if not text else attempt_in_path(text)
+def parse_attempt(query: Query) -> int | None:
+    text = first_value(query, "attempt_id")
+    return None if not text else parse_attempt_segment(text)
 
 
 @ui_route("GET", UI_TASK + "/logs/{stream}")
 def ui_log(
-    model: UiModel, request: Request, flow: str, run: str, step: str, task: str, stream: str
-) -> Answer:
+    model: Model, request: Request, flow: str, run: str, step: str, task: str, stream: str
+) -> Response:
     """A page of a log. Pages are counted from the log's beginning, or its end for `-row`."""
-    found = log_asked_for(model, request, task_ids(flow, run, step, task), stream)
+    found = find_log(model, request, task_ids(flow, run, step, task), stream)
     if found is None:
-        return page_of(request, [], status=404)
+        return envelope_page(request, [], status=404)
     _, lines = found
-    paging = paging_of(request.query, default=LARGEST_UI_PAGE)
+    paging = parse_paging(request.query, default=LARGEST_UI_PAGE)
     last = max(1, -(-len(lines) // paging.limit))
-    is_descending = order_of(request.query, ("row",)) != [("row", False)]
+    is_descending = parse_order(request.query, ("row",)) != [("row", False)]
     number = last - paging.page + 1 if is_descending else paging.page
     shown = lines[Paging(paging.limit, number).part()] if 1 <= number <= last else []
     following = paging.page + 1 if paging.page < last else None
-    return page_of(request, shown[::-1] if is_descending else shown, paging.page, following, last)
+    return envelope_page(
+        request, shown[::-1] if is_descending else shown, paging.page, following, last
+    )
 
 
 @ui_route("GET", UI_TASK + "/logs/{stream}/download")
 def ui_log_download(
-    model: UiModel, request: Request, flow: str, run: str, step: str, task: str, stream: str
-) -> Answer:
+    model: Model, request: Request, flow: str, run: str, step: str, task: str, stream: str
+) -> Response:
     """A log as a text file."""
     ids = task_ids(flow, run, step, task)
-    found = log_asked_for(model, request, ids, stream)
+    found = find_log(model, request, ids, stream)
     if found is None:
         raise HttpError(404, "There is no such task.")
     attempt, lines = found
     name = f"{LOG_STREAMS[stream]}_{'_'.join(ids)}-{attempt}.txt"
     header = f"attachment; filename*=UTF-8''{urllib.parse.quote(name, safe='')}"
-    return Answer(
+    return Response(
         "\n".join(line["line"] for line in lines).encode(),
         kind="text/plain; charset=utf-8",
         headers=[("Content-Disposition", header), ("X-Content-Type-Options", "nosniff")],
     )
 
 
-def log_asked_for(
-    model: UiModel, request: Request, ids: Ids, stream: str
-) -> tuple[int, list[UiLogLine]] | None:
+def find_log(
+    model: Model, request: Request, ids: Ids, stream: str
+) -> tuple[int, list[LogLine]] | None:
     """An attempt, the newest where none is named, and its log; None if there is no such task."""
     if stream not in LOG_STREAMS:
         raise HttpError(404, "There is nothing at this path.")
     attempts = model.attempts(ids, model.clock())
     if not attempts:
         return None
-    attempt = attempt_asked_for(request.query)
+    attempt = parse_attempt(request.query)
     number = attempts[0]["attempt_id"] if attempt is None else attempt
     return number, model.log(ids, number, LOG_STREAMS[stream])
 
 
 @ui_route("GET", UI_TASK + "/cards")
-def ui_cards(model: UiModel, request: Request, *task: str) -> Answer:
+def ui_cards(model: Model, request: Request, *task: str) -> Response:
     """The cards of a task; with `data=true` each with what it shows at the moment, or null."""
     ids = task_ids(*task)
     cards = model.cards(ids)
-    if first(request.query, "data") != "true":
-        return page_of(request, cards, last_page=1)
-    found = ((card, data_of_card(model, ids, card["hash"])) for card in cards)
+    if first_value(request.query, "data") != "true":
+        return envelope_page(request, cards, last_page=1)
+    found = ((card, card_snapshot(model, ids, card["hash"])) for card in cards)
     rows = [{**card, "data": None if now is None else now[1]} for card, now in found]
-    return page_of(request, rows, last_page=1)
+    return envelope_page(request, rows, last_page=1)
 
 
-def data_of_card(model: UiModel, ids: Ids, card_hash: str) -> tuple[UiCard, object] | None:
+def card_snapshot(model: Model, ids: Ids, card_hash: str) -> tuple[Card, object] | None:
     """What a card shows at the moment; None where that is not known or cannot be passed on."""
     with contextlib.suppress(FileNotFoundError, ValueError, RecursionError):
         found = model.card_data(ids, card_hash)
@@ -4547,17 +4579,17 @@ def data_of_card(model: UiModel, ids: Ids, card_hash: str) -> tuple[UiCard, obje
 
 @ui_route("GET", UI_TASK + "/cards/{hash}")
 def ui_card(
-    model: UiModel, request: Request, flow: str, run: str, step: str, task: str, card_hash: str
-) -> Answer:
+    model: Model, request: Request, flow: str, run: str, step: str, task: str, card_hash: str
+) -> Response:
     """A card, as the flow has written it; with `follow=true` it hears what it is to show now."""
     try:
         content = model.card(task_ids(flow, run, step, task), card_hash)
     except TooLarge:
         raise HttpError(413, f"The card is larger than {LARGEST_CARD} bytes.") from None
     if content is None:
-        return Answer(b"<!doctype html><p>There is no such card, or not yet.", 404, HTML)
-    follows = first(request.query, "follow") == "true"
-    return Answer(content + CARD_FOLLOWER if follows else content, kind=HTML)
+        return Response(b"<!doctype html><p>There is no such card, or not yet.", 404, HTML)
+    follows = first_value(request.query, "follow") == "true"
+    return Response(content + CARD_FOLLOWER if follows else content, kind=HTML)
 
 
 CARD_FOLLOWER = b"""<script>
@@ -4572,14 +4604,14 @@ addEventListener("message", ({data, source}) => {
 
 @ui_route("GET", UI_TASK + "/cards/{hash}/data")
 def ui_card_data(
-    model: UiModel, request: Request, flow: str, run: str, step: str, task: str, card_hash: str
-) -> Answer:
+    model: Model, request: Request, flow: str, run: str, step: str, task: str, card_hash: str
+) -> Response:
     """What a card shows at the moment."""
-    found = data_of_card(model, task_ids(flow, run, step, task), card_hash)
+    found = card_snapshot(model, task_ids(flow, run, step, task), card_hash)
     if found is None:
-        return as_json({"error": "There are no data of such a card."}, 404)
+        return json_response({"error": "There are no data of such a card."}, 404)
     card, data = found
-    return as_json({"data": data, "id": card["id"], "type": card["type"]})
+    return json_response({"data": data, "id": card["id"], "type": card["type"]})
 
 
 # -- WebSocket frames (RFC 6455) -------------------------------------------------------------------
@@ -4605,7 +4637,7 @@ def accept_key(key: str) -> str:
     return base64.b64encode(sha1((key + magic).encode("latin-1")).digest()).decode()
 
 
-def encoded_frame(kind: int, payload: bytes) -> bytes:
+def encode_frame(kind: int, payload: bytes) -> bytes:
     """A whole frame as a server sends it."""
     size = len(payload)
     if size < 126:
@@ -4672,10 +4704,10 @@ class FrameDecoder:
             return None
         mask, masked = bytes(received[at : at + 4]), bytes(received[at + 4 : end])
         del received[:end]
-        return is_last, kind, unmasked(mask, masked)
+        return is_last, kind, unmask(mask, masked)
 
 
-def unmasked(mask: bytes, content: bytes) -> bytes:
+def unmask(mask: bytes, content: bytes) -> bytes:
     size = len(content)
     key = (mask * (size // 4 + 1))[:size]
     return (int.from_bytes(content, "big") ^ int.from_bytes(key, "big")).to_bytes(size, "big")
@@ -4730,7 +4762,7 @@ class WebSocket:
         self._send(CLOSE_FRAME, reason)
 
     def _send(self, kind: int, payload: bytes) -> None:
-        self._duplex.send(encoded_frame(kind, payload), SEND_SECONDS)
+        self._duplex.send(encode_frame(kind, payload), SEND_SECONDS)
 
 
 def websocket(request: Request, run: Callable[[WebSocket], None]) -> Upgrade:
@@ -4755,12 +4787,12 @@ def websocket(request: Request, run: Callable[[WebSocket], None]) -> Upgrade:
             return  # the browser has gone, or takes nothing any more
         end.close(code)
 
-    answer = [
+    response = [
         ("Upgrade", "websocket"),
         ("Connection", "Upgrade"),
         ("Sec-WebSocket-Accept", accept_key(key)),
     ]
-    return Upgrade(answer, run_until_closed)
+    return Upgrade(response, run_until_closed)
 
 
 # -- subscriptions ---------------------------------------------------------------------------------
@@ -4802,7 +4834,7 @@ class Subscription:
         self._known: dict[object, int] = {}
         self._is_first_look = True
 
-    def frames(self, look: Snapshots) -> list[Mapping[str, object]]:
+    def frames(self, look: Snapshot) -> list[Mapping[str, object]]:
         """What is to be told now; after an exception it is to be told still."""
         found: Resource = self._handler(look, self._query, *self._arguments)
         stamp = found.stamp()
@@ -4811,7 +4843,7 @@ class Subscription:
         frames: list[Mapping[str, object]] = []
         for row in list(found.rows()):  # all of them, before any counts as told
             key = tuple(row[field] for field in found.key)
-            state = hash(essence(row))
+            state = hash(row_fingerprint(row))
             known = self._known.get(key)
             self._known[key] = state
             if known == state or (self._is_first_look and last_change(row) < self._since):
@@ -4823,7 +4855,7 @@ class Subscription:
         return frames
 
 
-def essence(row: Mapping[str, Any]) -> str:
+def row_fingerprint(row: Mapping[str, Any]) -> str:
     """What of a row is worth telling when it changes: not the time, which browsers have too."""
     moving = () if row.get("finished_at") else ("duration",)
     return json.dumps({k: v for k, v in row.items() if k not in (*moving, "last_heartbeat_ts")})
@@ -4841,14 +4873,14 @@ def last_change(row: Mapping[str, Any]) -> float:
 class Feed:
     """What one page is told over its socket: by one thread, so that nothing overtakes."""
 
-    def __init__(self, model: UiModel, page: WebSocket) -> None:
+    def __init__(self, model: Model, page: WebSocket) -> None:
         self._model = model
         self._page = page
         self._subscriptions: dict[str, Subscription] = {}
         self._next_look = 0.0
         self._last_told = time.monotonic()
         self._waiting: list[Subscription] = []  # for their turn in this look
-        self._look = Snapshots(model)
+        self._look = Snapshot(model)
 
     def run(self) -> None:
         """Serve the page until it goes, or is silent for too long; OSError, BadFrame."""
@@ -4869,7 +4901,7 @@ class Feed:
             elif self._subscriptions and now >= self._next_look:
                 is_idle = now - self._last_told > IDLE_SECONDS
                 self._next_look = now + (IDLE_LOOK_SECONDS if is_idle else LOOK_SECONDS)
-                self._look = Snapshots(self._model)
+                self._look = Snapshot(self._model)
                 self._waiting = list(self._subscriptions.values())[::-1]
 
     def _patience(self) -> float:
@@ -4928,7 +4960,7 @@ class Feed:
 
 
 @ui_route("GET", "/api/ws")
-def ui_feed(model: UiModel, request: Request) -> Upgrade:
+def ui_feed(model: Model, request: Request) -> Upgrade:
     """The socket of a page, over which it hears of what changes."""
     return websocket(request, lambda page: Feed(model, page).run())
 
@@ -4937,21 +4969,23 @@ def ui_feed(model: UiModel, request: Request) -> Upgrade:
 
 
 @ui_route("GET", "/api/search" + RUN)
-def ui_search(model: UiModel, request: Request, flow: str, run: str) -> Upgrade:
+def ui_search(model: Model, request: Request, flow: str, run: str) -> Upgrade:
     """A socket that tells which tasks have an artifact or foreach variable, and closes."""
 
     def tell(page: WebSocket) -> None:
         try:
-            found = list(found_tasks(model, run_ids(flow, run), request.query))
+            found = list(search_tasks(model, run_ids(flow, run), request.query))
         except (StoreError, OSError) as error:
             page.send({"event": {"type": "error", "message": str(error), "id": "search-failed"}})
         else:
-            page.send({"event": {"type": "result", "matches": [match_of(task) for task in found]}})
+            page.send(
+                {"event": {"type": "result", "matches": [search_match(task) for task in found]}}
+            )
 
     return websocket(request, tell)
 
 
-def match_of(task: Task) -> Mapping[str, object]:
+def search_match(task: Task) -> Mapping[str, object]:
     """A task as the official UI takes the results of a search."""
     return {
         "flow_id": task["flow_id"],
@@ -4967,12 +5001,12 @@ MOST_ENCODINGS = 3
 """How many times over the official UI may have encoded what is searched for."""
 
 
-def found_tasks(model: UiModel, ids: Ids, query: Query) -> Iterator[Task]:
+def search_tasks(model: Model, ids: Ids, query: Query) -> Iterator[Task]:
     """The tasks of a run that a search finds, by `key`, `value` and `scope`."""
-    key, value = first(query, "key") or "", first(query, "value") or ""
+    key, value = first_value(query, "key") or "", first_value(query, "value") or ""
     for _ in range(MOST_ENCODINGS):
         value = urllib.parse.unquote(value)
-    scopes = (first(query, "scope") or "ARTIFACT").split(",")
+    scopes = (first_value(query, "scope") or "ARTIFACT").split(",")
     for step in model.store.steps(ids):
         for task in model.store.tasks((*ids, step["step_name"])):
             where = (*ids, step["step_name"], str(task["task_id"]))
@@ -4982,7 +5016,7 @@ def found_tasks(model: UiModel, ids: Ids, query: Query) -> Iterator[Task]:
                 yield task
 
 
-def has_artifact(model: UiModel, ids: Ids, key: str, value: str) -> bool:
+def has_artifact(model: Model, ids: Ids, key: str, value: str) -> bool:
     """Whether the newest attempt of a task has an artifact of that name, and of that value if any:
     a part of it in whatever case, or all of it where it is in quotes."""
     artifact = model.store.artifact(ids, key)
@@ -4996,7 +5030,7 @@ def has_artifact(model: UiModel, ids: Ids, key: str, value: str) -> bool:
     return value.lower() in content.lower()
 
 
-def has_variable(model: UiModel, ids: Ids, key: str, value: str) -> bool:
+def has_variable(model: Model, ids: Ids, key: str, value: str) -> bool:
     """Whether a task is within a foreach over `key`, and at that value if any."""
     wanted = f"{key}={value.strip(chr(34))}" if value else key
     stacks = model.store.metadata(ids, fields=("foreach-stack",))
@@ -5020,7 +5054,7 @@ SERVICE_PATHS = frozenset(("api", "flows", "auth", "metadata"))
 """Beginnings of paths at which there is no page of the official UI, whatever is asked for."""
 
 
-def key_in(headers: Mapping[str, str]) -> str:
+def key_from_headers(headers: Mapping[str, str]) -> str:
     """The key that a request brings: as its header, or from the cookie that the login has set."""
     given = headers.get("x-api-key")
     if given is not None:
@@ -5045,7 +5079,7 @@ class UiService(MetadataService):
     def __init__(self, store: Store, ui_folder: str | None = None, key: str | None = None) -> None:
         """`ui_folder`: a build of the official UI; `key`: what requests have to bring, if any."""
         super().__init__(store)
-        self._model = UiModel(store)
+        self._model = Model(store)
         self._ui_folder = None if ui_folder is None else os.path.realpath(ui_folder)
         self._key = key
 
@@ -5066,7 +5100,7 @@ class UiService(MetadataService):
             return False
         return True
 
-    def dispatch(self, request: Request) -> Answer | Upgrade:
+    def dispatch(self, request: Request) -> Response | Upgrade:
         if request.method in ("GET", "HEAD") and self._is_page(request.path):
             return self._page(request)
         if request.path[0] != "api":
@@ -5074,35 +5108,37 @@ class UiService(MetadataService):
         if request.path == ["api", "login"]:
             return self._login(request)
         handler, arguments = UI_API.handler(request.method, request.path)
-        answer: Answer | Upgrade = handler(self._model, request, *arguments)
-        if isinstance(answer, Answer) and answer.kind == HTML and self._ui_folder is None:
+        response: Response | Upgrade = handler(self._model, request, *arguments)
+        if isinstance(response, Response) and response.kind == HTML and self._ui_folder is None:
             # The official UI looks into its cards, and could not into those of another origin.
-            return answer._replace(headers=(*answer.headers, CARD_POLICY))
-        return answer
+            return response._replace(headers=(*response.headers, CARD_POLICY))
+        return response
 
-    def _login(self, request: Request) -> Answer:
+    def _login(self, request: Request) -> Response:
         """Put the key into a cookie, since a browser cannot send it as a header."""
         if request.method != "POST":
             raise HttpError(405, "The method is not for this path.", [("Allow", "POST")])
         given = request.json_object().get("key")
         if self._key is None:
-            return Answer(b"", 204)
+            return Response(b"", 204)
         if not isinstance(given, str) or not is_key(given, self._key):
             raise HttpError(401, "This is not the key of the service.")
         value = urllib.parse.quote(self._key, safe="")
         cookie = f"{KEY_COOKIE}={value}; Path=/; HttpOnly; SameSite=Strict"
-        return Answer(b"", 204, headers=[("Set-Cookie", cookie)])
+        return Response(b"", 204, headers=[("Set-Cookie", cookie)])
 
-    def _page(self, request: Request) -> Answer:
+    def _page(self, request: Request) -> Response:
         """Our own page, or the official UI; which cannot ask for a key, so that ours does."""
-        needs_key = self._key is not None and not is_key(key_in(request.headers), self._key)
+        needs_key = self._key is not None and not is_key(
+            key_from_headers(request.headers), self._key
+        )
         if self._ui_folder is None or (needs_key and request.path[0] != "static"):
             headers = [("Content-Security-Policy", PAGE_POLICY), ("Cache-Control", "no-cache")]
-            return Answer(PAGE.encode(), kind=HTML, headers=headers)
+            return Response(PAGE.encode(), kind=HTML, headers=headers)
         return static_file(self._ui_folder, request.path)
 
 
-def static_file(folder: str, path: Sequence[str]) -> Answer:
+def static_file(folder: str, path: Sequence[str]) -> Response:
     """A file of a build of the official UI; its index.html for what is a page of its own."""
     import mimetypes
 
@@ -5120,7 +5156,7 @@ def static_file(folder: str, path: Sequence[str]) -> Answer:
         kind += "; charset=utf-8"
     caching = FOR_EVER if path[0] == "static" else "no-cache"
     headers = [("Cache-Control", caching), ("X-Content-Type-Options", "nosniff")]
-    return Answer(content, kind=kind, headers=headers)
+    return Response(content, kind=kind, headers=headers)
 
 
 # ==================================================================================================
@@ -5168,7 +5204,7 @@ class Access(NamedTuple):
 
     def check_key(self, fields: Mapping[str, str]) -> None:
         """Refuse a request that lacks the key."""
-        if self.key is not None and not is_key(key_in(fields), self.key):
+        if self.key is not None and not is_key(key_from_headers(fields), self.key):
             raise HttpError(401, "The request needs the service's key as its x-api-key header.")
 
     def _is_ours(self, host: str) -> bool:
@@ -5353,7 +5389,9 @@ class Server(http.server.ThreadingHTTPServer):
             super().process_request(request, client_address)
             return
         log.warning("more than %d connections", MOST_CONNECTIONS)
-        body = as_error(HttpError(503, "The service has too many connections; try again.")).content
+        body = error_response(
+            HttpError(503, "The service has too many connections; try again.")
+        ).content
         request.setblocking(False)
         with contextlib.suppress(OSError):
             request.send(
@@ -5413,16 +5451,16 @@ class Connection(http.server.BaseHTTPRequestHandler):
         try:
             request = self._request()
             self.server.note_answering(self)
-            answer: Answer | Upgrade = self.server.service.answer(request)
-            if isinstance(answer, Upgrade):
+            response: Response | Upgrade = self.server.service.answer(request)
+            if isinstance(response, Upgrade):
                 self.server.note_upgraded(self)
         except HttpError as error:
             self.close_connection = True  # for what is left of the request is not read
-            answer = as_error(error)
-        if isinstance(answer, Upgrade):
-            self._go_on(answer)
+            response = error_response(error)
+        if isinstance(response, Upgrade):
+            self._go_on(response)
         else:
-            self._send(answer)
+            self._send(response)
 
     def _go_on(self, upgrade: Upgrade) -> None:
         """Go on as what the answer says, and close then."""
@@ -5460,7 +5498,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             raise HttpError(400, "The path does not begin with a slash.")
         self.server.access.check(self.fields)
         try:
-            segments = [decoded(segment) for segment in path.split("/")[1:]]
+            segments = [decode_segment(segment) for segment in path.split("/")[1:]]
             parameters = urllib.parse.parse_qsl(
                 query, keep_blank_values=True, errors="strict", max_num_fields=MOST_PARAMETERS
             )
@@ -5525,21 +5563,21 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 return bytes(body)
         raise HttpError(431, "The body has too many trailers.")
 
-    def _send(self, answer: Answer) -> None:
+    def _send(self, response: Response) -> None:
         self.server.note_sending(self)
-        self.send_response(answer.status)
-        if answer.status != 204:
-            self.send_header("Content-Type", answer.kind)
-            self.send_header("Content-Length", str(len(answer.content)))
+        self.send_response(response.status)
+        if response.status != 204:
+            self.send_header("Content-Type", response.kind)
+            self.send_header("Content-Length", str(len(response.content)))
         self.send_header("METADATA_SERVICE_VERSION", PROTOCOL_VERSION)
-        for name, value in answer.headers:
+        for name, value in response.headers:
             self.send_header(name, value)
         if self.close_connection or self.server.is_closing:
             self.close_connection = True
             self.send_header("Connection", "close")
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(answer.content)
+            self.wfile.write(response.content)
 
     # -- seams of http.server ----------------------------------------------------------------------
 
@@ -5591,13 +5629,13 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """Refuse what http.server itself cannot make sense of."""
         self.close_connection = True
         sentence = message or http.HTTPStatus(code).phrase
-        self._send(as_error(HttpError(code, f"{sentence.rstrip('.')}.")))
+        self._send(error_response(HttpError(code, f"{sentence.rstrip('.')}.")))
 
     def log_message(self, format: str, *args: object) -> None:
         log.debug("%s %s", self.address_string(), format % args)
 
 
-def decoded(segment: str) -> str:
+def decode_segment(segment: str) -> str:
     """A segment of a path, which http.server has decoded as Latin-1, with its escapes resolved."""
     if "%" not in segment and segment.isascii():
         return segment
@@ -5651,7 +5689,7 @@ def make_datastore_folder(root: str) -> str:
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
     except OSError as error:
-        raise Failure(f"{folder} cannot be made: {error.strerror}.") from None
+        raise ServiceError(f"{folder} cannot be made: {error.strerror}.") from None
     return folder
 
 
@@ -5663,7 +5701,7 @@ class LockedFile:
         self.descriptor = descriptor
 
     @classmethod
-    def take(cls, path: str, how: int, flags: int = os.O_RDWR | os.O_CREAT) -> LockedFile | None:
+    def acquire(cls, path: str, how: int, flags: int = os.O_RDWR | os.O_CREAT) -> LockedFile | None:
         """Lock a file of one's own, made if `flags` say so; None where `how` is not to wait for it.
 
         FileNotFoundError where there is none, Failure where it belongs to somebody else or cannot
@@ -5675,14 +5713,14 @@ class LockedFile:
             except FileNotFoundError:
                 raise
             except OSError as error:
-                raise Failure(f"{path} cannot be opened: {error.strerror}.") from None
+                raise ServiceError(f"{path} cannot be opened: {error.strerror}.") from None
             try:
                 status = os.fstat(descriptor)
                 if status.st_uid != os.geteuid():
-                    raise Failure(f"{path} belongs to another user.")
+                    raise ServiceError(f"{path} belongs to another user.")
                 fcntl.flock(descriptor, how)
                 # Whoever had it locked may have removed it meanwhile, and another may be there now.
-                current = stat_of(path)
+                current = stat_or_none(path)
                 if current is not None and os.path.samestat(current, status):
                     return cls(path, descriptor)
             except BlockingIOError:
@@ -5713,7 +5751,9 @@ def registry_lock(root: str, how: int) -> Iterator[None]:
     try:
         descriptor = os.open(datastore_folder(root), os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        raise Failure(f"{datastore_folder(root)} cannot be opened: {error.strerror}.") from None
+        raise ServiceError(
+            f"{datastore_folder(root)} cannot be opened: {error.strerror}."
+        ) from None
     try:
         fcntl.flock(descriptor, how)
         yield
@@ -5728,12 +5768,12 @@ def running_service(root: str) -> Service | None:
     """
     pidfile = os.path.join(datastore_folder(root), PIDFILE)
     try:
-        lock = LockedFile.take(pidfile, fcntl.LOCK_SH | fcntl.LOCK_NB, os.O_RDONLY)
+        lock = LockedFile.acquire(pidfile, fcntl.LOCK_SH | fcntl.LOCK_NB, os.O_RDONLY)
         if lock is None:
             service = read_pidfile(pidfile)
             if not service.is_stopping:
                 return service
-            lock = LockedFile.take(pidfile, fcntl.LOCK_SH, os.O_RDONLY)
+            lock = LockedFile.acquire(pidfile, fcntl.LOCK_SH, os.O_RDONLY)
         if lock is not None:
             lock.release()
     except FileNotFoundError:
@@ -5748,9 +5788,11 @@ def read_pidfile(path: str) -> Service:
             told = json.load(f)
         service = Service(**{field: told[field] for field in Service._fields})
     except (ValueError, LookupError, TypeError):
-        raise Failure(f"{path} is locked, but does not say by which service.") from None
+        raise ServiceError(f"{path} is locked, but does not say by which service.") from None
     if service.machine != own_name():
-        raise Failure(f"The service of {service.root} runs on another machine, {service.machine}.")
+        raise ServiceError(
+            f"The service of {service.root} runs on another machine, {service.machine}."
+        )
     return service
 
 
@@ -5762,14 +5804,14 @@ def find_service(root: str) -> Service | None:
         return running_service(root)
 
 
-def take_lease(root: str) -> LockedFile:
+def acquire_lease(root: str) -> LockedFile:
     """A shared hold on the service of a root, which keeps it from stopping when it is idle.
 
     Waits for a service that is stopping to be gone.
     """
     make_datastore_folder(root)
     path = os.path.join(datastore_folder(root), LEASE)
-    return cast(LockedFile, LockedFile.take(path, fcntl.LOCK_SH))
+    return cast(LockedFile, LockedFile.acquire(path, fcntl.LOCK_SH))
 
 
 class Index:
@@ -5783,7 +5825,7 @@ class Index:
         self.folder = folder
         with contextlib.suppress(OSError):
             if os.stat(folder).st_uid != os.geteuid():
-                raise Failure(f"{folder} belongs to another user.")
+                raise ServiceError(f"{folder} belongs to another user.")
 
     def add(self, root: str) -> None:
         with contextlib.suppress(OSError):
@@ -5804,7 +5846,7 @@ class Index:
                 link = os.path.join(self.folder, name)
                 if name.endswith(".pid") and os.path.islink(link):
                     root = os.path.dirname(os.path.dirname(os.readlink(link)))
-                    with contextlib.suppress(Failure):
+                    with contextlib.suppress(ServiceError):
                         service = find_service(root)
                         if service is None:
                             remove_file(link)
@@ -5859,13 +5901,13 @@ def ensure_service(options: Options) -> tuple[Service, bool]:
             if service is None:
                 return _launch(options.with_key()), True
     if options.port not in (0, service.port):
-        raise Failure(f"The service of {service.root} runs already, on port {service.port}.")
+        raise ServiceError(f"The service of {service.root} runs already, on port {service.port}.")
     if options.key not in (None, service.key):
-        raise Failure(f"The service of {service.root} runs already, with another key.")
+        raise ServiceError(f"The service of {service.root} runs already, with another key.")
     if options.ui_folder not in (None, service.ui_folder):
-        raise Failure(f"The service of {service.root} runs already, with another UI.")
+        raise ServiceError(f"The service of {service.root} runs already, with another UI.")
     if options.makes_key and service.key is None:
-        raise Failure(f"The service of {service.root} runs already, without a key.")
+        raise ServiceError(f"The service of {service.root} runs already, without a key.")
     return service, False
 
 
@@ -5876,7 +5918,7 @@ def serve_in_foreground(options: Options) -> None:
     with registry_lock(options.root, fcntl.LOCK_EX):
         service = running_service(options.root)
         if service is not None:
-            raise Failure(f"The service of {service.root} runs already, at {service.url}.")
+            raise ServiceError(f"The service of {service.root} runs already, at {service.url}.")
         lock, server = _bind(options)
         daemon = Daemon(options, lock, server)
         _register(options, lock, server, log_file=None)
@@ -5899,15 +5941,15 @@ def _launch(options: Options) -> Service:
         remove_file(lock.path)
     lock.release()
     if failure:
-        raise Failure(failure)
+        raise ServiceError(failure)
     return read_pidfile(lock.path)
 
 
 def _bind(options: Options) -> tuple[LockedFile, Server]:
     """What makes a process the service of its root: the locked pidfile and a listening socket."""
     if importlib.util.find_spec("metaflow") is None:
-        raise Failure(f"Metaflow is not installed for {sys.executable}.")
-    lock = LockedFile.take(os.path.join(datastore_folder(options.root), PIDFILE), fcntl.LOCK_EX)
+        raise ServiceError(f"Metaflow is not installed for {sys.executable}.")
+    lock = LockedFile.acquire(os.path.join(datastore_folder(options.root), PIDFILE), fcntl.LOCK_EX)
     assert lock is not None  # it was waited for, which takes no time under the registry lock
     try:
         return lock, Server(options.host, options.port, options.key)
@@ -5915,7 +5957,9 @@ def _bind(options: Options) -> tuple[LockedFile, Server]:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         remove_file(lock.path)
         lock.release()
-        raise Failure(f"Cannot listen on {options.host} port {options.port}: {reason}.") from None
+        raise ServiceError(
+            f"Cannot listen on {options.host} port {options.port}: {reason}."
+        ) from None
 
 
 def _register(options: Options, lock: LockedFile, server: Server, log_file: str | None) -> None:
@@ -6028,7 +6072,7 @@ class Daemon:
 
     def _owns_root(self) -> bool:
         """Whether no other pidfile is in place of ours; a root that is gone may come back."""
-        current = stat_of(self._lock.path)
+        current = stat_or_none(self._lock.path)
         return current is None or os.path.samestat(current, os.fstat(self._lock.descriptor))
 
     def _end_leases(self) -> bool:
@@ -6036,14 +6080,16 @@ class Daemon:
         if self._lease is None:
             path = os.path.join(datastore_folder(self._options.root), LEASE)
             try:
-                self._lease = LockedFile.take(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (Failure, OSError):
+                self._lease = LockedFile.acquire(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (ServiceError, OSError):
                 return True  # the root is gone, and with it all leases
         return self._lease is not None
 
     def _announce_stop(self) -> None:
         """Let those who look for a service wait until this one is gone."""
-        suppressed = contextlib.suppress(OSError, Failure)  # the pidfile may be gone, with the root
+        suppressed = contextlib.suppress(
+            OSError, ServiceError
+        )  # the pidfile may be gone, with the root
         with suppressed, registry_lock(self._options.root, fcntl.LOCK_EX):
             service = read_pidfile(self._lock.path)
             self._lock.write(json.dumps(service._replace(is_stopping=True)._asdict()))
@@ -6060,12 +6106,12 @@ class Daemon:
 def wait_until_ready(service: Service) -> None:
     """Return when a service that was started answers; Failure with its reason if it never will."""
     try:
-        status, answer = ask(service, "/ping")
+        status, response = ask(service, "/ping")
     except OSError as error:
-        raise Failure(f"{service.url} does not answer: {error}.") from None
+        raise ServiceError(f"{service.url} does not answer: {error}.") from None
     if status != 200:
         stop_service(service)
-        raise Failure(json.loads(answer)["message"])
+        raise ServiceError(json.loads(response)["message"])
 
 
 def ask(service: Service, path: str) -> tuple[int, bytes]:
@@ -6074,8 +6120,8 @@ def ask(service: Service, path: str) -> tuple[int, bytes]:
     connection = http.client.HTTPConnection(host or service.host, service.port, timeout=60)
     try:
         connection.request("GET", path, headers={"x-api-key": service.key} if service.key else {})
-        answer = connection.getresponse()
-        return answer.status, answer.read()
+        response = connection.getresponse()
+        return response.status, response.read()
     finally:
         connection.close()
 
@@ -6086,18 +6132,18 @@ def stop_service(service: Service) -> None:
     try:
         os.kill(service.pid, signal.SIGTERM)
     except OSError as error:
-        raise Failure(f"Process {service.pid} cannot be stopped: {error.strerror}.") from None
+        raise ServiceError(f"Process {service.pid} cannot be stopped: {error.strerror}.") from None
     deadline = time.monotonic() + SHUTDOWN_SECONDS + 10
     while time.monotonic() < deadline:
         try:
-            lock = LockedFile.take(pidfile, fcntl.LOCK_SH | fcntl.LOCK_NB, os.O_RDONLY)
+            lock = LockedFile.acquire(pidfile, fcntl.LOCK_SH | fcntl.LOCK_NB, os.O_RDONLY)
         except FileNotFoundError:
             return
         if lock is not None:
             lock.release()
             return
         time.sleep(0.01)
-    raise Failure(f"Process {service.pid} was told to stop, but is still there.")
+    raise ServiceError(f"Process {service.pid} was told to stop, but is still there.")
 
 
 # ==================================================================================================
@@ -6119,7 +6165,7 @@ class Command(NamedTuple):
 COMMANDS: dict[str, Command] = {}
 
 
-def command(
+def subcommand(
     example: str, *arguments: tuple[str, Mapping[str, Any]], takes_service: bool = False
 ) -> Callable[[Callable[[Arguments], None]], Callable[[Arguments], None]]:
     """Declare a function `do_name` as the subcommand `name`, with arguments for argparse."""
@@ -6132,7 +6178,7 @@ def command(
     return declare
 
 
-def tell(sentence: str) -> None:
+def print_notice(sentence: str) -> None:
     """Put a line on stderr, if there is one."""
     if sys.stderr is not None:
         print(f"{PROGRAM}: {sentence}", file=sys.stderr, flush=True)
@@ -6142,40 +6188,40 @@ def current_folder() -> str:
     try:
         return os.getcwd()
     except FileNotFoundError:
-        raise Failure("The current folder is not there any more.") from None
+        raise ServiceError("The current folder is not there any more.") from None
 
 
-def chosen_root(arguments: Arguments) -> str:
+def resolve_root(arguments: Arguments) -> str:
     return root_folder(arguments.root, os.environ, current_folder())
 
 
-def chosen_options(arguments: Arguments, idle_timeout: float = DEFAULT_IDLE_TIMEOUT) -> Options:
+def resolve_options(arguments: Arguments, idle_timeout: float = DEFAULT_IDLE_TIMEOUT) -> Options:
     """What the command line says of a service, and where it is silent the environment."""
 
-    def chosen(option: Made | None, variable: str, convert: Callable[[str], Made]) -> Any:
+    def chosen(option: T | None, variable: str, convert: Callable[[str], T]) -> Any:
         return from_environment(os.environ, variable, convert) if option is None else option
 
-    port = chosen(arguments.port, ENV_PORT, port_number)
-    timeout = chosen(arguments.idle_timeout, ENV_IDLE_TIMEOUT, seconds)
-    key = from_environment(os.environ, ENV_KEY, access_key)
+    port = chosen(arguments.port, ENV_PORT, parse_port)
+    timeout = chosen(arguments.idle_timeout, ENV_IDLE_TIMEOUT, parse_seconds)
+    key = from_environment(os.environ, ENV_KEY, parse_key)
     if key is None and not arguments.generate_key and not is_loopback(arguments.host):
-        raise Failure(
+        raise ServiceError(
             f"To listen on {arguments.host} takes a key: set {ENV_KEY}, or give --generate-key.", 2
         )
     return Options(
-        root=chosen_root(arguments),
+        root=resolve_root(arguments),
         host=arguments.host,
         port=port or 0,
         idle_timeout=idle_timeout if timeout is None else timeout,
         key=key,
         makes_key=arguments.generate_key,
-        ui_folder=chosen(arguments.ui_dir, ENV_UI_DIR, ui_folder),
+        ui_folder=chosen(arguments.ui_dir, ENV_UI_DIR, parse_ui_folder),
         is_debug=is_debug(os.environ),
         registry=Index(home_folder(os.environ)),
     )
 
 
-def settings_for(arguments: Arguments, service: Service) -> dict[str, str]:
+def command_settings(arguments: Arguments, service: Service) -> dict[str, str]:
     """The environment in which a command uses the service.
 
     With --root, artifacts are to go where the metadata does, unless something else is set.
@@ -6186,7 +6232,7 @@ def settings_for(arguments: Arguments, service: Service) -> dict[str, str]:
     return settings
 
 
-@command(
+@subcommand(
     f"{PROGRAM} run python flow.py run --max-workers 8",
     ("command", {"nargs": argparse.REMAINDER, "metavar": "COMMAND [ARG ...]"}),
     takes_service=True,
@@ -6203,36 +6249,36 @@ def do_run(arguments: Arguments) -> None:
     """
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
     if not command:
-        raise Failure(f"run needs a command; see {PROGRAM} run --help", exit_code=2)
-    options = chosen_options(arguments)
-    lease = take_lease(options.root)
+        raise ServiceError(f"run needs a command; see {PROGRAM} run --help", exit_code=2)
+    options = resolve_options(arguments)
+    lease = acquire_lease(options.root)
     service, _ = ensure_service(options)
     lease.keep_on_exec()
     if shutil.which(command[0]):
         mention_page(service)
-    become(command, {**os.environ, **settings_for(arguments, service)})
+    exec_command(command, {**os.environ, **command_settings(arguments, service)})
 
 
-def become(command: Sequence[str], environment: Environment) -> NoReturn:
+def exec_command(command: Sequence[str], environment: Environment) -> NoReturn:
     """Replace this process by a command. Failure where that cannot be."""
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)  # which Python ignores, and a command would inherit
     try:
         os.execvpe(command[0], list(command), environment)
     except FileNotFoundError:
-        raise Failure(f"{command[0]}: command not found", exit_code=127) from None
+        raise ServiceError(f"{command[0]}: command not found", exit_code=127) from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise Failure(f"{command[0]} cannot be executed: {reason}", exit_code=126) from None
+        raise ServiceError(f"{command[0]} cannot be executed: {reason}", exit_code=126) from None
 
 
-@command(f"{PROGRAM} start --port 8123 --idle-timeout 0", takes_service=True)
+@subcommand(f"{PROGRAM} start --port 8123 --idle-timeout 0", takes_service=True)
 def do_start(arguments: Arguments) -> None:
     """Start the service in the background.
 
     Returns when it answers, and prints its URL and the two settings. One that runs already is fine.
     """
-    service, is_new = ensure_service(chosen_options(arguments))
+    service, is_new = ensure_service(resolve_options(arguments))
     wait_until_ready(service)
     print(f"{'Started' if is_new else 'Running already'} at {service.url} for {service.root}")
     print_settings(arguments, service)
@@ -6242,21 +6288,21 @@ def do_start(arguments: Arguments) -> None:
 def print_settings(arguments: Arguments, service: Service) -> None:
     import shlex
 
-    for name, value in settings_for(arguments, service).items():
+    for name, value in command_settings(arguments, service).items():
         print(f"export {name}={shlex.quote(value)}")
 
 
-@command(f"{PROGRAM} serve --host 0.0.0.0 --port 8080 --generate-key", takes_service=True)
+@subcommand(f"{PROGRAM} serve --host 0.0.0.0 --port 8080 --generate-key", takes_service=True)
 def do_serve(arguments: Arguments) -> None:
     """Be the service, in the foreground.
 
     For containers, systemd and debugging: logs on stderr, and runs until it is stopped unless an
     idle time-out is given.
     """
-    serve_in_foreground(chosen_options(arguments, idle_timeout=0))
+    serve_in_foreground(resolve_options(arguments, idle_timeout=0))
 
 
-@command(
+@subcommand(
     f"{PROGRAM} status --json",
     ("--json", {"action": "store_true", "help": "print it as JSON"}),
     ("--all", {"action": "store_true", "help": "of all services of this user"}),
@@ -6269,18 +6315,18 @@ def do_status(arguments: Arguments) -> None:
     if arguments.all:
         services = Index(home_folder(os.environ)).services()
     else:
-        service = find_service(chosen_root(arguments))
+        service = find_service(resolve_root(arguments))
         services = [] if service is None else [service]
     if arguments.json:
         told = [service.public() for service in services]
         print(json.dumps(told if arguments.all else next(iter(told), None), indent=2))
     else:
-        print("\n\n".join(map(description, services)) or not_running(arguments))
+        print("\n\n".join(map(describe_service, services)) or no_service_message(arguments))
     if not services:
         raise SystemExit(1)
 
 
-def description(service: Service) -> str:
+def describe_service(service: Service) -> str:
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(service.started_at))
     return "\n".join(
         (
@@ -6294,11 +6340,11 @@ def description(service: Service) -> str:
     )
 
 
-def not_running(arguments: Arguments) -> str:
-    return "No service runs" + ("." if arguments.all else f" for {chosen_root(arguments)}.")
+def no_service_message(arguments: Arguments) -> str:
+    return "No service runs" + ("." if arguments.all else f" for {resolve_root(arguments)}.")
 
 
-@command(
+@subcommand(
     f'export METAFLOW_SERVICE_URL="$({PROGRAM} url)"',
     ("--no-start", {"action": "store_true", "help": "exit with 1 where no service runs"}),
     takes_service=True,
@@ -6306,15 +6352,15 @@ def not_running(arguments: Arguments) -> str:
 def do_url(arguments: Arguments) -> None:
     """Print the URL of the service, which is started where none runs."""
     if arguments.no_start:
-        service = find_service(chosen_root(arguments))
+        service = find_service(resolve_root(arguments))
         if service is None:
-            raise Failure(f"No service runs for {chosen_root(arguments)}.")
+            raise ServiceError(f"No service runs for {resolve_root(arguments)}.")
     else:
-        service, _ = ensure_service(chosen_options(arguments))
+        service, _ = ensure_service(resolve_options(arguments))
     print(service.url)
 
 
-@command(
+@subcommand(
     f"{PROGRAM} ui",
     ("--no-browser", {"action": "store_true", "help": "only print the URL"}),
     takes_service=True,
@@ -6325,29 +6371,29 @@ def do_ui(arguments: Arguments) -> None:
     Starts the service where none runs, prints the page's URL and opens it in a browser. A service
     with a key asks for it once: it is among what `env` prints.
     """
-    service, _ = ensure_service(chosen_options(arguments))
+    service, _ = ensure_service(resolve_options(arguments))
     wait_until_ready(service)
     print(service.url, flush=True)
     if not arguments.no_browser:
         import webbrowser
 
         if not webbrowser.open(service.url):
-            raise Failure("There is no browser to open it in.")
+            raise ServiceError("There is no browser to open it in.")
 
 
 def mention_page(service: Service) -> None:
     """Say where to look, without getting in the way of what is on stdout."""
-    tell(f"runs are shown at {service.url}")
+    print_notice(f"runs are shown at {service.url}")
 
 
-@command(f'eval "$({PROGRAM} env)"', takes_service=True)
+@subcommand(f'eval "$({PROGRAM} env)"', takes_service=True)
 def do_env(arguments: Arguments) -> None:
     """Print the settings as `export` lines for a shell's eval; starts a service where none runs."""
-    service, _ = ensure_service(chosen_options(arguments))
+    service, _ = ensure_service(resolve_options(arguments))
     print_settings(arguments, service)
 
 
-@command(
+@subcommand(
     f"{PROGRAM} stop --all",
     ("--all", {"action": "store_true", "help": "all services of this user"}),
 )
@@ -6360,13 +6406,13 @@ def do_stop(arguments: Arguments) -> None:
     if arguments.all:
         services = Index(home_folder(os.environ)).services()
     else:
-        service = find_service(chosen_root(arguments))
+        service = find_service(resolve_root(arguments))
         services = [] if service is None else [service]
     for service in services:
         stop_service(service)
         print(f"Stopped {service.url} for {service.root}")
     if not services:
-        print(not_running(arguments))
+        print(no_service_message(arguments))
 
 
 DEMO_FLOW = """\
@@ -6418,7 +6464,7 @@ if __name__ == "__main__":
 """
 
 
-@command(
+@subcommand(
     f"{PROGRAM} demo",
     ("folder", {"nargs": "?", "default": "./metaflow-demo", "metavar": "DIR"}),
     takes_service=True,
@@ -6441,12 +6487,12 @@ def do_demo(arguments: Arguments) -> None:
             f.write(DEMO_FLOW)
         os.chdir(folder)
     except OSError as error:
-        raise Failure(f"{flow} cannot be written: {error.strerror}.") from None
-    options = chosen_options(arguments)
-    lease = take_lease(options.root)
+        raise ServiceError(f"{flow} cannot be written: {error.strerror}.") from None
+    options = resolve_options(arguments)
+    lease = acquire_lease(options.root)
     service, _ = ensure_service(options)
     wait_until_ready(service)
-    settings = settings_for(arguments, service)
+    settings = command_settings(arguments, service)
     users = (os.environ.get(name) for name in ("METAFLOW_USER", "SUDO_USER", "USERNAME", "USER"))
     if all(user in (None, "", "root") for user in users):
         settings["METAFLOW_USER"] = "demo"  # Metaflow wants a name, which a fresh container lacks
@@ -6454,7 +6500,7 @@ def do_demo(arguments: Arguments) -> None:
         [sys.executable, flow, "run", "--tag", "demo"], env={**os.environ, **settings}
     )
     if ran.returncode != 0:
-        raise Failure("The demo flow failed; what it said is above.", ran.returncode)
+        raise ServiceError("The demo flow failed; what it said is above.", ran.returncode)
     print_recorded(service, folder, program)
     lease.release()
 
@@ -6487,7 +6533,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise Failure(f"{message}; see {self.prog} --help", exit_code=2)
+        raise ServiceError(f"{message}; see {self.prog} --help", exit_code=2)
 
 
 class VersionAction(argparse.Action):
@@ -6550,8 +6596,8 @@ def add_arguments(parser: argparse.ArgumentParser, declared: Command) -> None:
 
 
 def add_service_options(parser: argparse.ArgumentParser) -> None:
-    def option(convert: Callable[[str], Made]) -> Callable[[str], Made]:
-        def converted(text: str) -> Made:
+    def option(convert: Callable[[str], T]) -> Callable[[str], T]:
+        def converted(text: str) -> T:
             try:
                 return convert(text)
             except ValueError as error:
@@ -6568,20 +6614,20 @@ def add_service_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--port",
         metavar="N",
-        type=option(port_number),
+        type=option(parse_port),
         help=f"the port to listen on; 0 is any free one (default: {ENV_PORT}, else 0)",
     )
     parser.add_argument(
         "--idle-timeout",
         metavar="SECONDS",
-        type=option(seconds),
+        type=option(parse_seconds),
         help="stop after so long without a request or a running command; 0 is never (default: "
         f"{ENV_IDLE_TIMEOUT}, else {DEFAULT_IDLE_TIMEOUT:.0f})",
     )
     parser.add_argument(
         "--ui-dir",
         metavar="DIR",
-        type=option(ui_folder),
+        type=option(parse_ui_folder),
         help="a build of the official Metaflow UI to show in place of the page of this program "
         f"(default: {ENV_UI_DIR})",
     )
@@ -6611,10 +6657,10 @@ def main() -> NoReturn:
     """
     prepare_standard_streams()
     try:
-        exit_code = done(sys.argv[1:])
+        exit_code = run_command_line(sys.argv[1:])
         print(end="", flush=True)  # sys.stdout is None where it was closed
-    except Failure as failure:
-        tell(str(failure))
+    except ServiceError as failure:
+        print_notice(str(failure))
         exit_code = failure.exit_code
     except KeyboardInterrupt:
         exit_code = 130
@@ -6623,7 +6669,7 @@ def main() -> NoReturn:
     os._exit(exit_code)
 
 
-def done(words: Sequence[str]) -> int:
+def run_command_line(words: Sequence[str]) -> int:
     """Do what the words say, and return the exit code; Failure where that cannot be done."""
     try:
         arguments = make_parser(words).parse_args(words)

@@ -563,21 +563,21 @@ def test_metaflow_itself_would_use_the_same_root(cli: Cli, source: str) -> None:
 @given(st.text(max_size=7) | st.integers(-9, 99999).map(str))
 def test_a_port_is_a_number_from_0_to_65535_and_nothing_else(text: str) -> None:
     if re.fullmatch("[0-9]{1,5}", text) and int(text) < 65536:
-        assert mls.port_number(text) == int(text)
+        assert mls.parse_port(text) == int(text)
     else:
         with pytest.raises(ValueError, match=r"^a port is a number from 0 to 65535, not "):
-            mls.port_number(text)
+            mls.parse_port(text)
 
 
 @pytest.mark.parametrize(("text", "value"), [("0", 0), ("300", 300), ("0.25", 0.25), ("007", 7)])
 def test_an_idle_time_out_is_a_number_of_seconds(text: str, value: float) -> None:
-    assert mls.seconds(text) == value
+    assert mls.parse_seconds(text) == value
 
 
 @pytest.mark.parametrize("text", ["", "-1", "1e3", "nan", "inf", " 5", "5s", "1,5", "٣", "5\n"])
 def test_an_idle_time_out_is_nothing_else(text: str) -> None:
     with pytest.raises(ValueError, match=r"^an idle time-out is a number of seconds"):
-        mls.seconds(text)
+        mls.parse_seconds(text)
 
 
 @pytest.mark.parametrize(
@@ -599,9 +599,9 @@ def test_a_bad_number_is_one_sentence_and_exit_code_2(
 
 
 def test_an_empty_variable_is_as_good_as_none() -> None:
-    assert mls.from_environment({"PORT": ""}, "PORT", mls.port_number) is None
-    assert mls.from_environment({}, "PORT", mls.port_number) is None
-    assert mls.from_environment({"PORT": "80"}, "PORT", mls.port_number) == 80
+    assert mls.from_environment({"PORT": ""}, "PORT", mls.parse_port) is None
+    assert mls.from_environment({}, "PORT", mls.parse_port) is None
+    assert mls.from_environment({"PORT": "80"}, "PORT", mls.parse_port) == 80
 
 
 @pytest.mark.parametrize(
@@ -631,7 +631,7 @@ def labels(tags: Any = ("t",), system_tags: Any = ("user:tester",)) -> mls.Label
 
 def new_run(store: mls.Store, run_id: str | None = None, flow: str = "Flow") -> Ids:
     """Make a run, and its flow if need be, and return its ids."""
-    with contextlib.suppress(mls.AlreadyThere):
+    with contextlib.suppress(mls.AlreadyExists):
         store.create_flow((flow,), labels())
     run = store.create_run((flow,), run_id, labels(), beats=False)
     return (flow, str(run["run_number"]))
@@ -639,7 +639,7 @@ def new_run(store: mls.Store, run_id: str | None = None, flow: str = "Flow") -> 
 
 def new_task(store: mls.Store, run: Ids, step: str = "start", task_id: str | None = None) -> Ids:
     """Make a task, and its step if need be, and return its ids."""
-    with contextlib.suppress(mls.AlreadyThere):
+    with contextlib.suppress(mls.AlreadyExists):
         store.create_step((*run, step), labels())
     task = store.create_task((*run, step), task_id, labels(), beats=False)
     return (*run, step, str(task["task_id"]))
@@ -817,9 +817,9 @@ def test_an_id_that_the_client_brings_is_kept_and_taken_once(store: mls.Store) -
     task = new_task(store, run, task_id="t é-1")
     assert (run[1], task[3]) == ("argo-flow.x:1", "t é-1")
     before = record_file(store, task).read_bytes()
-    with pytest.raises(mls.AlreadyThere):
+    with pytest.raises(mls.AlreadyExists):
         new_run(store, run[1])
-    with pytest.raises(mls.AlreadyThere):
+    with pytest.raises(mls.AlreadyExists):
         new_task(store, run, task_id=task[3])
     assert record_file(store, task).read_bytes() == before
 
@@ -828,7 +828,7 @@ def test_an_id_that_many_bring_at_once_is_made_once(store: mls.Store) -> None:
     store.create_flow(("Flow",), labels())
 
     def is_made(_: int) -> bool:
-        with contextlib.suppress(mls.AlreadyThere):
+        with contextlib.suppress(mls.AlreadyExists):
             return bool(store.create_run(("Flow",), "argo", labels(), beats=True))
         return False
 
@@ -841,9 +841,9 @@ def test_a_number_is_no_id_that_a_client_may_bring(store: mls.Store, number: str
     run = new_run(store)
     store.create_step((*run, "start"), labels())
     before = all_paths(Path(store.folder))
-    with pytest.raises(mls.NotAllowed):
+    with pytest.raises(mls.NotStorable):
         new_run(store, number)
-    with pytest.raises(mls.NotAllowed):
+    with pytest.raises(mls.NotStorable):
         new_task(store, run, task_id=number)
     assert all_paths(Path(store.folder)) == before
 
@@ -866,19 +866,19 @@ def test_what_cannot_name_a_folder_is_refused(store: mls.Store, name: str) -> No
         lambda: store.create_task(step, name, labels(), beats=True),
         lambda: store.task((*step, name)),
     ):
-        with pytest.raises(mls.NotAllowed):
+        with pytest.raises(mls.NotStorable):
             refused()
     assert all_paths(Path(store.folder).parent) == before
 
 
 def test_an_id_that_no_path_can_name_is_refused(store: mls.Store) -> None:
     """A lone surrogate can be in JSON, but is no UTF-8: nobody could ask for the run."""
-    with pytest.raises(mls.NotAllowed):
+    with pytest.raises(mls.NotStorable):
         new_run(store, "\udc80")
 
 
 def test_a_flow_cannot_have_the_name_of_a_file_of_the_service(store: mls.Store) -> None:
-    with pytest.raises(mls.NotAllowed):
+    with pytest.raises(mls.NotStorable):
         store.create_flow((mls.PIDFILE,), labels())
 
 
@@ -1025,7 +1025,7 @@ def test_what_others_delete_is_gone_at_the_next_call(store: mls.Store) -> None:
     shutil.rmtree(folder_of(store, run))
     assert (store.run(run), store.task(task), list(store.steps(run))) == (None, None, [])
     assert [str(r["run_number"]) for r in store.runs(("Flow",))] == [other[1]]
-    with pytest.raises(mls.NotThere):
+    with pytest.raises(mls.NotFound):
         store.create_metadata(task, [a_field("f")])
 
 
@@ -1133,7 +1133,7 @@ def test_links_that_lead_nowhere_are_left_out(store: mls.Store) -> None:
 
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(0, 9))), st.integers(1, 20))
 def test_a_recent_dict_weighs_no_more_than_its_limit(puts: list[Any], limit: int) -> None:
-    recent = mls.Recent(limit, weigh=lambda value: value)
+    recent = mls.Cache(limit, weigh=lambda value: value)
     for key, value in puts:
         recent.put(key, value)
         assert sum(recent.values()) <= limit
@@ -1220,7 +1220,7 @@ def test_nothing_is_written_where_a_symbolic_link_leads(
     inside.symlink_to(outside)
     before = contents(outside)
     assert store.task(task) is not None  # to read is fine
-    with contextlib.suppress(mls.NotAllowed):
+    with contextlib.suppress(mls.NotStorable):
         WRITES[kind](store, task)
     assert contents(outside) == before
 
@@ -1281,8 +1281,10 @@ SOME_RUNS = [
 def passed(query: str, records: list[dict[str, Any]] = SOME_RUNS) -> list[Any]:
     """The numbers of the runs that a query lets pass."""
     parameters = parse_qsl(query, keep_blank_values=True)
-    tests = [test for name, test in mls.filters(parameters, mls.RUN_FIELDS) if name != "status"]
-    tests += mls.tag_filters(parameters)
+    tests = [
+        test for name, test in mls.parse_filters(parameters, mls.RUN_FIELDS) if name != "status"
+    ]
+    tests += mls.parse_tag_filters(parameters)
     return [run["run_number"] for run in records if all(test(run) for test in tests)]
 
 
@@ -1486,7 +1488,7 @@ def test_what_is_no_pattern_is_refused(pattern: str) -> None:
 def test_a_pattern_that_could_take_for_ever_is_refused(pattern: str, is_quick: bool) -> None:
     texts, expected = ["a" * 200], contextlib.nullcontext()
     with expected if is_quick else pytest.raises(mls.BadQuery, match="repeats too much"):
-        mls.found_in(mls.postgres_regex(pattern), texts)
+        mls.find_matches(mls.postgres_regex(pattern), texts)
 
 
 @given(st.text("ab$^.()[]{}\\ymMYbd?*+|\n", max_size=12))
@@ -1570,7 +1572,7 @@ ORDERS = ["FLOW_ORDER", "RUN_ORDER", "TASK_ORDER", "METADATA_ORDER", "ARTIFACT_O
 @given(record=any_record)
 def test_a_cursor_leads_back_to_the_place_of_its_record(name: str, record: Any) -> None:
     order = getattr(mls, name)
-    assert mls.place_of(order, mls.cursor_after(order, record)) == order.moment(record)
+    assert mls.decode_cursor(order, mls.encode_cursor(order, record)) == order.moment(record)
 
 
 json_texts = st.recursive(
@@ -1594,7 +1596,7 @@ any_cursor = st.text(max_size=20) | st.one_of(
 def test_a_cursor_is_a_place_or_refused(name: str, cursor: str, record: Any) -> None:
     order = getattr(mls, name)
     with contextlib.suppress(mls.BadQuery):
-        place, moment = mls.place_of(order, cursor), order.moment(record)
+        place, moment = mls.decode_cursor(order, cursor), order.moment(record)
         assert (place < moment) + (place == moment) + (place > moment) == 1
 
 
@@ -1615,25 +1617,25 @@ def test_a_cursor_is_a_place_or_refused(name: str, cursor: str, record: Any) -> 
 )
 def test_a_cursor_that_holds_no_numbers_is_refused(content: str) -> None:
     with pytest.raises(mls.BadQuery, match=r"^Invalid cursor$"):
-        mls.place_of(mls.METADATA_ORDER, base64.b64encode(content.encode()).decode())
+        mls.decode_cursor(mls.METADATA_ORDER, base64.b64encode(content.encode()).decode())
 
 
 def test_a_cursor_may_hold_its_numbers_as_text_or_fractions() -> None:
     cursor = base64.b64encode(b'{"ts_epoch": "12", "run_number": 3.0}').decode()
-    assert mls.place_of(mls.RUN_ORDER, cursor) == mls.RUN_ORDER.moment(a_run(3, ts_epoch=12))
+    assert mls.decode_cursor(mls.RUN_ORDER, cursor) == mls.RUN_ORDER.moment(a_run(3, ts_epoch=12))
 
 
 @pytest.mark.parametrize(
     ("text", "size"), [(None, 50), ("", 50), ("1", 1), ("500", 500), ("501", 500), ("9" * 99, 500)]
 )
 def test_a_page_has_50_records_or_up_to_500(text: str | None, size: int) -> None:
-    assert mls.page_size([] if text is None else [("_limit", text), ("_limit", "3")]) == size
+    assert mls.parse_limit([] if text is None else [("_limit", text), ("_limit", "3")]) == size
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "1.5", "abc", "1 ", "٣", "1e2"])
 def test_a_page_of_another_size_is_refused(text: str) -> None:
     with pytest.raises(mls.BadQuery):
-        mls.page_size([("_limit", text)])
+        mls.parse_limit([("_limit", text)])
 
 
 # ==================================================================================================
@@ -2123,7 +2125,7 @@ def assert_pages_make_the_list(
 ) -> None:
     whole, found, query = list(records(None)), [], [("_limit", str(limit))]
     for _ in range(len(whole) + 1):
-        answer = mls.listed(store, mls.Request("GET", [], query, None), order, records)
+        answer = mls.paginate(store, mls.Request("GET", [], query, None), order, records)
         found += json.loads(answer.content)
         cursor = dict(answer.headers).get("X-Next-Cursor")
         if cursor is None:
@@ -2484,9 +2486,9 @@ def watch_a_killed_run(cli: Cli, process: subprocess.Popen[Any]) -> Watching:
     try:
         started = f".metaflow/SlowFlow/*/start/*/{mls.META_DIR}/sysmeta_attempt_*"
         assert eventually(lambda: list(cli.folder.glob(started)), seconds=60)
-        model = mls.UiModel(mls.Store(str(cli.folder)))
+        model = mls.Model(mls.Store(str(cli.folder)))
         (run,) = (r for r in model.runs() if r["flow_id"] == "SlowFlow")
-        ids = mls.row_ids(run)
+        ids = mls.run_row_ids(run)
         alive = model.run(ids), model.tasks(ids, time.time())
     finally:
         os.killpg(process.pid, signal.SIGKILL)
@@ -2496,7 +2498,7 @@ def watch_a_killed_run(cli: Cli, process: subprocess.Popen[Any]) -> Watching:
 
 def seen_after(cli: Cli, ids: mls.Ids, delay: float) -> Any:
     """A run and its tasks as they look so many seconds later."""
-    model = mls.UiModel(mls.Store(str(cli.folder)), lambda: time.time() + delay)
+    model = mls.Model(mls.Store(str(cli.folder)), lambda: time.time() + delay)
     return model.run(ids), model.tasks(ids, model.clock())
 
 
@@ -2518,35 +2520,35 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def seen(recorded: Path) -> mls.UiModel:
+def seen(recorded: Path) -> mls.Model:
     """The flows that ran, as a person sees them a while later."""
-    return mls.UiModel(mls.Store(str(recorded)), lambda: time.time() + 100)
+    return mls.Model(mls.Store(str(recorded)), lambda: time.time() + 100)
 
 
-def runs_of(model: mls.UiModel, flow: str) -> list[Any]:
+def runs_of(model: mls.Model, flow: str) -> list[Any]:
     """The runs of a flow, oldest first."""
     rows = [model.judge(row) for row in model.runs() if row["flow_id"] == flow]
     return rows[::-1]
 
 
-def attempts_of(model: mls.UiModel, run: Any, step: str) -> list[Any]:
-    tasks = model.tasks(mls.row_ids(run), model.clock())
+def attempts_of(model: mls.Model, run: Any, step: str) -> list[Any]:
+    tasks = model.tasks(mls.run_row_ids(run), model.clock())
     return [task for task in tasks if task["step_name"] == step]
 
 
-def task_in(model: mls.UiModel, flow: str, step: str, which: int = 0) -> mls.Ids:
+def task_in(model: mls.Model, flow: str, step: str, which: int = 0) -> mls.Ids:
     """The ids of a task of the first run of a flow."""
-    ids = mls.row_ids(runs_of(model, flow)[0])
+    ids = mls.run_row_ids(runs_of(model, flow)[0])
     return model.store.task_ids((*ids, step))[which]
 
 
-def content(model: mls.UiModel, ids: mls.Ids, name: str) -> Any:
+def content(model: mls.Model, ids: mls.Ids, name: str) -> Any:
     artifact = model.store.artifact(ids, name)
     assert artifact is not None
     return model.with_value(mls.artifact_row(artifact)).get("content")
 
 
-def test_a_run_that_reached_its_end_is_completed_when_its_last_task_was(seen: mls.UiModel) -> None:
+def test_a_run_that_reached_its_end_is_completed_when_its_last_task_was(seen: mls.Model) -> None:
     (run,) = runs_of(seen, "ZooFlow")
     (end,) = attempts_of(seen, run, "end")
     assert (run["status"], end["status"]) == ("completed", "completed")
@@ -2555,7 +2557,7 @@ def test_a_run_that_reached_its_end_is_completed_when_its_last_task_was(seen: ml
     assert (run["user"], run["tags"]) == ("tester", ["demo"])
 
 
-def test_every_attempt_has_a_row_with_its_own_status_and_times(seen: mls.UiModel) -> None:
+def test_every_attempt_has_a_row_with_its_own_status_and_times(seen: mls.Model) -> None:
     (run,) = runs_of(seen, "ZooFlow")
     retried = [t for t in attempts_of(seen, run, "work") if t["task_id"] == max_retried(seen, run)]
     assert [(t["attempt_id"], t["status"]) for t in retried] == [(0, "failed"), (1, "completed")]
@@ -2564,12 +2566,12 @@ def test_every_attempt_has_a_row_with_its_own_status_and_times(seen: mls.UiModel
     assert all(t["duration"] == t["finished_at"] - t["started_at"] for t in retried)
 
 
-def max_retried(model: mls.UiModel, run: Any) -> Any:
+def max_retried(model: mls.Model, run: Any) -> Any:
     attempts = attempts_of(model, run, "work")
     return max(attempts, key=lambda task: task["attempt_id"])["task_id"]
 
 
-def test_a_caught_failure_is_a_completed_task_that_shows_the_exception(seen: mls.UiModel) -> None:
+def test_a_caught_failure_is_a_completed_task_that_shows_the_exception(seen: mls.Model) -> None:
     (run,) = runs_of(seen, "ZooFlow")
     assert [t["status"] for t in attempts_of(seen, run, "right")] == ["completed"]
     problem = content(seen, task_in(seen, "ZooFlow", "right"), "problem")
@@ -2577,7 +2579,7 @@ def test_a_caught_failure_is_a_completed_task_that_shows_the_exception(seen: mls
 
 
 def test_a_run_has_failed_as_soon_as_a_task_has_used_up_its_attempts(recorded: Path) -> None:
-    now = mls.UiModel(mls.Store(str(recorded)))
+    now = mls.Model(mls.Store(str(recorded)))
     run = runs_of(now, "FailingFlow")[0]
     broken = attempts_of(now, run, "breaks")
     assert [t["status"] for t in broken] == ["failed", "failed"]
@@ -2616,17 +2618,17 @@ def test_the_decorators_of_a_step_say_how_many_attempts_it_has(
     assert mls.attempts_allowed({"steps": {"s": {"decorators": decorators}}}, "s") == attempts
 
 
-def test_a_resumed_run_shows_the_tasks_that_it_took_over_as_completed(seen: mls.UiModel) -> None:
+def test_a_resumed_run_shows_the_tasks_that_it_took_over_as_completed(seen: mls.Model) -> None:
     resumed = runs_of(seen, "FailingFlow")[1]
     assert resumed["status"] == "completed"
-    tasks = seen.tasks(mls.row_ids(resumed), seen.clock())
+    tasks = seen.tasks(mls.run_row_ids(resumed), seen.clock())
     assert {(t["step_name"], t["status"]) for t in tasks} == {
         (name, "completed") for name in ("_parameters", "start", "breaks", "end")
     }
 
 
 def test_a_run_is_completed_by_its_own_last_step_whatever_that_is_called(
-    seen: mls.UiModel,
+    seen: mls.Model,
 ) -> None:
     if not can_name_the_last_step():
         pytest.skip("this Metaflow has no @step(end=True)")
@@ -2635,7 +2637,7 @@ def test_a_run_is_completed_by_its_own_last_step_whatever_that_is_called(
     assert (run["status"], run["finished_at"]) == ("completed", finish["finished_at"])
     assert run["last_heartbeat_ts"] is None, "it ran in local mode"
     assert attempts_of(seen, run, "slow") == []
-    graph = seen.graph(mls.row_ids(run))
+    graph = seen.graph(mls.run_row_ids(run))
     assert graph is not None and graph["steps"]["begin"]["type"] == "split-switch"
 
 
@@ -2658,7 +2660,7 @@ def test_a_task_without_heartbeats_lives_as_long_as_its_files_are_written(
     api.post(f"{task}/metadata", [metadatum("attempt", "0"), metadatum("ds-root", store.folder)])
     ids = tuple(task.split("/")[2::2])
     late = time.time() + 2 * mls.TASK_SILENCE_CUTOFF
-    model = mls.UiModel(store, lambda: late)
+    model = mls.Model(store, lambda: late)
     assert [t["status"] for t in model.attempts(ids, late)] == ["failed"]
     assert model.judge(next(model.runs()))["status"] == "failed"
     os.utime("/".join((store.folder, *ids)), (late, late))
@@ -2668,7 +2670,7 @@ def test_a_task_without_heartbeats_lives_as_long_as_its_files_are_written(
 
 def test_a_task_that_nobody_has_begun_is_pending(store: mls.Store, api: Api) -> None:
     ids = tuple(api.new_task_of_its_own().split("/")[2::2])
-    (attempt,) = mls.UiModel(store).attempts(ids, time.time())
+    (attempt,) = mls.Model(store).attempts(ids, time.time())
     assert (attempt["status"], attempt["attempt_id"]) == ("pending", 0)
     assert attempt["started_at"] is None and attempt["finished_at"] is None
 
@@ -2681,7 +2683,7 @@ def test_an_attempt_whose_process_was_killed_is_failed_when_its_scheduler_notice
     ids = tuple(task.split("/")[2::2])
     told = json.dumps({"return_code": -9, "killed": False, "success": False})
     Path(store.folder, *ids, "0.runtime").write_text(told)
-    (attempt,) = mls.UiModel(store).attempts(ids, time.time())
+    (attempt,) = mls.Model(store).attempts(ids, time.time())
     assert attempt["status"] == "failed"
 
 
@@ -2709,9 +2711,9 @@ def test_attempts_are_numbered_without_gaps_and_the_order_of_records_means_nothi
         }
         for index, (field, number, is_ok, at) in enumerate(told)
     ]
-    attempts = mls.attempts_in(rows, [])
+    attempts = mls.attempts_from_metadata(rows, [])
     assert len(attempts) == max((number for _, number, _, _ in told), default=-1) + 1
-    assert mls.attempts_in(rows[::-1], []) == attempts
+    assert mls.attempts_from_metadata(rows[::-1], []) == attempts
     for number, attempt in enumerate(attempts):
         oks = [
             r for r in rows if r["field_name"] == "attempt_ok" and r["tags"][0][11:] == str(number)
@@ -2722,7 +2724,7 @@ def test_attempts_are_numbered_without_gaps_and_the_order_of_records_means_nothi
 
 def test_an_attempt_of_a_million_makes_no_million_rows() -> None:
     rows: Any = [{"id": 1, "field_name": "attempt", "value": "99999", "ts_epoch": 1, "tags": None}]
-    assert mls.attempts_in(rows, [3]) == [mls.Attempt()] * 4
+    assert mls.attempts_from_metadata(rows, [3]) == [mls.Attempt()] * 4
 
 
 def test_a_finished_run_is_judged_once_until_its_files_change(
@@ -2731,7 +2733,7 @@ def test_a_finished_run_is_judged_once_until_its_files_change(
     monkeypatch.setattr(mls, "SETTLED_NS", -(10**12))
     task = api.new_task(api.new_step(api.new_run(api.new_flow()), "end"))
     api.post(f"{task}/metadata", [metadatum("attempt", "0"), metadatum("attempt_ok", "True")])
-    model = mls.UiModel(store)
+    model = mls.Model(store)
     assert model.judge(next(model.runs()))["status"] == "completed"
     judged: list[object] = []
     completion = model._completion
@@ -2777,7 +2779,7 @@ def test_any_bytes_are_a_log(files: list[bytes]) -> None:
 
 
 def shown(value: object, protocol: int = 4) -> str:
-    return mls.as_shown(mls.PickleReader().read(pickle.dumps(value, protocol)))
+    return mls.format_value(mls.PickleReader().read(pickle.dumps(value, protocol)))
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary()
@@ -2835,7 +2837,7 @@ class Bomb:
 def test_a_pickle_that_is_looked_at_runs_nothing(tmp_path: Path, protocol: int) -> None:
     pickled = pickle.dumps([Bomb(tmp_path / "boom")], protocol)
     value = mls.PickleReader().read(pickled)
-    assert "system" in mls.as_shown(value)
+    assert "system" in mls.format_value(value)
     assert not (tmp_path / "boom").exists()
     pickle.loads(pickled)
     assert (tmp_path / "boom").exists(), "it is a bomb"
@@ -2854,9 +2856,9 @@ def test_a_value_that_holds_itself_or_a_billion_is_shown_up_to_a_length() -> Non
 def test_a_small_pickle_becomes_no_large_json() -> None:
     value = mls.PickleReader().read(pickle.dumps(["x" * 100_000] * 10_000))
     with pytest.raises(ValueError, match="too large"):
-        mls.as_plain(value)
+        mls.plain_value(value)
     plain = mls.PickleReader().read(pickle.dumps({"a": (1, None, {2}), 3: 1.5}))
-    assert mls.as_plain(plain) == {"a": [1, None, [2]], "3": 1.5}
+    assert mls.plain_value(plain) == {"a": [1, None, [2]], "3": 1.5}
 
 
 @given(st.binary(max_size=100))
@@ -2864,12 +2866,12 @@ def test_a_small_pickle_becomes_no_large_json() -> None:
 def test_what_is_no_pickle_is_refused_and_nothing_else_happens(noise: bytes) -> None:
     for beginning in (b"", b"\x80\x04", pickle.dumps({"a": [1, (2,)]})[:-1]):
         with contextlib.suppress(ValueError):
-            mls.as_shown(mls.PickleReader().read(beginning + noise))
+            mls.format_value(mls.PickleReader().read(beginning + noise))
 
 
 def test_a_gzip_bomb_is_not_blown_up() -> None:
     with pytest.raises(mls.TooLarge):
-        mls.unpacked(gzip.compress(bytes(50_000_000)), 1000)
+        mls.decompress(gzip.compress(bytes(50_000_000)), 1000)
 
 
 def test_a_graph_that_is_none_is_no_graph(store: mls.Store, ui: Api) -> None:
@@ -2933,8 +2935,8 @@ def test_a_pickle_that_would_take_for_ever_or_makes_no_sense_is_refused_or_shown
 ) -> None:
     with contextlib.suppress(ValueError):
         value = mls.PickleReader().read(pickled)
-        assert len(mls.as_shown(value)) <= mls.LONGEST_TEXT + 3
-        mls.as_plain(value)
+        assert len(mls.format_value(value)) <= mls.LONGEST_TEXT + 3
+        mls.plain_value(value)
 
 
 def test_long_bytes_of_an_old_pickle_are_shown() -> None:
@@ -3403,8 +3405,8 @@ def test_a_query_that_means_nothing_is_refused(five: Api, query: str) -> None:
 
 def test_only_runs_that_are_shown_are_judged(five: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     judged = []
-    judge = mls.UiModel._verdict
-    monkeypatch.setattr(mls.UiModel, "_verdict", lambda *a: judged.append(a[1]["run"]) or judge(*a))
+    judge = mls.Model._verdict
+    monkeypatch.setattr(mls.Model, "_verdict", lambda *a: judged.append(a[1]["run"]) or judge(*a))
     five.get("/api/runs?_limit=2&_order=-ts_epoch")
     assert judged == ["e", "d"]
 
@@ -3494,7 +3496,7 @@ def test_an_artifact_that_points_elsewhere_is_not_read(
     task = ui.new_task_of_its_own()
     row = artifact("x", location=location.replace("{root}", store.folder), sha=sha)
     ids = tuple(task.split("/")[2::2])
-    stored = mls.artifact_in(row)
+    stored = mls.parse_artifact(row)
     store.create_artifacts(ids, [stored])
     (shown_row,) = ui.get(f"/api{task}/artifacts?postprocess=true").json["data"]
     assert "content" not in shown_row
@@ -3619,7 +3621,7 @@ def test_messages_are_the_same_however_they_are_cut(sent: Any, size: int) -> Non
 def test_frames_of_all_lengths_are_made_and_read(size: int) -> None:
     if size <= mls.LARGEST_MESSAGE:
         assert mls.FrameDecoder().feed(client_frame(1, b"x" * size)) == [(1, b"x" * size)]
-    frame = mls.encoded_frame(1, b"x" * size)
+    frame = mls.encode_frame(1, b"x" * size)
     assert frame.endswith(b"x" * size) and len(frame) - size in (2, 4, 10)
 
 
@@ -3994,7 +3996,7 @@ def test_what_could_not_be_looked_at_is_told_the_next_time(
     monkeypatch.setattr(mls, "SETTLED_NS", -(10**12))
     task = ui.new_task_of_its_own()
     ui.post(f"{task}/metadata", [metadatum("attempt", "0")])
-    model = mls.UiModel(store)
+    model = mls.Model(store)
     subscription = mls.Subscription("u", f"{task}/metadata", 0)
     read = model.metadata
 
@@ -4004,10 +4006,10 @@ def test_what_could_not_be_looked_at_is_told_the_next_time(
 
     monkeypatch.setattr(model, "metadata", fail)
     with pytest.raises(OSError):
-        list(subscription.frames(mls.Snapshots(model)))
+        list(subscription.frames(mls.Snapshot(model)))
     monkeypatch.setattr(model, "metadata", read)
-    assert len(list(subscription.frames(mls.Snapshots(model)))) == 1
-    assert len(list(subscription.frames(mls.Snapshots(model)))) == 0
+    assert len(list(subscription.frames(mls.Snapshot(model)))) == 1
+    assert len(list(subscription.frames(mls.Snapshot(model)))) == 0
 
 
 def test_a_search_where_nothing_can_be_says_so(empty: Api) -> None:
