@@ -9,10 +9,11 @@ The file is read from top to bottom. Each layer uses only what stands above it:
 
     Settings   names, defaults, environment variables, which root is meant
     Store      records on disk, through LocalMetadataProvider; ids, tags, heartbeats
-    Queries    filters, cursors, derived status: pure functions over records
+    Datastore  the other files that Metaflow keeps in a root; values read without unpickling
+    Queries    filters, orders, cursors, pages: pure functions over rows
+    Model      runs, steps and attempts as a person means them: statuses, times, causes
     API        the route table: a method and a path, and a small handler over the store
-    UI model   runs, steps, attempts, logs, cards, artifacts, as a person looks at them
-    UI page    the page of our own, one document that needs nothing but the API below
+    Page       the page of our own, one document that needs nothing but the UI API
     UI API     the routes of the official UI's backend, and its sockets
     Server     HTTP itself: parsing, limits, access, errors as JSON, in-flight requests
     Registry   which service runs where: pidfile locks and leases
@@ -1332,6 +1333,475 @@ def remove_file(path: str) -> None:
 
 
 # ==================================================================================================
+# Datastore: the other files that Metaflow keeps in a root, and values read without unpickling
+# ==================================================================================================
+
+# -- files of the datastore ------------------------------------------------------------------------
+
+LARGEST_LOG = 16 * 2**20
+LARGEST_CARD = 64 * 2**20
+LARGEST_VALUE = 256 * 2**10
+LARGEST_GRAPH = 2 * 2**20
+
+CARDS_DIR = "mf.cards"
+SHA = re.compile("[0-9a-f]{40,64}")
+ROOT_LOCATION = ":root:"
+
+
+class TooLarge(ValueError):
+    """A file or value is larger than what is shown."""
+
+
+def datastore_file(root: str, *names: str) -> str | None:
+    """The path of a file of Metaflow's below the root of a local datastore, None if there is none.
+
+    The root is what a client said, and so are some of the names: the root must be a .metaflow.
+    """
+    if not os.path.isabs(root) or "\0" in root:
+        return None
+    if not os.path.basename(root.rstrip("/")).startswith(DATASTORE_DIR):
+        return None
+    return file_below(root, names)
+
+
+def file_below(folder: str, names: Iterable[str]) -> str | None:
+    """The real path of a file or folder below another, None if there is none.
+
+    No name may be more than a name, and no link may lead out of the folder.
+    """
+    try:
+        os.fsencode(folder)
+        for name in names:
+            check_name(name)
+    except (NotStorable, UnicodeEncodeError):
+        return None
+    real = os.path.realpath(folder)
+    path = os.path.realpath("/".join((real, *names)))
+    return path if path.startswith(real + "/") and os.path.exists(path) else None
+
+
+def file_content(path: str, limit: int, from_end: bool = False) -> bytes:
+    """What is in a file; TooLarge if that is more than the limit, or its last part if `from_end`.
+
+    FileNotFoundError or IsADirectoryError where it is no file.
+    """
+    with open(path, "rb", opener=open_without_waiting) as f:
+        status = os.fstat(f.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise FileNotFoundError(errno.ENOENT, "not a file", path)
+        if status.st_size > limit:
+            if not from_end:
+                raise TooLarge
+            f.seek(status.st_size - limit)
+            f.readline()
+        return f.read(limit)
+
+
+def open_without_waiting(path: str, flags: int) -> int:
+    """Open a file; one that is a pipe without a wait for whoever writes into it."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def json_content(path: str, limit: int) -> Any:
+    """The JSON in a file; TooLarge, or another ValueError where it is none."""
+    try:
+        return json.loads(file_content(path, limit))
+    except RecursionError:
+        raise ValueError("It is nested too deeply.") from None
+
+
+def decompress(blob: bytes, limit: int) -> bytes:
+    """What a blob of the datastore holds; TooLarge where that is more than the limit."""
+    import zlib
+
+    if not blob.startswith(b"\x1f\x8b"):
+        return blob
+    try:
+        content = zlib.decompressobj(wbits=31).decompress(blob, limit + 1)
+    except zlib.error as error:
+        raise ValueError(f"It cannot be unpacked: {error}.") from None
+    if len(content) > limit:
+        raise TooLarge
+    return content
+
+
+# -- logs ------------------------------------------------------------------------------------------
+
+
+class LogLine(TypedDict):
+    row: int
+    timestamp: int | None  # epoch milliseconds; None where the line does not say
+    line: str
+
+
+LOG_SOURCES = ("runtime", "task")
+LOG_STREAMS: Mapping[str, str] = {"out": "stdout", "err": "stderr"}
+LOG_LINE = re.compile(
+    rb"(?:\[!)?\[MFLOG\|0\|(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{6})?)Z\|[^|\]]*\|[^\]]*\](.*)",
+    re.DOTALL,
+)
+"""A line as Metaflow's mflog writes it: when (in UTC), from where, a unique id, and the text."""
+
+
+MOST_LOG_LINES = 200_000
+"""How many lines of a file are shown: about as many as a file of LARGEST_LOG has of Metaflow's."""
+
+
+def log_lines(files: Iterable[bytes]) -> list[LogLine]:
+    """The lines of the log files of a stream, in the order of their times.
+
+    One without a time stays behind the line that it follows in its file.
+    """
+    timed: list[tuple[float, int | None, str]] = []
+    for content in files:
+        at = 0.0
+        for line in content.rsplit(b"\n", MOST_LOG_LINES)[-MOST_LOG_LINES:]:
+            match = LOG_LINE.fullmatch(line)
+            moment = log_time(match.group(1).decode()) if match else None
+            at = at if moment is None else moment
+            if match or line:
+                text = match.group(2) if match else line
+                stamp = None if moment is None else int(moment * 1000)
+                timed.append((at, stamp, text.decode("utf-8", "replace")))
+    timed.sort(key=operator.itemgetter(0))
+    return [
+        {"row": row, "timestamp": stamp, "line": line} for row, (_, stamp, line) in enumerate(timed)
+    ]
+
+
+def log_weight(lines: Sequence[LogLine]) -> int:
+    """About how many bytes of memory the lines of a log take."""
+    return sum(len(line["line"]) for line in lines) + 300 * (len(lines) + 1)
+
+
+def log_time(text: str) -> float | None:
+    """The epoch seconds of a time in UTC, None where there is no such time."""
+    from datetime import datetime, timezone
+
+    try:
+        return datetime.fromisoformat(text).replace(tzinfo=timezone.utc).timestamp()
+    except (ValueError, OverflowError):
+        return None
+
+
+# -- values of artifacts ---------------------------------------------------------------------------
+
+
+class Pairs(list[Any]):
+    """A dict in a pickle: its keys and values, which nobody has to hash."""
+
+
+class Items(list[Any]):
+    """A set in a pickle."""
+
+
+class StandIn:
+    """An object of some class in a pickle, or the class itself: never made, only named."""
+
+    def __init__(self, name: str, is_class: bool = False) -> None:
+        self.name = name[:LONGEST_CLASS_NAME]
+        self.is_class = is_class
+        self.state: object = None
+
+
+def pair_up(items: list[Any]) -> Pairs:
+    """Keys and values, which a pickle has in turn."""
+    return Pairs(zip(items[::2], items[1::2]))
+
+
+MARK: Any = object()
+
+PLAIN_TYPES = frozenset(
+    ("None", "bool", "int", "int_or_bool", "float", "str", "bytes", "bytes_or_str", "bytearray")
+)
+"""What pickletools calls the values that are in a pickle as they are."""
+
+CONSTANTS: Mapping[str, object] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+EMPTY_COLLECTIONS: Mapping[str, Callable[[], object]] = {
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_DICT": Pairs,
+    "EMPTY_SET": Items,
+}
+MARKED_COLLECTIONS: Mapping[str, Callable[[list[Any]], object]] = {
+    "LIST": list,
+    "TUPLE": tuple,
+    "DICT": pair_up,
+    "FROZENSET": Items,
+}
+SHORT_TUPLES: Mapping[str, int] = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+PASSED_OVER = frozenset(("PROTO", "FRAME", "STOP", "NEXT_BUFFER", "READONLY_BUFFER"))
+
+LONGEST_CLASS_NAME = 500
+LARGEST_PLAIN = 4_000_000  # values and characters
+
+
+class PickleReader:
+    """Reads what is in a pickle without unpickling it: nothing that it names is imported or called.
+
+    Time and memory are in proportion to the length of the pickle, whatever is in it; what calls
+    copy, which a pickle can ask for again and again, is counted.
+    """
+
+    def __init__(self) -> None:
+        self._stack: list[Any] = []
+        self._memo: dict[int, Any] = {}
+        self._copied = 0
+
+    def read(self, content: bytes) -> Any:
+        """The value of plain types, Pairs, Items and Things; ValueError where it is no pickle."""
+        import pickletools
+
+        plain = {
+            operation.name
+            for operation in pickletools.opcodes
+            if not operation.stack_before
+            and any(kind.name in PLAIN_TYPES for kind in operation.stack_after)
+        }
+        try:
+            for operation, argument, _ in pickletools.genops(content):
+                if operation.name in plain:
+                    self._stack.append(CONSTANTS.get(operation.name, argument))
+                else:
+                    self._do(operation.name, argument)
+            return self._stack.pop()
+        except (LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+            raise ValueError(f"not a pickle: {error!r}") from None
+
+    def _do(self, name: str, argument: Any) -> None:
+        if name in EMPTY_COLLECTIONS:
+            self._stack.append(EMPTY_COLLECTIONS[name]())
+        elif name in MARKED_COLLECTIONS:
+            self._stack.append(MARKED_COLLECTIONS[name](self._marked()))
+        elif name in SHORT_TUPLES:
+            self._stack[-SHORT_TUPLES[name] :] = [tuple(self._stack[-SHORT_TUPLES[name] :])]
+        elif name not in PASSED_OVER:
+            method = getattr(self, f"_{name.lower()}", None)
+            if method is None:
+                raise ValueError(f"{name} is not read")
+            method(argument)
+
+    def _marked(self) -> list[Any]:
+        """What was put on the stack since the last mark, which is taken from it."""
+        at = len(self._stack) - 1
+        while self._stack[at] is not MARK:
+            at -= 1
+            if at < 0:
+                raise ValueError("no mark")
+        items = self._stack[at + 1 :]
+        del self._stack[at:]
+        return items
+
+    def _mark(self, _: Any) -> None:
+        self._stack.append(MARK)
+
+    def _pop(self, _: Any) -> None:
+        self._stack.pop()
+
+    def _pop_mark(self, _: Any) -> None:
+        self._marked()
+
+    def _dup(self, _: Any) -> None:
+        self._stack.append(self._stack[-1])
+
+    def _put(self, number: Any) -> None:
+        self._memo[int(number)] = self._stack[-1]
+
+    _binput = _long_binput = _put
+
+    def _memoize(self, _: Any) -> None:
+        self._put(len(self._memo))
+
+    def _get(self, number: Any) -> None:
+        self._stack.append(self._memo[int(number)])
+
+    _binget = _long_binget = _get
+
+    def _append(self, _: Any) -> None:
+        self._extend(list, [self._stack.pop()])
+
+    def _appends(self, _: Any) -> None:
+        self._extend(list, self._marked())
+
+    def _additems(self, _: Any) -> None:
+        self._extend(Items, self._marked())
+
+    def _setitem(self, _: Any) -> None:
+        self._extend(Pairs, pair_up([self._stack.pop(-2), self._stack.pop()]))
+
+    def _setitems(self, _: Any) -> None:
+        self._extend(Pairs, pair_up(self._marked()))
+
+    def _extend(self, kind: type[list[Any]], items: list[Any]) -> None:
+        """Add to the collection on the stack; that of a class of its own stays unknown."""
+        if type(self._stack[-1]) is kind:
+            self._stack[-1].extend(items)
+
+    def _global(self, argument: str) -> None:
+        self._stack.append(StandIn(argument.replace(" ", "."), is_class=True))
+
+    def _stack_global(self, _: Any) -> None:
+        name, module = self._stack.pop(), self._stack.pop()
+        parts = [part[:LONGEST_CLASS_NAME] for part in (module, name) if isinstance(part, str)]
+        self._stack.append(StandIn(".".join(parts), is_class=True))
+
+    def _reduce(self, _: Any) -> None:
+        arguments, called = self._stack.pop(), self._stack.pop()
+        made = represent_call(called, arguments)
+        self._copied += len(made) if isinstance(made, (Items, bytes)) else 0
+        if self._copied > LARGEST_PLAIN:
+            raise TooLarge("It is too large.")
+        self._stack.append(made)
+
+    _newobj = _reduce
+
+    def _newobj_ex(self, _: Any) -> None:
+        self._stack.pop()
+        self._reduce(None)
+
+    def _inst(self, argument: str) -> None:
+        self._marked()
+        self._stack.append(StandIn(argument.replace(" ", ".")))
+
+    def _obj(self, _: Any) -> None:
+        self._stack.append(represent_call(self._marked()[0], ()))
+
+    def _build(self, _: Any) -> None:
+        state = self._stack.pop()
+        if isinstance(self._stack[-1], StandIn):
+            self._stack[-1].state = state
+
+
+def represent_call(called: object, arguments: object) -> object:
+    """What stands for the result of a call in a pickle.
+
+    Collections of the standard library are shown as what they hold, times as such.
+    """
+    if not isinstance(called, StandIn):
+        raise ValueError("what is no class is called")
+    name = called.name.replace("__builtin__.", "builtins.").replace("copy_reg.", "copyreg.")
+    parts = arguments if isinstance(arguments, tuple) else ()
+    if name in ("builtins.set", "builtins.frozenset"):
+        return Items(parts[0]) if parts and isinstance(parts[0], list) else Items()
+    if name == "_codecs.encode" and parts and isinstance(parts[0], str):
+        return parts[0].encode("latin-1", "replace")  # how bytes were pickled for Python 2
+    if name == "builtins.bytes" and not parts:
+        return b""
+    if name in ("collections.OrderedDict", "collections.defaultdict"):
+        return Pairs()
+    if name.startswith("datetime.") and len(parts) == 1 and isinstance(parts[0], (bytes, str)):
+        return pickled_time(name, parts[0]) or StandIn(name)
+    if name in ("copyreg._reconstructor", "copyreg.__newobj__") and parts:
+        return represent_call(parts[0], ())
+    return StandIn(name)
+
+
+def pickled_time(name: str, state: bytes | str) -> str | None:
+    """A date or time of which a pickle has the inner form, as text; None where it has not."""
+    import datetime
+
+    kinds: Mapping[str, Any] = {
+        "datetime.datetime": datetime.datetime,
+        "datetime.date": datetime.date,
+    }
+    try:
+        raw = state[:20] if isinstance(state, bytes) else state[:20].encode("latin-1")
+        return str(kinds[name](raw))
+    except (LookupError, TypeError, ValueError):
+        return None
+
+
+LONGEST_TEXT = 100_000
+DEEPEST_TEXT = 50
+MOST_ATTRIBUTES = 20
+LONGEST_INTEGER = 4000  # bits; the decimal digits of longer ones take too long
+
+
+def format_value(value: Any) -> str:
+    """A value that was read from a pickle, as `str` would show the original, up to a length."""
+    if isinstance(value, str):
+        return value[:LONGEST_TEXT]
+    pieces: list[str] = []
+    room = LONGEST_TEXT
+    for piece in format_pieces(value, 0):
+        pieces.append(piece[:room])
+        room -= len(piece)
+        if room <= 0:
+            return "".join(pieces) + "..."
+    return "".join(pieces)
+
+
+BRACKETS: Mapping[type, tuple[str, str]] = {list: ("[", "]"), tuple: ("(", ")"), Items: ("{", "}")}
+
+
+def format_pieces(value: Any, depth: int) -> Iterator[str]:
+    """The parts of the text of a value; more than anybody can read, if they are all asked for."""
+    if depth > DEEPEST_TEXT:
+        yield "..."
+    elif isinstance(value, Pairs):
+        yield "{"
+        for index, (key, item) in enumerate(value):
+            yield ", " if index else ""
+            yield from format_pieces(key, depth + 1)
+            yield ": "
+            yield from format_pieces(item, depth + 1)
+        yield "}"
+    elif isinstance(value, Items) and not value:
+        yield "set()"
+    elif type(value) in BRACKETS:
+        opening, closing = BRACKETS[type(value)]
+        yield opening
+        for index, item in enumerate(value):
+            yield ", " if index else ""
+            yield from format_pieces(item, depth + 1)
+        yield f",{closing}" if isinstance(value, tuple) and len(value) == 1 else closing
+    elif isinstance(value, StandIn):
+        yield f"<class {value.name}" if value.is_class else f"<{value.name}"
+        yield from format_attributes(value.state, depth)
+        yield ">"
+    elif isinstance(value, int) and value.bit_length() > LONGEST_INTEGER:
+        yield f"<integer of {value.bit_length()} bits>"
+    else:
+        yield repr(value[: LONGEST_TEXT + 1] if isinstance(value, (str, bytes)) else value)
+
+
+def format_attributes(state: object, depth: int) -> Iterator[str]:
+    """What the attributes of an object are, if they are few and simple, as an exception's are."""
+    simple = (str, int, float, type(None))
+    if not isinstance(state, Pairs) or len(state) > MOST_ATTRIBUTES:
+        return
+    if all(isinstance(key, str) and isinstance(item, simple) for key, item in state):
+        for key, item in state:
+            yield f" {key[:100]}="
+            yield from format_pieces(item, depth + 1)
+
+
+def plain_value(value: Any) -> Any:
+    """A value that was read from a pickle, as JSON has it; TooLarge where that is too large, for a
+    few bytes can hold a text a million times."""
+    room = LARGEST_PLAIN
+
+    def plain(value: Any, depth: int) -> Any:
+        nonlocal room
+        room -= len(value) + 1 if isinstance(value, str) else 1
+        if room < 0 or depth > DEEPEST_TEXT:
+            raise TooLarge("It is too large.")
+        if isinstance(value, Pairs):
+            return {plain(format_value(k), depth): plain(v, depth + 1) for k, v in value}
+        if isinstance(value, (list, tuple)):
+            return [plain(item, depth + 1) for item in value]
+        if value is None or isinstance(value, (bool, str)):
+            return value
+        if isinstance(value, float) and math.isfinite(value):
+            return value
+        if isinstance(value, int) and value.bit_length() <= LONGEST_INTEGER:
+            return value
+        return plain(format_value(value), depth)
+
+    return plain(value, 0)
+
+
+# ==================================================================================================
 # Queries: filters, cursors, derived status: pure functions over records
 # ==================================================================================================
 
@@ -1741,6 +2211,696 @@ def doublings(pattern: str, longest: int) -> float:
             ends += piece in ("*", "+", "{")
             optional += piece == "?"
     return ends * math.log2(longest + 1) + optional
+
+
+# ==================================================================================================
+# Model: runs, steps and attempts as a person means them: statuses, times, logs, cards, values
+# ==================================================================================================
+
+
+class RunRow(_Run):
+    """A run. Times are epoch milliseconds, but for heartbeats; durations are milliseconds.
+
+    As in all rows, the tags are never null, and `run_id` is the name that a client gave, if any.
+    """
+
+    run_id: str | None
+    run: str
+    user: str | None  # the verified owner
+    status: str  # "" until somebody wants to know: see Model.judge
+    finished_at: int | None
+    duration: int | None
+
+
+class StepRow(Step):
+    run_id: str  # here the backend of the official UI has the number too
+    duration: int
+
+
+class AttemptRow(Task):
+    """An attempt of a task; one that nobody has begun is its attempt 0."""
+
+    run_id: str | None
+    task_name: str | None
+    attempt_id: int
+    status: str
+    task_ok: None
+    started_at: int | None
+    finished_at: int | None
+    duration: int
+
+
+class MetadatumRow(Metadatum):
+    """A metadatum, the value of which is text."""
+
+    run_id: str | None
+    task_name: str | None
+    attempt_id: int | None
+
+
+class _ArtifactRow(Artifact):
+    run_id: str | None
+    task_name: str | None
+
+
+class DisplayError(TypedDict):
+    """Why a value is not shown; the official UI has texts of its own for some ids."""
+
+    id: str
+    detail: str
+    traceback: None
+
+
+class ArtifactRow(_ArtifactRow, total=False):
+    content: str
+    postprocess_error: DisplayError
+
+
+class Card(TypedDict):
+    id: str | None
+    type: str
+    hash: str
+
+
+# -- statuses and times ----------------------------------------------------------------------------
+
+RUNNING, COMPLETED, FAILED = STATUSES
+PENDING = "pending"
+
+TASK_HEARTBEAT_CUTOFF = 60
+"""Seconds without a heartbeat after which a task is dead: six missed ones."""
+
+TASK_SILENCE_CUTOFF = 3600
+"""Seconds without any sign after which a task that sends no heartbeats counts as dead. It may
+compute for long without writing anything, which is not to be shown as a failure. Its run, while
+no task goes on, is judged like one that sends heartbeats: by RUN_HEARTBEAT_CUTOFF."""
+
+PARAMETERS_STEP = "_parameters"
+DEFAULT_END_STEP = "end"
+
+MAX_ATTEMPTS = 6
+"""Metaflow's limit; see its metaflow_config."""
+
+CATCH_ATTEMPTS = 3
+"""How many attempts `@catch` adds (Metaflow's NUM_FALLBACK_RETRIES)."""
+
+LARGEST_SHOWN_ATTEMPT = 99
+
+
+class Attempt(NamedTuple):
+    """What the records say of an attempt; times in epoch milliseconds."""
+
+    started_at: int | None = None
+    done_at: int | None = None
+    is_ok: bool | None = None
+
+
+class Verdict(NamedTuple):
+    """What has become of a run, and the state of all that this was told by."""
+
+    status: str
+    finished_at: int | None
+    heartbeat: int | None
+    seen: Sequence[tuple[Ids, Version]]
+
+    def weight(self) -> int:
+        return len(self.seen) + 1
+
+
+class Graph(TypedDict, total=False):
+    """The parts of a flow's graph that are read here, as its run has stored it."""
+
+    end_step: str
+    steps: Mapping[str, Any]
+
+
+def graph_weight(graph: Graph) -> int:
+    """About how many bytes of memory a graph takes."""
+    return 1000 + 5 * len(json.dumps(graph))
+
+
+def metadatum_attempt(metadatum: Metadatum) -> int | None:
+    """The attempt that a metadatum is of, by its tag `attempt_id:N`; None where it has none."""
+    for tag in metadatum["tags"] or ():
+        match = re.fullmatch("attempt_id:([0-9]{1,5})", tag) if isinstance(tag, str) else None
+        if match:
+            return int(match.group(1))
+    return None
+
+
+def attempts_from_metadata(metadata: Iterable[Metadatum], others: Iterable[int]) -> list[Attempt]:
+    """The attempts that metadata tell of, in any order, from 0 to the newest; and `others`, of
+    which is only known that they were."""
+    told: dict[int, list[Metadatum]] = {number: [] for number in others}
+    for metadatum in metadata:
+        text = value_text(metadatum)
+        if metadatum["field_name"] == "attempt_ok":
+            told.setdefault(metadatum_attempt(metadatum) or 0, []).append(metadatum)
+        elif re.fullmatch("[0-9]{1,5}", text):
+            told.setdefault(int(text), []).append(metadatum)
+    last = max((number for number in told if number <= LARGEST_SHOWN_ATTEMPT), default=-1)
+    return [attempt_from_metadata(told.get(number, ())) for number in range(last + 1)]
+
+
+def attempt_from_metadata(metadata: Sequence[Metadatum]) -> Attempt:
+    """What the metadata of an attempt say of it: begun at the first, done at the last that says
+    so, and done well if the last that knows says so."""
+    begun = [m["ts_epoch"] for m in metadata if m["field_name"] == "attempt"]
+    done = [m["ts_epoch"] for m in metadata if m["field_name"] in ("attempt-done", "attempt_ok")]
+    told = [
+        (metadatum_sort_key(m), TRUTHS.get(value_text(m).lower()))
+        for m in metadata
+        if m["field_name"] == "attempt_ok"
+    ]
+    known = [(moment, truth) for moment, truth in told if truth is not None]
+    is_ok = max(known)[1] if known else None
+    return Attempt(min(begun, default=None), max(done, default=None), is_ok)
+
+
+def attempt_status(
+    attempts: Sequence[Attempt], number: int, created: int, is_alive: bool, last_sign: int
+) -> tuple[str, int | None]:
+    """The status of an attempt, and when it finished; of that attempt alone, whatever others did.
+
+    `created`: when the task was made; `is_alive`, `last_sign`: of the task, which matter for its
+    newest attempt only.
+    """
+    attempt = attempts[number]
+    begin = attempt.started_at or created
+    if attempt.done_at is not None:
+        status = FAILED if attempt.is_ok is False else COMPLETED
+        return status, max(attempt.done_at, begin)
+    if number + 1 < len(attempts):
+        return FAILED, max(attempts[number + 1].started_at or begin, begin)
+    if not is_alive:
+        return FAILED, max(last_sign, begin)
+    return RUNNING, None
+
+
+def attempts_allowed(graph: Graph, step: str) -> int | None:
+    """How many attempts a task of a step has, by the decorators of the step; None if unknown."""
+    node = graph.get("steps", {}).get(step)
+    if not isinstance(node, dict):
+        return None
+    allowed, decorators = 1, node.get("decorators")
+    for decorator in decorators if isinstance(decorators, list) else ():
+        if isinstance(decorator, dict):
+            if decorator.get("name") == "catch":
+                allowed += CATCH_ATTEMPTS
+            elif decorator.get("name") == "retry":
+                attributes = decorator.get("attributes")
+                times = attributes.get("times") if isinstance(attributes, dict) else None
+                allowed += times if isinstance(times, int) else 0
+    return min(allowed, MAX_ATTEMPTS)
+
+
+def cannot_go_on(tasks: Iterable[AttemptRow], graph: Graph) -> bool:
+    """Whether a run has failed for good: a task has used up its attempts, and none goes on.
+
+    The scheduler waits for the siblings of a failed task; so does this.
+    """
+    newest: dict[tuple[str, Id], AttemptRow] = {}
+    for task in tasks:
+        newest[task["step_name"], task["task_id"]] = task
+    if any(task["finished_at"] is None for task in newest.values()):
+        return False
+    return any(
+        task["attempt_id"] + 1 >= (attempts_allowed(graph, task["step_name"]) or math.inf)
+        for task in newest.values()
+        if task["status"] == FAILED
+    )
+
+
+def elapsed_ms(begin: int, end: int | None, now: float) -> int:
+    """Milliseconds from a time to another, or to now."""
+    return max(0, (int(now * 1000) if end is None else end) - begin)
+
+
+# -- the model -------------------------------------------------------------------------------------
+
+ATTEMPTS_IN_MEMORY = 20_000  # of so many tasks
+VERDICTS_IN_MEMORY = 60_000  # folders that they were told by
+GRAPHS_IN_MEMORY = 8 * 2**20  # bytes, about
+LOGS_IN_MEMORY = 32 * 2**20  # bytes, about
+
+
+class Model:
+    """The runs of a store as a person looks at them. Reads only; may be used by any thread."""
+
+    def __init__(self, store: Store, clock: Callable[[], float] = time.time) -> None:
+        """`clock`: tells the epoch seconds, against which signs of life are old."""
+        self.store = store
+        self.clock = clock
+        # By pathspec, with the version of the task.
+        self._attempts: Cache[tuple[Version, list[Attempt]]] = Cache(ATTEMPTS_IN_MEMORY)
+        self._verdicts: Cache[Verdict] = Cache(VERDICTS_IN_MEMORY, Verdict.weight)
+        # By their places in the datastore; empty where there is none.
+        self._graphs: Cache[Graph] = Cache(GRAPHS_IN_MEMORY, graph_weight)
+        self._logs: Cache[list[LogLine]] = Cache(LOGS_IN_MEMORY, log_weight)
+        self._unfinished: dict[Ids, None] = {}  # the runs that were running when last looked at
+
+    # -- runs --------------------------------------------------------------------------------------
+
+    def runs(self) -> Iterator[RunRow]:
+        """All runs of all flows, newest first, not judged yet."""
+        import heapq
+
+        flows = [self.store.runs((flow["flow_id"],)) for flow in self.store.flows()]
+        newest_first = heapq.merge(*flows, key=run_sort_key, reverse=True)
+        return (self._run_row(run) for run in newest_first)
+
+    def run(self, ids: Ids) -> RunRow | None:
+        """A run with its status, None where there is none."""
+        run = self.store.run(ids)
+        return None if run is None else self.judge(self._run_row(run))
+
+    def unfinished_runs(self) -> list[RunRow]:
+        """The runs that were running when somebody looked last, not judged anew."""
+        rows = []
+        for ids in list(self._unfinished):
+            run = self.store.run(ids)
+            if run is None:
+                self._unfinished.pop(ids, None)
+            else:
+                rows.append(self._run_row(run))
+        return rows
+
+    def judge(self, row: RunRow) -> RunRow:
+        """Fill in what has become of a run, and return its row."""
+        if not row["status"]:
+            now = self.clock()
+            verdict = self._verdict(row, now)
+            row["status"], row["finished_at"] = verdict.status, verdict.finished_at
+            row["duration"] = elapsed_ms(row["ts_epoch"], verdict.finished_at, now)
+        return row
+
+    def versions(self, step: Ids) -> object:
+        """What tells whether a step's tasks have the same records still; None if nothing can."""
+        ids = (step, *self.store.task_ids(step))
+        found = [self.store.version(i) for i in ids]
+        return None if None in found else tuple(found)
+
+    def is_settled(self, row: RunRow) -> bool:
+        """Whether a run has ended and nothing of it has changed for a while."""
+        return self._known_verdict(run_row_ids(row), row["last_heartbeat_ts"]) is not None
+
+    def _run_row(self, run: Run) -> RunRow:
+        return {
+            **run,
+            **shared_columns(run),
+            "run": str(run["run_number"]),
+            "user": run.get("user"),
+            "status": "",
+            "ts_epoch": run_sort_key(run)[0],  # which holds when local mode changes tags
+            "finished_at": None,
+            "duration": None,
+        }
+
+    def _known_verdict(self, ids: Ids, heartbeat: int | None) -> Verdict | None:
+        """The verdict on a run that has ended, if all that it was told by is still the same."""
+        known = self._verdicts.get("/".join(ids))
+        if known is None or known.heartbeat != heartbeat:
+            return None
+        if any(self.store.version(seen) != version for seen, version in known.seen):
+            return None
+        return known
+
+    def _verdict(self, row: RunRow, now: float) -> Verdict:
+        ids, heartbeat = run_row_ids(row), row["last_heartbeat_ts"]
+        known = self._known_verdict(ids, heartbeat)
+        if known is not None:
+            return known
+        completed = self._completion(ids)
+        if completed is not None:
+            (finished_at, tellers), status = completed, COMPLETED
+            seen = [(teller, self.store.version(teller)) for teller in (ids, *tellers)]
+        else:
+            seen = [(i, self.store.version(i)) for i in (ids, *self._objects_below(ids))]
+            status, finished_at = self._state_of_run(row, now)
+        settled = [(teller, version) for teller, version in seen if version is not None]
+        verdict = Verdict(status, finished_at, heartbeat, settled)
+        if status == RUNNING:
+            self._unfinished[ids] = None
+        else:
+            self._unfinished.pop(ids, None)
+            if len(settled) == len(seen):
+                self._verdicts.put("/".join(ids), verdict)
+        return verdict
+
+    def _objects_below(self, ids: Ids) -> Iterator[Ids]:
+        """The steps and tasks of a run."""
+        for step in self.store.steps(ids):
+            yield (*ids, step["step_name"])
+            yield from self.store.task_ids((*ids, step["step_name"]))
+
+    def _completion(self, ids: Ids) -> tuple[int | None, Sequence[Ids]] | None:
+        """When a run has reached its end, and the objects that tell it; None where it has not."""
+        end = (*ids, self._end_step(ids))
+        for task in self.store.task_ids(end)[-1:]:
+            attempts = self._attempts_of(task)
+            if attempts and attempts[-1].is_ok:
+                return attempts[-1].done_at, (end, task)
+        return None
+
+    def _state_of_run(self, row: RunRow, now: float) -> tuple[str, int | None]:
+        """What has become of a run that has not reached its end."""
+        ids = run_row_ids(row)
+        tasks = self.tasks(ids, now)
+        last_sign = max(
+            itertools.chain(
+                (self._last_sign(ids, row["last_heartbeat_ts"], row["ts_epoch"]),),
+                (task["finished_at"] or task["started_at"] or task["ts_epoch"] for task in tasks),
+            )
+        )
+        if any(task["status"] == RUNNING for task in tasks):
+            return RUNNING, None
+        if cannot_go_on(tasks, self.graph(ids) or {}):
+            return FAILED, max(task["finished_at"] or 0 for task in tasks)
+        if now * 1000 - last_sign > RUN_HEARTBEAT_CUTOFF * 1000:
+            return FAILED, last_sign
+        return RUNNING, None
+
+    def _last_sign(self, ids: Ids, heartbeat: int | None, created: int) -> int:
+        """When a run or task last gave a sign of life, in epoch milliseconds.
+
+        Its heartbeat; where it has none, when its files were last written.
+        """
+        if heartbeat is not None:
+            return max(heartbeat * 1000, created)
+        own = "/".join((self.store.folder, *ids))
+        folders = [own, f"{own}/{META_DIR}"]
+        if len(ids) == TASK_DEPTH:
+            folders += self._card_folders(ids, "runtime")
+            folders += filter(None, [datastore_file(self.datastore_root(ids, None), *ids)])
+        found = map(stat_or_none, folders)
+        return max([created, *(int(s.st_mtime * 1000) for s in found if s is not None)])
+
+    # -- steps and tasks ---------------------------------------------------------------------------
+
+    def steps(self, ids: Ids, tasks: Sequence[AttemptRow], now: float) -> list[StepRow]:
+        """The steps of a run, oldest first; `tasks`: all of the run."""
+        rows: list[StepRow] = []
+        for step in list(self.store.steps(ids))[::-1]:
+            ends = [t["finished_at"] for t in tasks if t["step_name"] == step["step_name"]]
+            end = None if None in ends else max(filter(None, ends), default=None)
+            rows.append(
+                {
+                    **step,
+                    **shared_columns(step),
+                    "run_number": wire_id(ids[1]),
+                    "run_id": ids[1],
+                    "duration": elapsed_ms(step["ts_epoch"], end, now),
+                }
+            )
+        return rows
+
+    def tasks(self, ids: Ids, now: float) -> list[AttemptRow]:
+        """The attempts of all tasks of a run, oldest task first."""
+        rows: list[AttemptRow] = []
+        for step in list(self.store.steps(ids))[::-1]:
+            step_ids = (*ids, step["step_name"])
+            for task in list(self.store.tasks(step_ids))[::-1]:
+                rows += self._attempt_rows((*step_ids, str(task["task_id"])), task, now)
+        return rows
+
+    def attempts(self, ids: Ids, now: float) -> list[AttemptRow]:
+        """The attempts of a task, newest first."""
+        task = self.store.task(ids)
+        return [] if task is None else self._attempt_rows(ids, task, now)[::-1]
+
+    def _attempt_rows(self, ids: Ids, task: Task, now: float) -> list[AttemptRow]:
+        attempts = self._attempts_of(ids).copy() or [Attempt()]
+        heartbeat, created = task["last_heartbeat_ts"], task["ts_epoch"]
+        is_alive, last_sign = True, created
+        if attempts[-1].done_at is None:
+            attempts[-1] = self._ended_unnoticed(ids, len(attempts) - 1, attempts[-1])
+            cutoff = TASK_SILENCE_CUTOFF if heartbeat is None else TASK_HEARTBEAT_CUTOFF
+            last_sign = self._last_sign(ids, heartbeat, created)
+            is_alive = now * 1000 - last_sign <= cutoff * 1000
+        rows: list[AttemptRow] = []
+        for number, attempt in enumerate(attempts):
+            status, end = attempt_status(attempts, number, created, is_alive, last_sign)
+            if status == RUNNING and attempt.started_at is None and heartbeat is None:
+                status = PENDING
+            rows.append(
+                {
+                    **task,
+                    **shared_columns(task),
+                    "task_name": _given_name(task["task_id"]),
+                    "attempt_id": number,
+                    "status": status,
+                    "task_ok": None,
+                    "started_at": attempt.started_at,
+                    "finished_at": end,
+                    "duration": elapsed_ms(attempt.started_at or created, end, now),
+                }
+            )
+        return rows
+
+    def _ended_unnoticed(self, ids: Ids, number: int, attempt: Attempt) -> Attempt:
+        """An attempt whose process could not say that it ended: its scheduler has left a file."""
+        path = datastore_file(self.datastore_root(ids, number), *ids, f"{number}.runtime")
+        if path is None:
+            return attempt
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            is_ok = bool(json_content(path, LARGEST_VALUE).get("success"))
+            return attempt._replace(done_at=int(os.stat(path).st_mtime * 1000), is_ok=is_ok)
+        return attempt
+
+    def _attempts_of(self, ids: Ids) -> list[Attempt]:
+        """What the records of a task say of its attempts; none where none has begun."""
+        key, version = "/".join(ids), self.store.version(ids)
+        known = self._attempts.get(key)
+        if known is not None and known[0] == version:
+            return known[1]
+        metadata = self.store.metadata(ids, fields=("attempt", "attempt-done", "attempt_ok"))
+        attempts = attempts_from_metadata(metadata, self.store.attempts_with_artifacts(ids))
+        for number, attempt in enumerate(attempts):
+            if attempt.is_ok is None:
+                attempts[number] = self._completed_by_artifact(ids, number, attempt)
+        if version is not None:
+            self._attempts.put(key, (version, attempts))
+        return attempts
+
+    def _completed_by_artifact(self, ids: Ids, number: int, attempt: Attempt) -> Attempt:
+        """An attempt of which no metadatum says how it ended, but the artifact `_task_ok`."""
+        artifact = self.store.artifact(ids, "_task_ok", number)
+        if artifact is None:
+            return attempt
+        is_ok: bool | None = None
+        with contextlib.suppress(OSError, ValueError):
+            is_ok = bool(self.value(artifact, LARGEST_VALUE))
+        return attempt._replace(
+            done_at=max(artifact["ts_epoch"], attempt.done_at or 0), is_ok=is_ok
+        )
+
+    # -- what the flow is --------------------------------------------------------------------------
+
+    def graph(self, ids: Ids) -> Graph | None:
+        """The graph of the flow of a run, as `_parameters` has stored it; None where it has not."""
+        for task in self.store.task_ids((*ids, PARAMETERS_STEP)):
+            artifact = self.store.artifact(task, "_graph_info")
+            if artifact is not None:
+                return self._graph_in(artifact)
+        return None
+
+    def _graph_in(self, artifact: Artifact) -> Graph | None:
+        key = f"{artifact['flow_id']}/{artifact['location']}/{artifact['sha']}"
+        graph = self._graphs.get(key)
+        if graph is None:
+            try:
+                value = plain_value(self.value(artifact, LARGEST_GRAPH))
+            except OSError:
+                return None  # it may come
+            except ValueError:
+                value = None
+            is_graph = isinstance(value, dict) and isinstance(value.get("steps"), dict)
+            graph = cast(Graph, value) if is_graph else {}
+            self._graphs.put(key, graph)
+        return graph or None
+
+    def _end_step(self, ids: Ids) -> str:
+        """The name of the last step of the flow of a run."""
+        for task in self.store.task_ids((*ids, PARAMETERS_STEP)):
+            for metadatum in self.store.metadata(task, fields=("end_step",)):
+                return end_step_name(value_text(metadatum))
+        return end_step_name((self.graph(ids) or {}).get("end_step"))
+
+    def parameters(self, ids: Ids) -> dict[str, dict[str, object]]:
+        """The parameters of a run and their values, those that can be shown."""
+        values: dict[str, dict[str, object]] = {}
+        for task in self.store.task_ids((*ids, PARAMETERS_STEP)):
+            for artifact in self.store.artifacts(task):
+                name = artifact["name"]
+                if not name.startswith("_") and name not in ("name", "script_name"):
+                    with contextlib.suppress(OSError, ValueError):
+                        values[name] = {"value": plain_value(self.value(artifact, LARGEST_VALUE))}
+        return dict(sorted(values.items()))
+
+    # -- metadata and artifacts --------------------------------------------------------------------
+
+    def metadata(self, ids: Ids) -> list[MetadatumRow]:
+        """The metadata of a task, by name, oldest first."""
+        rows = [metadatum_row(metadatum) for metadatum in self.store.metadata(ids)]
+        return sorted(rows, key=lambda row: (row["field_name"], row["ts_epoch"], row["id"]))
+
+    def artifacts(self, ids: Ids, attempt: int | None) -> list[ArtifactRow]:
+        """The artifacts of an attempt of a task, by name, without their values."""
+        return sorted(
+            (artifact_row(artifact) for artifact in self.store.artifacts(ids, attempt)),
+            key=lambda row: row["name"],
+        )
+
+    def value(self, artifact: Artifact | ArtifactRow, limit: int) -> Any:
+        """The value of an artifact, read without unpickling; OSError, TooLarge or ValueError."""
+        sha, location = artifact["sha"] or "", artifact["location"]
+        if artifact["ds_type"] != "local" or not location.startswith(ROOT_LOCATION):
+            raise ValueError("It is not stored on this machine.")
+        if not SHA.fullmatch(sha):
+            raise ValueError("It has no place in the datastore.")
+        root = location[len(ROOT_LOCATION) :]
+        path = datastore_file(root, artifact["flow_id"], "data", sha[:2], sha)
+        if path is None:
+            raise FileNotFoundError(errno.ENOENT, "It is not in the datastore any more", sha)
+        return PickleReader().read(decompress(file_content(path, limit), limit))
+
+    def with_value(self, row: ArtifactRow) -> ArtifactRow:
+        """An artifact with its value, or with why that cannot be shown."""
+        try:
+            row["content"] = format_value(self.value(row, LARGEST_VALUE))
+        except (OSError, ValueError) as error:
+            kind, detail = "artifact-handle-failed", str(error)
+            if isinstance(error, TooLarge):
+                kind, detail = "artifact-too-large", f"It is larger than {LARGEST_VALUE} bytes."
+            elif isinstance(error, OSError):
+                detail = error.strerror or ""
+            row["postprocess_error"] = {"id": kind, "detail": detail, "traceback": None}
+        return row
+
+    # -- logs and cards ----------------------------------------------------------------------------
+
+    def datastore_root(self, ids: Ids, attempt: int | None) -> str:
+        """The root of the datastore of a task's attempt: what its metadata say, else the store's.
+
+        Metadata say what clients said: use it through `datastore_file` only.
+        """
+        for metadatum in self.store.metadata(ids, fields=("ds-root",)):
+            if attempt is None or metadatum_attempt(metadatum) in (attempt, None):
+                return value_text(metadatum)
+        return self.store.folder
+
+    def log(self, ids: Ids, attempt: int, stream: str) -> list[LogLine]:
+        """The lines of what an attempt has written to a stream (stdout or stderr), oldest first.
+
+        Local Metaflow writes logs when an attempt has ended. Of a huge log this is the last part.
+        """
+        root = self.datastore_root(ids, attempt)
+        names = (f"{attempt}.{source}_{stream}.log" for source in LOG_SOURCES)
+        found = [datastore_file(root, *ids, name) for name in names]
+        paths = [path for path in found if path is not None]
+        versions = [file_version(status) for status in map(stat_or_none, paths) if status]
+        key = repr((paths, versions))
+        lines = self._logs.get(key)
+        if lines is None:
+            contents = []
+            for path in paths:
+                with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+                    contents.append(file_content(path, LARGEST_LOG, from_end=True))
+            lines = log_lines(contents)
+            self._logs.put(key, lines)
+        return lines
+
+    def cards(self, ids: Ids) -> list[Card]:
+        """The cards of a task."""
+        return [card for card, _ in self._card_files(ids)]
+
+    def card(self, ids: Ids, card_hash: str) -> bytes | None:
+        """The HTML of a card, None where there is none; TooLarge."""
+        for card, path in self._card_files(ids):
+            if card["hash"] == card_hash:
+                with contextlib.suppress(FileNotFoundError):
+                    return file_content(path, LARGEST_CARD)
+        return None
+
+    def card_data(self, ids: Ids, card_hash: str) -> tuple[Card, object] | None:
+        """What a card shows at the moment, None where it is not known; OSError, ValueError."""
+        for card, path in self._card_files(ids, "runtime", ".data.json"):
+            if card["hash"] == card_hash:
+                return card, json_content(path, LARGEST_CARD)
+        return None
+
+    def _card_folders(self, ids: Ids, kind: str) -> list[str]:
+        """The folders of a task's cards: Metaflow before 2022 left the step out."""
+        flow, run, step, task = ids
+        roots = dict.fromkeys((self.datastore_root(ids, None), self.store.folder))
+        folders = (
+            datastore_file(root, CARDS_DIR, flow, "runs", run, *below, kind)
+            for root in roots
+            for below in (("steps", step, "tasks", task), ("tasks", task))
+        )
+        return [folder for folder in folders if folder is not None and os.path.isdir(folder)]
+
+    def _card_files(
+        self, ids: Ids, kind: str = "cards", suffix: str = ".html"
+    ) -> list[tuple[Card, str]]:
+        """The files TYPE-HASH and TYPE-ID-HASH of a task's cards, in the first folder of any."""
+        for folder in self._card_folders(ids, kind):
+            with os.scandir(folder) as entries:
+                files = sorted(e.name for e in entries if e.is_file(follow_symlinks=False))
+            found: list[tuple[Card, str]] = []
+            for name in files:
+                parts = name[: -len(suffix)].split("-")
+                if name.endswith(suffix) and len(parts) in (2, 3):
+                    card_id = parts[1] if len(parts) == 3 else None
+                    card: Card = {"id": card_id, "type": parts[0], "hash": parts[-1]}
+                    found.append((card, f"{folder}/{name}"))
+            if found:
+                return found
+        return []
+
+
+def run_row_ids(row: RunRow) -> Ids:
+    return (row["flow_id"], row["run"])
+
+
+class SharedColumns(TypedDict):
+    run_id: str | None
+    tags: Tags
+    system_tags: Tags
+
+
+def shared_columns(record: Run | Step | Task | Metadatum | Artifact) -> SharedColumns:
+    """What the rows of a run's objects have otherwise than the records."""
+    return {
+        "run_id": _given_name(record["run_number"]),
+        "tags": record["tags"] or [],
+        "system_tags": record["system_tags"] or [],
+    }
+
+
+def metadatum_row(metadatum: Metadatum) -> MetadatumRow:
+    return {
+        **metadatum,
+        **shared_columns(metadatum),
+        "task_name": _given_name(metadatum["task_id"]),
+        "attempt_id": metadatum_attempt(metadatum),
+        "value": value_text(metadatum),
+    }
+
+
+def artifact_row(artifact: Artifact) -> ArtifactRow:
+    task_name = _given_name(artifact["task_id"])
+    row: _ArtifactRow = {**artifact, **shared_columns(artifact), "task_name": task_name}
+    return cast(ArtifactRow, row)
+
+
+def end_step_name(told: object) -> str:
+    """The name of a flow's last step, by what its run tells; the usual one where that is none."""
+    with contextlib.suppress(NotStorable):
+        if isinstance(told, str):
+            check_name(told)
+            return told
+    return DEFAULT_END_STEP
 
 
 # ==================================================================================================
@@ -2417,1161 +3577,7 @@ class BrokenService:
 
 
 # ==================================================================================================
-# UI model: runs, steps, attempts, logs, cards, artifacts, as a person looks at them
-# ==================================================================================================
-
-
-class RunRow(_Run):
-    """A run. Times are epoch milliseconds, but for heartbeats; durations are milliseconds.
-
-    As in all rows, the tags are never null, and `run_id` is the name that a client gave, if any.
-    """
-
-    run_id: str | None
-    run: str
-    user: str | None  # the verified owner
-    status: str  # "" until somebody wants to know: see Model.judge
-    finished_at: int | None
-    duration: int | None
-
-
-class StepRow(Step):
-    run_id: str  # here the backend of the official UI has the number too
-    duration: int
-
-
-class AttemptRow(Task):
-    """An attempt of a task; one that nobody has begun is its attempt 0."""
-
-    run_id: str | None
-    task_name: str | None
-    attempt_id: int
-    status: str
-    task_ok: None
-    started_at: int | None
-    finished_at: int | None
-    duration: int
-
-
-class MetadatumRow(Metadatum):
-    """A metadatum, the value of which is text."""
-
-    run_id: str | None
-    task_name: str | None
-    attempt_id: int | None
-
-
-class _ArtifactRow(Artifact):
-    run_id: str | None
-    task_name: str | None
-
-
-class DisplayError(TypedDict):
-    """Why a value is not shown; the official UI has texts of its own for some ids."""
-
-    id: str
-    detail: str
-    traceback: None
-
-
-class ArtifactRow(_ArtifactRow, total=False):
-    content: str
-    postprocess_error: DisplayError
-
-
-class LogLine(TypedDict):
-    row: int
-    timestamp: int | None  # epoch milliseconds; None where the line does not say
-    line: str
-
-
-class Card(TypedDict):
-    id: str | None
-    type: str
-    hash: str
-
-
-# -- statuses and times ----------------------------------------------------------------------------
-
-RUNNING, COMPLETED, FAILED = STATUSES
-PENDING = "pending"
-
-TASK_HEARTBEAT_CUTOFF = 60
-"""Seconds without a heartbeat after which a task is dead: six missed ones."""
-
-TASK_SILENCE_CUTOFF = 3600
-"""Seconds without any sign after which a task that sends no heartbeats counts as dead. It may
-compute for long without writing anything, which is not to be shown as a failure. Its run, while
-no task goes on, is judged like one that sends heartbeats: by RUN_HEARTBEAT_CUTOFF."""
-
-PARAMETERS_STEP = "_parameters"
-DEFAULT_END_STEP = "end"
-
-MAX_ATTEMPTS = 6
-"""Metaflow's limit; see its metaflow_config."""
-
-CATCH_ATTEMPTS = 3
-"""How many attempts `@catch` adds (Metaflow's NUM_FALLBACK_RETRIES)."""
-
-LARGEST_SHOWN_ATTEMPT = 99
-
-
-class Attempt(NamedTuple):
-    """What the records say of an attempt; times in epoch milliseconds."""
-
-    started_at: int | None = None
-    done_at: int | None = None
-    is_ok: bool | None = None
-
-
-class Verdict(NamedTuple):
-    """What has become of a run, and the state of all that this was told by."""
-
-    status: str
-    finished_at: int | None
-    heartbeat: int | None
-    seen: Sequence[tuple[Ids, Version]]
-
-    def weight(self) -> int:
-        return len(self.seen) + 1
-
-
-class Graph(TypedDict, total=False):
-    """The parts of a flow's graph that are read here, as its run has stored it."""
-
-    end_step: str
-    steps: Mapping[str, Any]
-
-
-def graph_weight(graph: Graph) -> int:
-    """About how many bytes of memory a graph takes."""
-    return 1000 + 5 * len(json.dumps(graph))
-
-
-def metadatum_attempt(metadatum: Metadatum) -> int | None:
-    """The attempt that a metadatum is of, by its tag `attempt_id:N`; None where it has none."""
-    for tag in metadatum["tags"] or ():
-        match = re.fullmatch("attempt_id:([0-9]{1,5})", tag) if isinstance(tag, str) else None
-        if match:
-            return int(match.group(1))
-    return None
-
-
-def attempts_from_metadata(metadata: Iterable[Metadatum], others: Iterable[int]) -> list[Attempt]:
-    """The attempts that metadata tell of, in any order, from 0 to the newest; and `others`, of
-    which is only known that they were."""
-    told: dict[int, list[Metadatum]] = {number: [] for number in others}
-    for metadatum in metadata:
-        text = value_text(metadatum)
-        if metadatum["field_name"] == "attempt_ok":
-            told.setdefault(metadatum_attempt(metadatum) or 0, []).append(metadatum)
-        elif re.fullmatch("[0-9]{1,5}", text):
-            told.setdefault(int(text), []).append(metadatum)
-    last = max((number for number in told if number <= LARGEST_SHOWN_ATTEMPT), default=-1)
-    return [attempt_from_metadata(told.get(number, ())) for number in range(last + 1)]
-
-
-def attempt_from_metadata(metadata: Sequence[Metadatum]) -> Attempt:
-    """What the metadata of an attempt say of it: begun at the first, done at the last that says
-    so, and done well if the last that knows says so."""
-    begun = [m["ts_epoch"] for m in metadata if m["field_name"] == "attempt"]
-    done = [m["ts_epoch"] for m in metadata if m["field_name"] in ("attempt-done", "attempt_ok")]
-    told = [
-        (metadatum_sort_key(m), TRUTHS.get(value_text(m).lower()))
-        for m in metadata
-        if m["field_name"] == "attempt_ok"
-    ]
-    known = [(moment, truth) for moment, truth in told if truth is not None]
-    is_ok = max(known)[1] if known else None
-    return Attempt(min(begun, default=None), max(done, default=None), is_ok)
-
-
-def attempt_status(
-    attempts: Sequence[Attempt], number: int, created: int, is_alive: bool, last_sign: int
-) -> tuple[str, int | None]:
-    """The status of an attempt, and when it finished; of that attempt alone, whatever others did.
-
-    `created`: when the task was made; `is_alive`, `last_sign`: of the task, which matter for its
-    newest attempt only.
-    """
-    attempt = attempts[number]
-    begin = attempt.started_at or created
-    if attempt.done_at is not None:
-        status = FAILED if attempt.is_ok is False else COMPLETED
-        return status, max(attempt.done_at, begin)
-    if number + 1 < len(attempts):
-        return FAILED, max(attempts[number + 1].started_at or begin, begin)
-    if not is_alive:
-        return FAILED, max(last_sign, begin)
-    return RUNNING, None
-
-
-def attempts_allowed(graph: Graph, step: str) -> int | None:
-    """How many attempts a task of a step has, by the decorators of the step; None if unknown."""
-    node = graph.get("steps", {}).get(step)
-    if not isinstance(node, dict):
-        return None
-    allowed, decorators = 1, node.get("decorators")
-    for decorator in decorators if isinstance(decorators, list) else ():
-        if isinstance(decorator, dict):
-            if decorator.get("name") == "catch":
-                allowed += CATCH_ATTEMPTS
-            elif decorator.get("name") == "retry":
-                attributes = decorator.get("attributes")
-                times = attributes.get("times") if isinstance(attributes, dict) else None
-                allowed += times if isinstance(times, int) else 0
-    return min(allowed, MAX_ATTEMPTS)
-
-
-def cannot_go_on(tasks: Iterable[AttemptRow], graph: Graph) -> bool:
-    """Whether a run has failed for good: a task has used up its attempts, and none goes on.
-
-    The scheduler waits for the siblings of a failed task; so does this.
-    """
-    newest: dict[tuple[str, Id], AttemptRow] = {}
-    for task in tasks:
-        newest[task["step_name"], task["task_id"]] = task
-    if any(task["finished_at"] is None for task in newest.values()):
-        return False
-    return any(
-        task["attempt_id"] + 1 >= (attempts_allowed(graph, task["step_name"]) or math.inf)
-        for task in newest.values()
-        if task["status"] == FAILED
-    )
-
-
-def elapsed_ms(begin: int, end: int | None, now: float) -> int:
-    """Milliseconds from a time to another, or to now."""
-    return max(0, (int(now * 1000) if end is None else end) - begin)
-
-
-# -- files of the datastore ------------------------------------------------------------------------
-
-LARGEST_LOG = 16 * 2**20
-LARGEST_CARD = 64 * 2**20
-LARGEST_VALUE = 256 * 2**10
-LARGEST_GRAPH = 2 * 2**20
-
-CARDS_DIR = "mf.cards"
-SHA = re.compile("[0-9a-f]{40,64}")
-ROOT_LOCATION = ":root:"
-
-
-class TooLarge(ValueError):
-    """A file or value is larger than what is shown."""
-
-
-def datastore_file(root: str, *names: str) -> str | None:
-    """The path of a file of Metaflow's below the root of a local datastore, None if there is none.
-
-    The root is what a client said, and so are some of the names: the root must be a .metaflow.
-    """
-    if not os.path.isabs(root) or "\0" in root:
-        return None
-    if not os.path.basename(root.rstrip("/")).startswith(DATASTORE_DIR):
-        return None
-    return file_below(root, names)
-
-
-def file_below(folder: str, names: Iterable[str]) -> str | None:
-    """The real path of a file or folder below another, None if there is none.
-
-    No name may be more than a name, and no link may lead out of the folder.
-    """
-    try:
-        os.fsencode(folder)
-        for name in names:
-            check_name(name)
-    except (NotStorable, UnicodeEncodeError):
-        return None
-    real = os.path.realpath(folder)
-    path = os.path.realpath("/".join((real, *names)))
-    return path if path.startswith(real + "/") and os.path.exists(path) else None
-
-
-def file_content(path: str, limit: int, from_end: bool = False) -> bytes:
-    """What is in a file; TooLarge if that is more than the limit, or its last part if `from_end`.
-
-    FileNotFoundError or IsADirectoryError where it is no file.
-    """
-    with open(path, "rb", opener=open_without_waiting) as f:
-        status = os.fstat(f.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise FileNotFoundError(errno.ENOENT, "not a file", path)
-        if status.st_size > limit:
-            if not from_end:
-                raise TooLarge
-            f.seek(status.st_size - limit)
-            f.readline()
-        return f.read(limit)
-
-
-def open_without_waiting(path: str, flags: int) -> int:
-    """Open a file; one that is a pipe without a wait for whoever writes into it."""
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
-def json_content(path: str, limit: int) -> Any:
-    """The JSON in a file; TooLarge, or another ValueError where it is none."""
-    try:
-        return json.loads(file_content(path, limit))
-    except RecursionError:
-        raise ValueError("It is nested too deeply.") from None
-
-
-def decompress(blob: bytes, limit: int) -> bytes:
-    """What a blob of the datastore holds; TooLarge where that is more than the limit."""
-    import zlib
-
-    if not blob.startswith(b"\x1f\x8b"):
-        return blob
-    try:
-        content = zlib.decompressobj(wbits=31).decompress(blob, limit + 1)
-    except zlib.error as error:
-        raise ValueError(f"It cannot be unpacked: {error}.") from None
-    if len(content) > limit:
-        raise TooLarge
-    return content
-
-
-# -- logs ------------------------------------------------------------------------------------------
-
-LOG_SOURCES = ("runtime", "task")
-LOG_STREAMS: Mapping[str, str] = {"out": "stdout", "err": "stderr"}
-LOG_LINE = re.compile(
-    rb"(?:\[!)?\[MFLOG\|0\|(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{6})?)Z\|[^|\]]*\|[^\]]*\](.*)",
-    re.DOTALL,
-)
-"""A line as Metaflow's mflog writes it: when (in UTC), from where, a unique id, and the text."""
-
-
-MOST_LOG_LINES = 200_000
-"""How many lines of a file are shown: about as many as a file of LARGEST_LOG has of Metaflow's."""
-
-
-def log_lines(files: Iterable[bytes]) -> list[LogLine]:
-    """The lines of the log files of a stream, in the order of their times.
-
-    One without a time stays behind the line that it follows in its file.
-    """
-    timed: list[tuple[float, int | None, str]] = []
-    for content in files:
-        at = 0.0
-        for line in content.rsplit(b"\n", MOST_LOG_LINES)[-MOST_LOG_LINES:]:
-            match = LOG_LINE.fullmatch(line)
-            moment = log_time(match.group(1).decode()) if match else None
-            at = at if moment is None else moment
-            if match or line:
-                text = match.group(2) if match else line
-                stamp = None if moment is None else int(moment * 1000)
-                timed.append((at, stamp, text.decode("utf-8", "replace")))
-    timed.sort(key=operator.itemgetter(0))
-    return [
-        {"row": row, "timestamp": stamp, "line": line} for row, (_, stamp, line) in enumerate(timed)
-    ]
-
-
-def log_weight(lines: Sequence[LogLine]) -> int:
-    """About how many bytes of memory the lines of a log take."""
-    return sum(len(line["line"]) for line in lines) + 300 * (len(lines) + 1)
-
-
-def log_time(text: str) -> float | None:
-    """The epoch seconds of a time in UTC, None where there is no such time."""
-    from datetime import datetime, timezone
-
-    try:
-        return datetime.fromisoformat(text).replace(tzinfo=timezone.utc).timestamp()
-    except (ValueError, OverflowError):
-        return None
-
-
-# -- values of artifacts ---------------------------------------------------------------------------
-
-
-class Pairs(list[Any]):
-    """A dict in a pickle: its keys and values, which nobody has to hash."""
-
-
-class Items(list[Any]):
-    """A set in a pickle."""
-
-
-class StandIn:
-    """An object of some class in a pickle, or the class itself: never made, only named."""
-
-    def __init__(self, name: str, is_class: bool = False) -> None:
-        self.name = name[:LONGEST_CLASS_NAME]
-        self.is_class = is_class
-        self.state: object = None
-
-
-def pair_up(items: list[Any]) -> Pairs:
-    """Keys and values, which a pickle has in turn."""
-    return Pairs(zip(items[::2], items[1::2]))
-
-
-MARK: Any = object()
-
-PLAIN_TYPES = frozenset(
-    ("None", "bool", "int", "int_or_bool", "float", "str", "bytes", "bytes_or_str", "bytearray")
-)
-"""What pickletools calls the values that are in a pickle as they are."""
-
-CONSTANTS: Mapping[str, object] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-EMPTY_COLLECTIONS: Mapping[str, Callable[[], object]] = {
-    "EMPTY_LIST": list,
-    "EMPTY_TUPLE": tuple,
-    "EMPTY_DICT": Pairs,
-    "EMPTY_SET": Items,
-}
-MARKED_COLLECTIONS: Mapping[str, Callable[[list[Any]], object]] = {
-    "LIST": list,
-    "TUPLE": tuple,
-    "DICT": pair_up,
-    "FROZENSET": Items,
-}
-SHORT_TUPLES: Mapping[str, int] = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-PASSED_OVER = frozenset(("PROTO", "FRAME", "STOP", "NEXT_BUFFER", "READONLY_BUFFER"))
-
-LONGEST_CLASS_NAME = 500
-LARGEST_PLAIN = 4_000_000  # values and characters
-
-
-class PickleReader:
-    """Reads what is in a pickle without unpickling it: nothing that it names is imported or called.
-
-    Time and memory are in proportion to the length of the pickle, whatever is in it; what calls
-    copy, which a pickle can ask for again and again, is counted.
-    """
-
-    def __init__(self) -> None:
-        self._stack: list[Any] = []
-        self._memo: dict[int, Any] = {}
-        self._copied = 0
-
-    def read(self, content: bytes) -> Any:
-        """The value of plain types, Pairs, Items and Things; ValueError where it is no pickle."""
-        import pickletools
-
-        plain = {
-            operation.name
-            for operation in pickletools.opcodes
-            if not operation.stack_before
-            and any(kind.name in PLAIN_TYPES for kind in operation.stack_after)
-        }
-        try:
-            for operation, argument, _ in pickletools.genops(content):
-                if operation.name in plain:
-                    self._stack.append(CONSTANTS.get(operation.name, argument))
-                else:
-                    self._do(operation.name, argument)
-            return self._stack.pop()
-        except (LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-            raise ValueError(f"not a pickle: {error!r}") from None
-
-    def _do(self, name: str, argument: Any) -> None:
-        if name in EMPTY_COLLECTIONS:
-            self._stack.append(EMPTY_COLLECTIONS[name]())
-        elif name in MARKED_COLLECTIONS:
-            self._stack.append(MARKED_COLLECTIONS[name](self._marked()))
-        elif name in SHORT_TUPLES:
-            self._stack[-SHORT_TUPLES[name] :] = [tuple(self._stack[-SHORT_TUPLES[name] :])]
-        elif name not in PASSED_OVER:
-            method = getattr(self, f"_{name.lower()}", None)
-            if method is None:
-                raise ValueError(f"{name} is not read")
-            method(argument)
-
-    def _marked(self) -> list[Any]:
-        """What was put on the stack since the last mark, which is taken from it."""
-        at = len(self._stack) - 1
-        while self._stack[at] is not MARK:
-            at -= 1
-            if at < 0:
-                raise ValueError("no mark")
-        items = self._stack[at + 1 :]
-        del self._stack[at:]
-        return items
-
-    def _mark(self, _: Any) -> None:
-        self._stack.append(MARK)
-
-    def _pop(self, _: Any) -> None:
-        self._stack.pop()
-
-    def _pop_mark(self, _: Any) -> None:
-        self._marked()
-
-    def _dup(self, _: Any) -> None:
-        self._stack.append(self._stack[-1])
-
-    def _put(self, number: Any) -> None:
-        self._memo[int(number)] = self._stack[-1]
-
-    _binput = _long_binput = _put
-
-    def _memoize(self, _: Any) -> None:
-        self._put(len(self._memo))
-
-    def _get(self, number: Any) -> None:
-        self._stack.append(self._memo[int(number)])
-
-    _binget = _long_binget = _get
-
-    def _append(self, _: Any) -> None:
-        self._extend(list, [self._stack.pop()])
-
-    def _appends(self, _: Any) -> None:
-        self._extend(list, self._marked())
-
-    def _additems(self, _: Any) -> None:
-        self._extend(Items, self._marked())
-
-    def _setitem(self, _: Any) -> None:
-        self._extend(Pairs, pair_up([self._stack.pop(-2), self._stack.pop()]))
-
-    def _setitems(self, _: Any) -> None:
-        self._extend(Pairs, pair_up(self._marked()))
-
-    def _extend(self, kind: type[list[Any]], items: list[Any]) -> None:
-        """Add to the collection on the stack; that of a class of its own stays unknown."""
-        if type(self._stack[-1]) is kind:
-            self._stack[-1].extend(items)
-
-    def _global(self, argument: str) -> None:
-        self._stack.append(StandIn(argument.replace(" ", "."), is_class=True))
-
-    def _stack_global(self, _: Any) -> None:
-        name, module = self._stack.pop(), self._stack.pop()
-        parts = [part[:LONGEST_CLASS_NAME] for part in (module, name) if isinstance(part, str)]
-        self._stack.append(StandIn(".".join(parts), is_class=True))
-
-    def _reduce(self, _: Any) -> None:
-        arguments, called = self._stack.pop(), self._stack.pop()
-        made = represent_call(called, arguments)
-        self._copied += len(made) if isinstance(made, (Items, bytes)) else 0
-        if self._copied > LARGEST_PLAIN:
-            raise TooLarge("It is too large.")
-        self._stack.append(made)
-
-    _newobj = _reduce
-
-    def _newobj_ex(self, _: Any) -> None:
-        self._stack.pop()
-        self._reduce(None)
-
-    def _inst(self, argument: str) -> None:
-        self._marked()
-        self._stack.append(StandIn(argument.replace(" ", ".")))
-
-    def _obj(self, _: Any) -> None:
-        self._stack.append(represent_call(self._marked()[0], ()))
-
-    def _build(self, _: Any) -> None:
-        state = self._stack.pop()
-        if isinstance(self._stack[-1], StandIn):
-            self._stack[-1].state = state
-
-
-def represent_call(called: object, arguments: object) -> object:
-    """What stands for the result of a call in a pickle.
-
-    Collections of the standard library are shown as what they hold, times as such.
-    """
-    if not isinstance(called, StandIn):
-        raise ValueError("what is no class is called")
-    name = called.name.replace("__builtin__.", "builtins.").replace("copy_reg.", "copyreg.")
-    parts = arguments if isinstance(arguments, tuple) else ()
-    if name in ("builtins.set", "builtins.frozenset"):
-        return Items(parts[0]) if parts and isinstance(parts[0], list) else Items()
-    if name == "_codecs.encode" and parts and isinstance(parts[0], str):
-        return parts[0].encode("latin-1", "replace")  # how bytes were pickled for Python 2
-    if name == "builtins.bytes" and not parts:
-        return b""
-    if name in ("collections.OrderedDict", "collections.defaultdict"):
-        return Pairs()
-    if name.startswith("datetime.") and len(parts) == 1 and isinstance(parts[0], (bytes, str)):
-        return pickled_time(name, parts[0]) or StandIn(name)
-    if name in ("copyreg._reconstructor", "copyreg.__newobj__") and parts:
-        return represent_call(parts[0], ())
-    return StandIn(name)
-
-
-def pickled_time(name: str, state: bytes | str) -> str | None:
-    """A date or time of which a pickle has the inner form, as text; None where it has not."""
-    import datetime
-
-    kinds: Mapping[str, Any] = {
-        "datetime.datetime": datetime.datetime,
-        "datetime.date": datetime.date,
-    }
-    try:
-        raw = state[:20] if isinstance(state, bytes) else state[:20].encode("latin-1")
-        return str(kinds[name](raw))
-    except (LookupError, TypeError, ValueError):
-        return None
-
-
-LONGEST_TEXT = 100_000
-DEEPEST_TEXT = 50
-MOST_ATTRIBUTES = 20
-LONGEST_INTEGER = 4000  # bits; the decimal digits of longer ones take too long
-
-
-def format_value(value: Any) -> str:
-    """A value that was read from a pickle, as `str` would show the original, up to a length."""
-    if isinstance(value, str):
-        return value[:LONGEST_TEXT]
-    pieces: list[str] = []
-    room = LONGEST_TEXT
-    for piece in format_pieces(value, 0):
-        pieces.append(piece[:room])
-        room -= len(piece)
-        if room <= 0:
-            return "".join(pieces) + "..."
-    return "".join(pieces)
-
-
-BRACKETS: Mapping[type, tuple[str, str]] = {list: ("[", "]"), tuple: ("(", ")"), Items: ("{", "}")}
-
-
-def format_pieces(value: Any, depth: int) -> Iterator[str]:
-    """The parts of the text of a value; more than anybody can read, if they are all asked for."""
-    if depth > DEEPEST_TEXT:
-        yield "..."
-    elif isinstance(value, Pairs):
-        yield "{"
-        for index, (key, item) in enumerate(value):
-            yield ", " if index else ""
-            yield from format_pieces(key, depth + 1)
-            yield ": "
-            yield from format_pieces(item, depth + 1)
-        yield "}"
-    elif isinstance(value, Items) and not value:
-        yield "set()"
-    elif type(value) in BRACKETS:
-        opening, closing = BRACKETS[type(value)]
-        yield opening
-        for index, item in enumerate(value):
-            yield ", " if index else ""
-            yield from format_pieces(item, depth + 1)
-        yield f",{closing}" if isinstance(value, tuple) and len(value) == 1 else closing
-    elif isinstance(value, StandIn):
-        yield f"<class {value.name}" if value.is_class else f"<{value.name}"
-        yield from format_attributes(value.state, depth)
-        yield ">"
-    elif isinstance(value, int) and value.bit_length() > LONGEST_INTEGER:
-        yield f"<integer of {value.bit_length()} bits>"
-    else:
-        yield repr(value[: LONGEST_TEXT + 1] if isinstance(value, (str, bytes)) else value)
-
-
-def format_attributes(state: object, depth: int) -> Iterator[str]:
-    """What the attributes of an object are, if they are few and simple, as an exception's are."""
-    simple = (str, int, float, type(None))
-    if not isinstance(state, Pairs) or len(state) > MOST_ATTRIBUTES:
-        return
-    if all(isinstance(key, str) and isinstance(item, simple) for key, item in state):
-        for key, item in state:
-            yield f" {key[:100]}="
-            yield from format_pieces(item, depth + 1)
-
-
-def plain_value(value: Any) -> Any:
-    """A value that was read from a pickle, as JSON has it; TooLarge where that is too large, for a
-    few bytes can hold a text a million times."""
-    room = LARGEST_PLAIN
-
-    def plain(value: Any, depth: int) -> Any:
-        nonlocal room
-        room -= len(value) + 1 if isinstance(value, str) else 1
-        if room < 0 or depth > DEEPEST_TEXT:
-            raise TooLarge("It is too large.")
-        if isinstance(value, Pairs):
-            return {plain(format_value(k), depth): plain(v, depth + 1) for k, v in value}
-        if isinstance(value, (list, tuple)):
-            return [plain(item, depth + 1) for item in value]
-        if value is None or isinstance(value, (bool, str)):
-            return value
-        if isinstance(value, float) and math.isfinite(value):
-            return value
-        if isinstance(value, int) and value.bit_length() <= LONGEST_INTEGER:
-            return value
-        return plain(format_value(value), depth)
-
-    return plain(value, 0)
-
-
-# -- the model -------------------------------------------------------------------------------------
-
-ATTEMPTS_IN_MEMORY = 20_000  # of so many tasks
-VERDICTS_IN_MEMORY = 60_000  # folders that they were told by
-GRAPHS_IN_MEMORY = 8 * 2**20  # bytes, about
-LOGS_IN_MEMORY = 32 * 2**20  # bytes, about
-
-
-class Model:
-    """The runs of a store as a person looks at them. Reads only; may be used by any thread."""
-
-    def __init__(self, store: Store, clock: Callable[[], float] = time.time) -> None:
-        """`clock`: tells the epoch seconds, against which signs of life are old."""
-        self.store = store
-        self.clock = clock
-        # By pathspec, with the version of the task.
-        self._attempts: Cache[tuple[Version, list[Attempt]]] = Cache(ATTEMPTS_IN_MEMORY)
-        self._verdicts: Cache[Verdict] = Cache(VERDICTS_IN_MEMORY, Verdict.weight)
-        # By their places in the datastore; empty where there is none.
-        self._graphs: Cache[Graph] = Cache(GRAPHS_IN_MEMORY, graph_weight)
-        self._logs: Cache[list[LogLine]] = Cache(LOGS_IN_MEMORY, log_weight)
-        self._unfinished: dict[Ids, None] = {}  # the runs that were running when last looked at
-
-    # -- runs --------------------------------------------------------------------------------------
-
-    def runs(self) -> Iterator[RunRow]:
-        """All runs of all flows, newest first, not judged yet."""
-        import heapq
-
-        flows = [self.store.runs((flow["flow_id"],)) for flow in self.store.flows()]
-        newest_first = heapq.merge(*flows, key=run_sort_key, reverse=True)
-        return (self._run_row(run) for run in newest_first)
-
-    def run(self, ids: Ids) -> RunRow | None:
-        """A run with its status, None where there is none."""
-        run = self.store.run(ids)
-        return None if run is None else self.judge(self._run_row(run))
-
-    def unfinished_runs(self) -> list[RunRow]:
-        """The runs that were running when somebody looked last, not judged anew."""
-        rows = []
-        for ids in list(self._unfinished):
-            run = self.store.run(ids)
-            if run is None:
-                self._unfinished.pop(ids, None)
-            else:
-                rows.append(self._run_row(run))
-        return rows
-
-    def judge(self, row: RunRow) -> RunRow:
-        """Fill in what has become of a run, and return its row."""
-        if not row["status"]:
-            now = self.clock()
-            verdict = self._verdict(row, now)
-            row["status"], row["finished_at"] = verdict.status, verdict.finished_at
-            row["duration"] = elapsed_ms(row["ts_epoch"], verdict.finished_at, now)
-        return row
-
-    def versions(self, step: Ids) -> object:
-        """What tells whether a step's tasks have the same records still; None if nothing can."""
-        ids = (step, *self.store.task_ids(step))
-        found = [self.store.version(i) for i in ids]
-        return None if None in found else tuple(found)
-
-    def is_settled(self, row: RunRow) -> bool:
-        """Whether a run has ended and nothing of it has changed for a while."""
-        return self._known_verdict(run_row_ids(row), row["last_heartbeat_ts"]) is not None
-
-    def _run_row(self, run: Run) -> RunRow:
-        return {
-            **run,
-            **shared_columns(run),
-            "run": str(run["run_number"]),
-            "user": run.get("user"),
-            "status": "",
-            "ts_epoch": run_sort_key(run)[0],  # which holds when local mode changes tags
-            "finished_at": None,
-            "duration": None,
-        }
-
-    def _known_verdict(self, ids: Ids, heartbeat: int | None) -> Verdict | None:
-        """The verdict on a run that has ended, if all that it was told by is still the same."""
-        known = self._verdicts.get("/".join(ids))
-        if known is None or known.heartbeat != heartbeat:
-            return None
-        if any(self.store.version(seen) != version for seen, version in known.seen):
-            return None
-        return known
-
-    def _verdict(self, row: RunRow, now: float) -> Verdict:
-        ids, heartbeat = run_row_ids(row), row["last_heartbeat_ts"]
-        known = self._known_verdict(ids, heartbeat)
-        if known is not None:
-            return known
-        completed = self._completion(ids)
-        if completed is not None:
-            (finished_at, tellers), status = completed, COMPLETED
-            seen = [(teller, self.store.version(teller)) for teller in (ids, *tellers)]
-        else:
-            seen = [(i, self.store.version(i)) for i in (ids, *self._objects_below(ids))]
-            status, finished_at = self._state_of_run(row, now)
-        settled = [(teller, version) for teller, version in seen if version is not None]
-        verdict = Verdict(status, finished_at, heartbeat, settled)
-        if status == RUNNING:
-            self._unfinished[ids] = None
-        else:
-            self._unfinished.pop(ids, None)
-            if len(settled) == len(seen):
-                self._verdicts.put("/".join(ids), verdict)
-        return verdict
-
-    def _objects_below(self, ids: Ids) -> Iterator[Ids]:
-        """The steps and tasks of a run."""
-        for step in self.store.steps(ids):
-            yield (*ids, step["step_name"])
-            yield from self.store.task_ids((*ids, step["step_name"]))
-
-    def _completion(self, ids: Ids) -> tuple[int | None, Sequence[Ids]] | None:
-        """When a run has reached its end, and the objects that tell it; None where it has not."""
-        end = (*ids, self._end_step(ids))
-        for task in self.store.task_ids(end)[-1:]:
-            attempts = self._attempts_of(task)
-            if attempts and attempts[-1].is_ok:
-                return attempts[-1].done_at, (end, task)
-        return None
-
-    def _state_of_run(self, row: RunRow, now: float) -> tuple[str, int | None]:
-        """What has become of a run that has not reached its end."""
-        ids = run_row_ids(row)
-        tasks = self.tasks(ids, now)
-        last_sign = max(
-            itertools.chain(
-                (self._last_sign(ids, row["last_heartbeat_ts"], row["ts_epoch"]),),
-                (task["finished_at"] or task["started_at"] or task["ts_epoch"] for task in tasks),
-            )
-        )
-        if any(task["status"] == RUNNING for task in tasks):
-            return RUNNING, None
-        if cannot_go_on(tasks, self.graph(ids) or {}):
-            return FAILED, max(task["finished_at"] or 0 for task in tasks)
-        if now * 1000 - last_sign > RUN_HEARTBEAT_CUTOFF * 1000:
-            return FAILED, last_sign
-        return RUNNING, None
-
-    def _last_sign(self, ids: Ids, heartbeat: int | None, created: int) -> int:
-        """When a run or task last gave a sign of life, in epoch milliseconds.
-
-        Its heartbeat; where it has none, when its files were last written.
-        """
-        if heartbeat is not None:
-            return max(heartbeat * 1000, created)
-        own = "/".join((self.store.folder, *ids))
-        folders = [own, f"{own}/{META_DIR}"]
-        if len(ids) == TASK_DEPTH:
-            folders += self._card_folders(ids, "runtime")
-            folders += filter(None, [datastore_file(self.datastore_root(ids, None), *ids)])
-        found = map(stat_or_none, folders)
-        return max([created, *(int(s.st_mtime * 1000) for s in found if s is not None)])
-
-    # -- steps and tasks ---------------------------------------------------------------------------
-
-    def steps(self, ids: Ids, tasks: Sequence[AttemptRow], now: float) -> list[StepRow]:
-        """The steps of a run, oldest first; `tasks`: all of the run."""
-        rows: list[StepRow] = []
-        for step in list(self.store.steps(ids))[::-1]:
-            ends = [t["finished_at"] for t in tasks if t["step_name"] == step["step_name"]]
-            end = None if None in ends else max(filter(None, ends), default=None)
-            rows.append(
-                {
-                    **step,
-                    **shared_columns(step),
-                    "run_number": wire_id(ids[1]),
-                    "run_id": ids[1],
-                    "duration": elapsed_ms(step["ts_epoch"], end, now),
-                }
-            )
-        return rows
-
-    def tasks(self, ids: Ids, now: float) -> list[AttemptRow]:
-        """The attempts of all tasks of a run, oldest task first."""
-        rows: list[AttemptRow] = []
-        for step in list(self.store.steps(ids))[::-1]:
-            step_ids = (*ids, step["step_name"])
-            for task in list(self.store.tasks(step_ids))[::-1]:
-                rows += self._attempt_rows((*step_ids, str(task["task_id"])), task, now)
-        return rows
-
-    def attempts(self, ids: Ids, now: float) -> list[AttemptRow]:
-        """The attempts of a task, newest first."""
-        task = self.store.task(ids)
-        return [] if task is None else self._attempt_rows(ids, task, now)[::-1]
-
-    def _attempt_rows(self, ids: Ids, task: Task, now: float) -> list[AttemptRow]:
-        attempts = self._attempts_of(ids).copy() or [Attempt()]
-        heartbeat, created = task["last_heartbeat_ts"], task["ts_epoch"]
-        is_alive, last_sign = True, created
-        if attempts[-1].done_at is None:
-            attempts[-1] = self._ended_unnoticed(ids, len(attempts) - 1, attempts[-1])
-            cutoff = TASK_SILENCE_CUTOFF if heartbeat is None else TASK_HEARTBEAT_CUTOFF
-            last_sign = self._last_sign(ids, heartbeat, created)
-            is_alive = now * 1000 - last_sign <= cutoff * 1000
-        rows: list[AttemptRow] = []
-        for number, attempt in enumerate(attempts):
-            status, end = attempt_status(attempts, number, created, is_alive, last_sign)
-            if status == RUNNING and attempt.started_at is None and heartbeat is None:
-                status = PENDING
-            rows.append(
-                {
-                    **task,
-                    **shared_columns(task),
-                    "task_name": _given_name(task["task_id"]),
-                    "attempt_id": number,
-                    "status": status,
-                    "task_ok": None,
-                    "started_at": attempt.started_at,
-                    "finished_at": end,
-                    "duration": elapsed_ms(attempt.started_at or created, end, now),
-                }
-            )
-        return rows
-
-    def _ended_unnoticed(self, ids: Ids, number: int, attempt: Attempt) -> Attempt:
-        """An attempt whose process could not say that it ended: its scheduler has left a file."""
-        path = datastore_file(self.datastore_root(ids, number), *ids, f"{number}.runtime")
-        if path is None:
-            return attempt
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            is_ok = bool(json_content(path, LARGEST_VALUE).get("success"))
-            return attempt._replace(done_at=int(os.stat(path).st_mtime * 1000), is_ok=is_ok)
-        return attempt
-
-    def _attempts_of(self, ids: Ids) -> list[Attempt]:
-        """What the records of a task say of its attempts; none where none has begun."""
-        key, version = "/".join(ids), self.store.version(ids)
-        known = self._attempts.get(key)
-        if known is not None and known[0] == version:
-            return known[1]
-        metadata = self.store.metadata(ids, fields=("attempt", "attempt-done", "attempt_ok"))
-        attempts = attempts_from_metadata(metadata, self.store.attempts_with_artifacts(ids))
-        for number, attempt in enumerate(attempts):
-            if attempt.is_ok is None:
-                attempts[number] = self._completed_by_artifact(ids, number, attempt)
-        if version is not None:
-            self._attempts.put(key, (version, attempts))
-        return attempts
-
-    def _completed_by_artifact(self, ids: Ids, number: int, attempt: Attempt) -> Attempt:
-        """An attempt of which no metadatum says how it ended, but the artifact `_task_ok`."""
-        artifact = self.store.artifact(ids, "_task_ok", number)
-        if artifact is None:
-            return attempt
-        is_ok: bool | None = None
-        with contextlib.suppress(OSError, ValueError):
-            is_ok = bool(self.value(artifact, LARGEST_VALUE))
-        return attempt._replace(
-            done_at=max(artifact["ts_epoch"], attempt.done_at or 0), is_ok=is_ok
-        )
-
-    # -- what the flow is --------------------------------------------------------------------------
-
-    def graph(self, ids: Ids) -> Graph | None:
-        """The graph of the flow of a run, as `_parameters` has stored it; None where it has not."""
-        for task in self.store.task_ids((*ids, PARAMETERS_STEP)):
-            artifact = self.store.artifact(task, "_graph_info")
-            if artifact is not None:
-                return self._graph_in(artifact)
-        return None
-
-    def _graph_in(self, artifact: Artifact) -> Graph | None:
-        key = f"{artifact['flow_id']}/{artifact['location']}/{artifact['sha']}"
-        graph = self._graphs.get(key)
-        if graph is None:
-            try:
-                value = plain_value(self.value(artifact, LARGEST_GRAPH))
-            except OSError:
-                return None  # it may come
-            except ValueError:
-                value = None
-            is_graph = isinstance(value, dict) and isinstance(value.get("steps"), dict)
-            graph = cast(Graph, value) if is_graph else {}
-            self._graphs.put(key, graph)
-        return graph or None
-
-    def _end_step(self, ids: Ids) -> str:
-        """The name of the last step of the flow of a run."""
-        for task in self.store.task_ids((*ids, PARAMETERS_STEP)):
-            for metadatum in self.store.metadata(task, fields=("end_step",)):
-                return end_step_name(value_text(metadatum))
-        return end_step_name((self.graph(ids) or {}).get("end_step"))
-
-    def parameters(self, ids: Ids) -> dict[str, dict[str, object]]:
-        """The parameters of a run and their values, those that can be shown."""
-        values: dict[str, dict[str, object]] = {}
-        for task in self.store.task_ids((*ids, PARAMETERS_STEP)):
-            for artifact in self.store.artifacts(task):
-                name = artifact["name"]
-                if not name.startswith("_") and name not in ("name", "script_name"):
-                    with contextlib.suppress(OSError, ValueError):
-                        values[name] = {"value": plain_value(self.value(artifact, LARGEST_VALUE))}
-        return dict(sorted(values.items()))
-
-    # -- metadata and artifacts --------------------------------------------------------------------
-
-    def metadata(self, ids: Ids) -> list[MetadatumRow]:
-        """The metadata of a task, by name, oldest first."""
-        rows = [metadatum_row(metadatum) for metadatum in self.store.metadata(ids)]
-        return sorted(rows, key=lambda row: (row["field_name"], row["ts_epoch"], row["id"]))
-
-    def artifacts(self, ids: Ids, attempt: int | None) -> list[ArtifactRow]:
-        """The artifacts of an attempt of a task, by name, without their values."""
-        return sorted(
-            (artifact_row(artifact) for artifact in self.store.artifacts(ids, attempt)),
-            key=lambda row: row["name"],
-        )
-
-    def value(self, artifact: Artifact | ArtifactRow, limit: int) -> Any:
-        """The value of an artifact, read without unpickling; OSError, TooLarge or ValueError."""
-        sha, location = artifact["sha"] or "", artifact["location"]
-        if artifact["ds_type"] != "local" or not location.startswith(ROOT_LOCATION):
-            raise ValueError("It is not stored on this machine.")
-        if not SHA.fullmatch(sha):
-            raise ValueError("It has no place in the datastore.")
-        root = location[len(ROOT_LOCATION) :]
-        path = datastore_file(root, artifact["flow_id"], "data", sha[:2], sha)
-        if path is None:
-            raise FileNotFoundError(errno.ENOENT, "It is not in the datastore any more", sha)
-        return PickleReader().read(decompress(file_content(path, limit), limit))
-
-    def with_value(self, row: ArtifactRow) -> ArtifactRow:
-        """An artifact with its value, or with why that cannot be shown."""
-        try:
-            row["content"] = format_value(self.value(row, LARGEST_VALUE))
-        except (OSError, ValueError) as error:
-            kind, detail = "artifact-handle-failed", str(error)
-            if isinstance(error, TooLarge):
-                kind, detail = "artifact-too-large", f"It is larger than {LARGEST_VALUE} bytes."
-            elif isinstance(error, OSError):
-                detail = error.strerror or ""
-            row["postprocess_error"] = {"id": kind, "detail": detail, "traceback": None}
-        return row
-
-    # -- logs and cards ----------------------------------------------------------------------------
-
-    def datastore_root(self, ids: Ids, attempt: int | None) -> str:
-        """The root of the datastore of a task's attempt: what its metadata say, else the store's.
-
-        Metadata say what clients said: use it through `datastore_file` only.
-        """
-        for metadatum in self.store.metadata(ids, fields=("ds-root",)):
-            if attempt is None or metadatum_attempt(metadatum) in (attempt, None):
-                return value_text(metadatum)
-        return self.store.folder
-
-    def log(self, ids: Ids, attempt: int, stream: str) -> list[LogLine]:
-        """The lines of what an attempt has written to a stream (stdout or stderr), oldest first.
-
-        Local Metaflow writes logs when an attempt has ended. Of a huge log this is the last part.
-        """
-        root = self.datastore_root(ids, attempt)
-        names = (f"{attempt}.{source}_{stream}.log" for source in LOG_SOURCES)
-        found = [datastore_file(root, *ids, name) for name in names]
-        paths = [path for path in found if path is not None]
-        versions = [file_version(status) for status in map(stat_or_none, paths) if status]
-        key = repr((paths, versions))
-        lines = self._logs.get(key)
-        if lines is None:
-            contents = []
-            for path in paths:
-                with contextlib.suppress(FileNotFoundError, IsADirectoryError):
-                    contents.append(file_content(path, LARGEST_LOG, from_end=True))
-            lines = log_lines(contents)
-            self._logs.put(key, lines)
-        return lines
-
-    def cards(self, ids: Ids) -> list[Card]:
-        """The cards of a task."""
-        return [card for card, _ in self._card_files(ids)]
-
-    def card(self, ids: Ids, card_hash: str) -> bytes | None:
-        """The HTML of a card, None where there is none; TooLarge."""
-        for card, path in self._card_files(ids):
-            if card["hash"] == card_hash:
-                with contextlib.suppress(FileNotFoundError):
-                    return file_content(path, LARGEST_CARD)
-        return None
-
-    def card_data(self, ids: Ids, card_hash: str) -> tuple[Card, object] | None:
-        """What a card shows at the moment, None where it is not known; OSError, ValueError."""
-        for card, path in self._card_files(ids, "runtime", ".data.json"):
-            if card["hash"] == card_hash:
-                return card, json_content(path, LARGEST_CARD)
-        return None
-
-    def _card_folders(self, ids: Ids, kind: str) -> list[str]:
-        """The folders of a task's cards: Metaflow before 2022 left the step out."""
-        flow, run, step, task = ids
-        roots = dict.fromkeys((self.datastore_root(ids, None), self.store.folder))
-        folders = (
-            datastore_file(root, CARDS_DIR, flow, "runs", run, *below, kind)
-            for root in roots
-            for below in (("steps", step, "tasks", task), ("tasks", task))
-        )
-        return [folder for folder in folders if folder is not None and os.path.isdir(folder)]
-
-    def _card_files(
-        self, ids: Ids, kind: str = "cards", suffix: str = ".html"
-    ) -> list[tuple[Card, str]]:
-        """The files TYPE-HASH and TYPE-ID-HASH of a task's cards, in the first folder of any."""
-        for folder in self._card_folders(ids, kind):
-            with os.scandir(folder) as entries:
-                files = sorted(e.name for e in entries if e.is_file(follow_symlinks=False))
-            found: list[tuple[Card, str]] = []
-            for name in files:
-                parts = name[: -len(suffix)].split("-")
-                if name.endswith(suffix) and len(parts) in (2, 3):
-                    card_id = parts[1] if len(parts) == 3 else None
-                    card: Card = {"id": card_id, "type": parts[0], "hash": parts[-1]}
-                    found.append((card, f"{folder}/{name}"))
-            if found:
-                return found
-        return []
-
-
-def run_row_ids(row: RunRow) -> Ids:
-    return (row["flow_id"], row["run"])
-
-
-class SharedColumns(TypedDict):
-    run_id: str | None
-    tags: Tags
-    system_tags: Tags
-
-
-def shared_columns(record: Run | Step | Task | Metadatum | Artifact) -> SharedColumns:
-    """What the rows of a run's objects have otherwise than the records."""
-    return {
-        "run_id": _given_name(record["run_number"]),
-        "tags": record["tags"] or [],
-        "system_tags": record["system_tags"] or [],
-    }
-
-
-def metadatum_row(metadatum: Metadatum) -> MetadatumRow:
-    return {
-        **metadatum,
-        **shared_columns(metadatum),
-        "task_name": _given_name(metadatum["task_id"]),
-        "attempt_id": metadatum_attempt(metadatum),
-        "value": value_text(metadatum),
-    }
-
-
-def artifact_row(artifact: Artifact) -> ArtifactRow:
-    task_name = _given_name(artifact["task_id"])
-    row: _ArtifactRow = {**artifact, **shared_columns(artifact), "task_name": task_name}
-    return cast(ArtifactRow, row)
-
-
-def end_step_name(told: object) -> str:
-    """The name of a flow's last step, by what its run tells; the usual one where that is none."""
-    with contextlib.suppress(NotStorable):
-        if isinstance(told, str):
-            check_name(told)
-            return told
-    return DEFAULT_END_STEP
-
-
-# ==================================================================================================
-# UI page: the page of our own, one document that needs nothing but the API below
+# Page: the page of our own, one document that needs nothing but the UI API
 # ==================================================================================================
 
 PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

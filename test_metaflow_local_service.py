@@ -335,10 +335,11 @@ SUBCOMMANDS = re.findall(r"^def do_(\w+)", SOURCE, re.MULTILINE)
 LAYERS = (
     "Settings",
     "Store",
+    "Datastore",
     "Queries",
+    "Model",
     "API",
-    "UI model",
-    "UI page",
+    "Page",
     "UI API",
     "Server",
     "Registry",
