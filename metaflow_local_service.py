@@ -83,7 +83,7 @@ __version__ = "0.1.0"
 # ==================================================================================================
 
 PROGRAM = "metaflow-local-service"
-PROTOCOL_VERSION = "2.5.0"
+PROTOCOL_VERSION = "2.6.1"
 """The release of the metadata service whose API this is; Metaflow's client asks for it."""
 
 DATASTORE_DIR = ".metaflow"
@@ -2083,29 +2083,6 @@ def value_text(metadatum: Metadatum) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def run_status(end_metadata: Iterable[Metadatum], last_heartbeat_ts: int | None, now: float) -> str:
-    """What has become of a run, by the rules and in the order of the reference.
-
-    `end_metadata`: that of all tasks of the step `end`. `now`: epoch seconds.
-    """
-    attempts: list[SortKey] = []
-    ended: list[tuple[SortKey, bool]] = []
-    for metadatum in end_metadata:
-        if metadatum["field_name"] == "attempt":
-            attempts.append(metadatum_sort_key(metadatum))
-        elif metadatum["field_name"] == "attempt_ok":
-            truth = TRUTHS.get(value_text(metadatum).lower())
-            if truth is not None:
-                ended.append((metadatum_sort_key(metadatum), truth))
-    if ended:
-        moment, is_ok = max(ended)
-        if is_ok:
-            return "completed"
-        return "running" if max(attempts, default=moment) > moment else "failed"
-    alive = last_heartbeat_ts is not None and abs(now - last_heartbeat_ts) <= RUN_HEARTBEAT_CUTOFF
-    return "running" if alive else "failed"
-
-
 def sends_heartbeats(system_tags: Sequence[object] | None) -> bool:
     """Whether a client with these system tags is one that sends heartbeats.
 
@@ -2493,6 +2470,10 @@ class Model:
             row["status"], row["finished_at"] = verdict.status, verdict.finished_at
             row["duration"] = elapsed_ms(row["ts_epoch"], verdict.finished_at, now)
         return row
+
+    def status(self, run: Run) -> str:
+        """What has become of a run."""
+        return self.judge(self._run_row(run))["status"]
 
     def versions(self, step: Ids) -> object:
         """What tells whether a step's tasks have the same records still; None if nothing can."""
@@ -3163,7 +3144,7 @@ Records = Callable[[Optional[SortKey]], Iterable[Mapping[str, Any]]]
 
 
 def paginate(
-    store: Store, request: Request, order: Order, records: Records, filtered: bool = False
+    model: Model, request: Request, order: Order, records: Records, filtered: bool = False
 ) -> Response:
     """A whole list, or the page of it that `_limit`, `_cursor` or a filter asks for.
 
@@ -3171,12 +3152,12 @@ def paginate(
     """
     cursor = first_value(request.query, "_cursor")
     if cursor is None and first_value(request.query, "_limit") is None and not filtered:
-        with store.long_reads:
+        with model.store.long_reads:
             whole = list(records(None))
         return json_response(whole)
     limit = parse_limit(request.query)
     place = decode_cursor(order, cursor) if cursor else None
-    with store.long_reads:
+    with model.store.long_reads:
         page = list(itertools.islice(records(place), limit + 1))
     headers = [("X-Limit", str(limit))]
     if len(page) > limit:
@@ -3207,47 +3188,47 @@ HEARTBEAT_SECONDS = 10
 
 
 @route("GET", "/ping")
-def ping(store: Store, request: Request) -> Response:
+def ping(model: Model, request: Request) -> Response:
     """Say that the service is there; clients read its version from the header."""
     return text_response("pong")
 
 
 @route("GET", "/version")
-def get_version(store: Store, request: Request) -> Response:
+def get_version(model: Model, request: Request) -> Response:
     """The version of the API."""
     return text_response(PROTOCOL_VERSION)
 
 
 @route("GET", "/healthcheck")
-def healthcheck(store: Store, request: Request) -> Response:
+def healthcheck(model: Model, request: Request) -> Response:
     """Whether records can be written."""
     try:
-        store.check_writable()
+        model.store.check_writable()
     except OSError as error:
-        raise HttpError(503, f"{store.folder} cannot be written: {error.strerror}.") from None
+        raise HttpError(503, f"{model.store.folder} cannot be written: {error.strerror}.") from None
     return json_response({"status": "UP"})
 
 
 @route("GET", "/flows")
-def list_flows(store: Store, request: Request) -> Response:
+def list_flows(model: Model, request: Request) -> Response:
     """All flows."""
-    return paginate(store, request, FLOW_ORDER, store.flows)
+    return paginate(model, request, FLOW_ORDER, model.store.flows)
 
 
 @route("GET", FLOW)
-def get_flow(store: Store, request: Request, flow: str) -> Response:
+def get_flow(model: Model, request: Request, flow: str) -> Response:
     """One flow."""
-    return json_or_404(store.flow((flow,)), "flow")
+    return json_or_404(model.store.flow((flow,)), "flow")
 
 
 @route("POST", FLOW)
-def create_flow(store: Store, request: Request, flow: str) -> Response:
+def create_flow(model: Model, request: Request, flow: str) -> Response:
     """Make a flow."""
-    return json_response(store.create_flow((flow,), parse_labels(request.json_object())))
+    return json_response(model.store.create_flow((flow,), parse_labels(request.json_object())))
 
 
 @route("GET", FLOW + "/runs")
-def list_runs(store: Store, request: Request, flow: str) -> Response:
+def list_runs(model: Model, request: Request, flow: str) -> Response:
     """The runs of a flow that pass the filters, with their status if it is asked for."""
     conditions = parse_filters(request.query, RUN_FIELDS)
     plain = [test for name, test in conditions if name != "status"] + parse_tag_filters(
@@ -3256,14 +3237,14 @@ def list_runs(store: Store, request: Request, flow: str) -> Response:
     by_status = [test for name, test in conditions if name == "status"]
 
     def runs(before: SortKey | None) -> Iterable[Run]:
-        found = filter_records(store.runs((flow,), before), plain)
+        found = filter_records(model.store.runs((flow,), before), plain)
         return (
-            filter_records(map(partial(with_status, store), found), by_status)
+            filter_records(map(partial(with_status, model), found), by_status)
             if by_status
             else found
         )
 
-    return paginate(store, request, RUN_ORDER, runs, filtered=bool(plain or by_status))
+    return paginate(model, request, RUN_ORDER, runs, filtered=bool(plain or by_status))
 
 
 def filter_records(records: Iterable[T], tests: Sequence[Test]) -> Iterable[T]:
@@ -3271,36 +3252,28 @@ def filter_records(records: Iterable[T], tests: Sequence[Test]) -> Iterable[T]:
     return (r for r in records if all(test(r) for test in tests)) if tests else records
 
 
-def with_status(store: Store, run: Run) -> Run:
-    status = status_of(store, run)
+def with_status(model: Model, run: Run) -> Run:
+    """A run with its status, which stands before its owner."""
     owner = run.pop("user", None)
-    run["status"] = status
+    run["status"] = model.status(run)
     if owner is not None:
         run["user"] = owner
     return run
 
 
-def status_of(store: Store, run: Run) -> str:
-    """What has become of a run, which is told by the metadata of its step `end`."""
-    end = (run["flow_id"], str(run["run_number"]), "end")
-    fields = ("attempt", "attempt_ok")
-    metadata = (m for _, of_task in store.metadata_of_tasks(end, fields) for m in of_task)
-    return run_status(metadata, run["last_heartbeat_ts"], time.time())
-
-
 @route("GET", RUN)
-def get_run(store: Store, request: Request, flow: str, run: str) -> Response:
+def get_run(model: Model, request: Request, flow: str, run: str) -> Response:
     """One run."""
-    return json_or_404(store.run(run_ids(flow, run)), "run")
+    return json_or_404(model.store.run(run_ids(flow, run)), "run")
 
 
 @route("POST", FLOW + "/run")
-def create_run(store: Store, request: Request, flow: str) -> Response:
+def create_run(model: Model, request: Request, flow: str) -> Response:
     """Make a run, with the id that the client brings or a new one."""
     body = request.json_object()
     labels = parse_labels(body)
     beats = sends_heartbeats(labels.system_tags)
-    run = store.create_run((flow,), parse_new_id(body, "run_number"), labels, beats)
+    run = model.store.create_run((flow,), parse_new_id(body, "run_number"), labels, beats)
     run.pop("user", None)  # as the reference: only a GET says whether the owner is verified
     return json_response(run)
 
@@ -3310,13 +3283,13 @@ HEARTBEAT_RESPONSE = json_response(json.dumps({"wait_time_in_seconds": HEARTBEAT
 
 
 @route("POST", RUN + "/heartbeat")
-def run_heartbeat(store: Store, request: Request, flow: str, run: str) -> Response:
+def run_heartbeat(model: Model, request: Request, flow: str, run: str) -> Response:
     """Note that a run lives."""
-    return record_heartbeat(store, run_ids(flow, run))
+    return record_heartbeat(model, run_ids(flow, run))
 
 
 @route("PATCH", RUN + "/tag/mutate")
-def mutate_tags(store: Store, request: Request, flow: str, run: str) -> Response:
+def mutate_tags(model: Model, request: Request, flow: str, run: str) -> Response:
     """Add tags to a run and remove others."""
     body = request.json_object()
     changes = {}
@@ -3327,77 +3300,77 @@ def mutate_tags(store: Store, request: Request, flow: str, run: str) -> Response
         if not all(isinstance(tag, str) for tag in tags):
             raise HttpError(400, "All tag values must be strings")
         changes[key] = tags
-    tags = store.change_tags(
+    tags = model.store.change_tags(
         run_ids(flow, run), add=changes["tags_to_add"], remove=changes["tags_to_remove"]
     )
     return json_response({"tags": tags})
 
 
 @route("GET", RUN + "/metadata")
-def list_run_metadata(store: Store, request: Request, flow: str, run: str) -> Response:
+def list_run_metadata(model: Model, request: Request, flow: str, run: str) -> Response:
     """The metadata of all tasks of a run."""
-    metadata = partial(store.metadata_of_run, run_ids(flow, run))
+    metadata = partial(model.store.metadata_of_run, run_ids(flow, run))
     return paginate(
-        store, request, METADATA_ORDER, partial(records_before, METADATA_ORDER, metadata)
+        model, request, METADATA_ORDER, partial(records_before, METADATA_ORDER, metadata)
     )
 
 
 @route("GET", RUN + "/artifacts")
-def list_run_artifacts(store: Store, request: Request, flow: str, run: str) -> Response:
+def list_run_artifacts(model: Model, request: Request, flow: str, run: str) -> Response:
     """The artifacts of the latest attempt of each task of a run."""
-    artifacts = partial(store.artifacts_below, run_ids(flow, run))
+    artifacts = partial(model.store.artifacts_below, run_ids(flow, run))
     return paginate(
-        store, request, ARTIFACT_ORDER, partial(records_before, ARTIFACT_ORDER, artifacts)
+        model, request, ARTIFACT_ORDER, partial(records_before, ARTIFACT_ORDER, artifacts)
     )
 
 
 @route("GET", RUN + "/steps")
-def list_steps(store: Store, request: Request, flow: str, run: str) -> Response:
+def list_steps(model: Model, request: Request, flow: str, run: str) -> Response:
     """The steps of a run."""
-    return json_response(list(store.steps(run_ids(flow, run))))
+    return json_response(list(model.store.steps(run_ids(flow, run))))
 
 
 @route("GET", STEP)
-def get_step(store: Store, request: Request, flow: str, run: str, step: str) -> Response:
+def get_step(model: Model, request: Request, flow: str, run: str, step: str) -> Response:
     """One step."""
-    return json_or_404(store.step((*run_ids(flow, run), step)), "step")
+    return json_or_404(model.store.step((*run_ids(flow, run), step)), "step")
 
 
 @route("POST", STEP + "/step")
-def create_step(store: Store, request: Request, flow: str, run: str, step: str) -> Response:
+def create_step(model: Model, request: Request, flow: str, run: str, step: str) -> Response:
     """Make a step."""
     labels = parse_labels(request.json_object(), default_user="")
-    return json_response(store.create_step((*run_ids(flow, run), step), labels))
+    return json_response(model.store.create_step((*run_ids(flow, run), step), labels))
 
 
 @route("GET", STEP + "/artifacts")
-def list_step_artifacts(store: Store, request: Request, flow: str, run: str, step: str) -> Response:
+def list_step_artifacts(model: Model, request: Request, flow: str, run: str, step: str) -> Response:
     """The artifacts of the latest attempt of each task of a step."""
-    artifacts = partial(store.artifacts_below, (*run_ids(flow, run), step))
+    artifacts = partial(model.store.artifacts_below, (*run_ids(flow, run), step))
     return paginate(
-        store, request, ARTIFACT_ORDER, partial(records_before, ARTIFACT_ORDER, artifacts)
+        model, request, ARTIFACT_ORDER, partial(records_before, ARTIFACT_ORDER, artifacts)
     )
 
 
 @route("GET", STEP + "/tasks")
-def list_tasks(store: Store, request: Request, flow: str, run: str, step: str) -> Response:
+def list_tasks(model: Model, request: Request, flow: str, run: str, step: str) -> Response:
     """The tasks of a step that pass the filters."""
     tests = [test for _, test in parse_filters(request.query, TASK_FIELDS)]
 
     def tasks(before: SortKey | None) -> Iterable[Task]:
-        return filter_records(store.tasks((*run_ids(flow, run), step), before), tests)
+        return filter_records(model.store.tasks((*run_ids(flow, run), step), before), tests)
 
-    return paginate(store, request, TASK_ORDER, tasks, filtered=bool(tests))
+    return paginate(model, request, TASK_ORDER, tasks, filtered=bool(tests))
 
 
 @route("GET", STEP + "/filtered_tasks")
-def filter_tasks(store: Store, request: Request, flow: str, run: str, step: str) -> Response:
+def filter_tasks(model: Model, request: Request, flow: str, run: str, step: str) -> Response:
     """The pathspecs of the tasks of a step that have a metadatum of that name and value."""
     field = first_value(request.query, "metadata_field_name")
     pattern = postgres_regex(first_value(request.query, "pattern") or "")
 
-    below = store.metadata_of_tasks((*run_ids(flow, run), step), (field,) if field else None)
-    with store.long_reads:
+    below = model.store.metadata_of_tasks((*run_ids(flow, run), step), (field,) if field else None)
+    with model.store.long_reads:
         tasks = [
             (ids, {value_text(m) for m in metadata if field in (None, "", m["field_name"])})
             for ids, metadata in below
@@ -3407,63 +3380,63 @@ def filter_tasks(store: Store, request: Request, flow: str, run: str, step: str)
 
 
 @route("GET", TASK)
-def get_task(store: Store, request: Request, *task: str) -> Response:
+def get_task(model: Model, request: Request, *task: str) -> Response:
     """One task."""
-    return json_or_404(store.task(task_ids(*task)), "task")
+    return json_or_404(model.store.task(task_ids(*task)), "task")
 
 
 @route("POST", STEP + "/task")
-def create_task(store: Store, request: Request, flow: str, run: str, step: str) -> Response:
+def create_task(model: Model, request: Request, flow: str, run: str, step: str) -> Response:
     """Make a task, with the name that the client brings or the next number."""
     body = request.json_object()
     labels = parse_labels(body)
     beats = sends_heartbeats(labels.system_tags)
     ids = (*run_ids(flow, run), step)
-    return json_response(store.create_task(ids, parse_new_id(body, "task_id"), labels, beats))
+    return json_response(model.store.create_task(ids, parse_new_id(body, "task_id"), labels, beats))
 
 
 @route("POST", TASK + "/heartbeat")
-def task_heartbeat(store: Store, request: Request, *task: str) -> Response:
+def task_heartbeat(model: Model, request: Request, *task: str) -> Response:
     """Note that a task lives, and so its run."""
-    return record_heartbeat(store, task_ids(*task))
+    return record_heartbeat(model, task_ids(*task))
 
 
-def record_heartbeat(store: Store, ids: Ids) -> Response:
-    if not store.heartbeat(ids):
+def record_heartbeat(model: Model, ids: Ids) -> Response:
+    if not model.store.heartbeat(ids):
         raise HttpError(404, "There is no such run or task.")
     return HEARTBEAT_RESPONSE
 
 
 @route("GET", TASK + "/metadata")
-def list_metadata(store: Store, request: Request, *task: str) -> Response:
+def list_metadata(model: Model, request: Request, *task: str) -> Response:
     """The metadata of all attempts of a task."""
-    return paginate(store, request, METADATA_ORDER, partial(store.metadata, task_ids(*task)))
+    return paginate(model, request, METADATA_ORDER, partial(model.store.metadata, task_ids(*task)))
 
 
 @route("POST", TASK + "/metadata")
-def create_metadata(store: Store, request: Request, *task: str) -> Response:
+def create_metadata(model: Model, request: Request, *task: str) -> Response:
     """Add metadata to a task, all or none."""
     rows = [parse_metadatum(item) for item in request.json_objects()]
     return json_response(
-        {"metadata_created": create_rows(store.create_metadata, task_ids(*task), rows)}
+        {"metadata_created": create_rows(model.store.create_metadata, task_ids(*task), rows)}
     )
 
 
 @route("GET", TASK + "/artifacts")
-def list_artifacts(store: Store, request: Request, *task: str) -> Response:
+def list_artifacts(model: Model, request: Request, *task: str) -> Response:
     """The artifacts of the latest attempt of a task."""
-    artifacts = partial(store.artifacts, task_ids(*task))
+    artifacts = partial(model.store.artifacts, task_ids(*task))
     return paginate(
-        store, request, ARTIFACT_ORDER, partial(records_before, ARTIFACT_ORDER, artifacts)
+        model, request, ARTIFACT_ORDER, partial(records_before, ARTIFACT_ORDER, artifacts)
     )
 
 
 @route("POST", TASK + "/artifact")
-def create_artifacts(store: Store, request: Request, *task: str) -> Response:
+def create_artifacts(model: Model, request: Request, *task: str) -> Response:
     """Add artifacts to a task, all or none; those that it has already are passed over."""
     rows = [parse_artifact(item) for item in request.json_objects()]
     return json_response(
-        {"artifacts_created": create_rows(store.create_artifacts, task_ids(*task), rows)}
+        {"artifacts_created": create_rows(model.store.create_artifacts, task_ids(*task), rows)}
     )
 
 
@@ -3477,27 +3450,29 @@ def create_rows(add: Callable[[Ids, Any], int], ids: Ids, rows: Sequence[object]
 
 @route("GET", TASK + "/artifacts/{name}")
 def get_artifact(
-    store: Store, request: Request, flow: str, run: str, step: str, task: str, name: str
+    model: Model, request: Request, flow: str, run: str, step: str, task: str, name: str
 ) -> Response:
     """One artifact of the latest attempt of a task."""
-    return json_or_404(store.artifact(task_ids(flow, run, step, task), name), "artifact")
+    return json_or_404(model.store.artifact(task_ids(flow, run, step, task), name), "artifact")
 
 
 @route("GET", TASK + "/artifacts/{name}/attempt/{attempt}")
 def get_artifact_of_attempt(
-    store: Store, request: Request, flow: str, run: str, step: str, task: str, name: str, n: str
+    model: Model, request: Request, flow: str, run: str, step: str, task: str, name: str, n: str
 ) -> Response:
     """One artifact of an attempt of a task."""
     ids = task_ids(flow, run, step, task)
-    return json_or_404(store.artifact(ids, name, parse_attempt_segment(n)), "artifact")
+    return json_or_404(model.store.artifact(ids, name, parse_attempt_segment(n)), "artifact")
 
 
 @route("GET", TASK + "/attempt/{attempt}/artifacts")
 def list_artifacts_of_attempt(
-    store: Store, request: Request, flow: str, run: str, step: str, task: str, n: str
+    model: Model, request: Request, flow: str, run: str, step: str, task: str, n: str
 ) -> Response:
     """The artifacts of an attempt of a task."""
-    return json_response(store.artifacts(task_ids(flow, run, step, task), parse_attempt_segment(n)))
+    return json_response(
+        model.store.artifacts(task_ids(flow, run, step, task), parse_attempt_segment(n))
+    )
 
 
 def parse_attempt_segment(segment: str) -> int:
@@ -3530,7 +3505,7 @@ class MetadataService:
     """Answers requests of the metadata API over a store."""
 
     def __init__(self, store: Store) -> None:
-        self._store = store
+        self._model = Model(store)
 
     def is_public(self, method: str, path: Sequence[str]) -> bool:
         """Whether a request is answered to those who do not bring the key, if there is one."""
@@ -3539,7 +3514,7 @@ class MetadataService:
     def dispatch(self, request: Request) -> Response | Upgrade:
         """The answer to a request; HttpError, BadQuery, StoreError, OSError where it gets none."""
         handler, arguments = METADATA_API.handler(request.method, request.path)
-        response: Response = handler(self._store, request, *arguments)
+        response: Response = handler(self._model, request, *arguments)
         return response
 
     def answer(self, request: Request) -> Response | Upgrade:
@@ -5085,7 +5060,6 @@ class UiService(MetadataService):
     def __init__(self, store: Store, ui_folder: str | None = None, key: str | None = None) -> None:
         """`ui_folder`: a build of the official UI; `key`: what requests have to bring, if any."""
         super().__init__(store)
-        self._model = Model(store)
         self._ui_folder = None if ui_folder is None else os.path.realpath(ui_folder)
         self._key = key
 
