@@ -2408,6 +2408,17 @@ def cannot_go_on(tasks: Iterable[AttemptRow], graph: Graph) -> bool:
     )
 
 
+def gives_no_signs(run: RunRow, tasks: Iterable[AttemptRow]) -> bool:
+    """Whether nothing of a run is at work, and nothing could tell if something was.
+
+    By its system tags its client sends no heartbeats; those of Metaflow's local mode say which
+    Metaflow it is, and so such runs are judged by their files.
+    """
+    if run["last_heartbeat_ts"] is not None or sends_heartbeats(run["system_tags"]):
+        return False
+    return all(task["finished_at"] is not None for task in tasks)
+
+
 def elapsed_ms(begin: int, end: int | None, now: float) -> int:
     """Milliseconds from a time to another, or to now."""
     return max(0, (int(now * 1000) if end is None else end) - begin)
@@ -2557,9 +2568,19 @@ class Model:
             return RUNNING, None
         if cannot_go_on(tasks, self.graph(ids) or {}):
             return FAILED, max(task["finished_at"] or 0 for task in tasks)
+        if self._has_failed_end(ids, tasks) or gives_no_signs(row, tasks):
+            return FAILED, last_sign
         if now * 1000 - last_sign > RUN_HEARTBEAT_CUTOFF * 1000:
             return FAILED, last_sign
         return RUNNING, None
+
+    def _has_failed_end(self, ids: Ids, tasks: Sequence[AttemptRow]) -> bool:
+        """Whether the last step has failed in a run that says nothing of further attempts.
+
+        As in the reference: clients that are not Metaflow store no graph.
+        """
+        end = [task for task in tasks if task["step_name"] == self._end_step(ids)]
+        return bool(end) and end[-1]["status"] == FAILED and self.graph(ids) is None
 
     def _last_sign(self, ids: Ids, heartbeat: int | None, created: int) -> int:
         """When a run or task last gave a sign of life, in epoch milliseconds.

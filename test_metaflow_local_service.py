@@ -2283,7 +2283,7 @@ def test_a_path_that_leads_nowhere_is_a_404(api: Api, path: str) -> None:
 
 
 def test_the_version_is_that_of_the_protocol(api: Api) -> None:
-    assert api.get("/version").content == b"2.5.0"
+    assert api.get("/version").content == b"2.6.1"
 
 
 def test_the_health_is_whether_records_can_be_written(api: Api, project: Path) -> None:
@@ -4070,7 +4070,7 @@ class Wire:
             return Reply(status, headers, b"")
         has_body = to != "HEAD"
         reply = Reply(status, headers, self._stream.read(int(headers["content-length"]) * has_body))
-        assert headers["metadata_service_version"] == "2.5.0"
+        assert headers["metadata_service_version"] == mls.PROTOCOL_VERSION
         assert not any(name.startswith("access-control-") for name in headers)
         assert b"Traceback" not in reply.content
         if status >= 400 and has_body:
