@@ -261,9 +261,9 @@ class Task(TypedDict):
     last_heartbeat_ts: int | None
 
 
-MetadatumValue = Union[str, list[str]]
+MetadatumValue = Union[str, list[str], None]
 """Text, but Metaflow gives the place in a foreach (`foreach-stack`) as a list, and local mode
-keeps it as one."""
+keeps it as one; and it keeps nothing as null."""
 
 
 class Metadatum(TypedDict):
@@ -405,6 +405,10 @@ def flow_sort_key(flow: Flow) -> SortKey:
 
 def task_sort_key(task: Task) -> SortKey:
     return (task["ts_epoch"], id_order(task["task_id"]))
+
+
+def step_sort_key(step: Step) -> SortKey:
+    return (step["ts_epoch"], id_order(step["step_name"]))
 
 
 def artifact_sort_key(artifact: Artifact) -> SortKey:
@@ -624,6 +628,31 @@ class TaskFiles(NamedTuple):
         return len(self.metadata) + sum(map(len, self.artifacts.values())) + 1
 
 
+class RecordIndex(NamedTuple):
+    """The metadata or artifacts of several tasks in the order of their list, oldest first."""
+
+    verified_at: float  # monotonic seconds
+    folders: list[tuple[str, Version | None]]  # that it was made from
+    entries: list[tuple[Any, ...]]  # a sort key, the ids of the task, its folder, the file's name
+
+    def weight(self) -> int:
+        return len(self.folders) + len(self.entries) + 1
+
+    def is_current(self) -> bool:
+        """Whether there is nothing else in the folders than there was."""
+        for path, version in self.folders:
+            status = stat_or_none(path)
+            if version is None or status is None or file_version(status) != version:
+                return False
+        return True
+
+
+INDEX_ENTRIES_IN_MEMORY = 200_000
+
+WALK_SECONDS = 30.0
+"""For so long the pages that follow a first one are pages of the same list, without a look at the
+folders of all its tasks: what is new comes before them anyway."""
+
 NO_CHILDREN = Listing(None, [], [])
 
 
@@ -729,6 +758,7 @@ class Store:
         self._records: Cache[tuple[Version, Any]] = Cache(RECORDS_IN_MEMORY, record_weight)
         self._listings: Cache[Listing] = Cache(NAMES_IN_MEMORY, Listing.weight)  # by folder
         self._task_files: Cache[TaskFiles] = Cache(TASK_FILES_IN_MEMORY, TaskFiles.weight)
+        self._indexes: Cache[RecordIndex] = Cache(INDEX_ENTRIES_IN_MEMORY, RecordIndex.weight)
         self._last_task_ids: Cache[int] = Cache(RECORDS_IN_MEMORY)  # by folder of the run
         self._newest_runs: dict[str, int] = {}  # the newest run on disk at first sight, by flow
         # Changes follow one another, and so do long reads; no read waits for a change. Threads that
@@ -765,12 +795,12 @@ class Store:
         """The runs of a flow, newest first."""
         return (run.copy() for run in self._children(ids, _run, before))
 
-    def steps(self, ids: Ids) -> Iterator[Step]:
+    def steps(self, ids: Ids, before: SortKey | None = None) -> Iterator[Step]:
         """The steps of a run, newest first."""
         run = self._record(ids, _run)
         if run is not None:
             tags = run_tags(run)
-            for step in self._children(ids, _step):
+            for step in self._children(ids, _step, before):
                 yield {**step, **tags}
 
     def tasks(self, ids: Ids, before: SortKey | None = None) -> Iterator[Task]:
@@ -984,22 +1014,83 @@ class Store:
 
     # -- over several tasks ----------------------------------------------------------------------
 
-    def metadata_of_run(self, ids: Ids) -> list[Metadatum]:
-        """The metadata of all tasks of a run, newest first."""
-        found = (m for _, metadata in self._tasks_below(ids) for m in metadata)
-        return sorted(found, key=metadatum_sort_key, reverse=True)
+    def metadata_below(self, ids: Ids, before: SortKey | None = None) -> Iterator[Metadatum]:
+        """The metadata of all tasks of a run or step, newest first."""
+        index = self._index("metadata", ids, before, self._metadata_entries)
+        return self._indexed(index, before, _metadatum)
 
-    def artifacts_below(self, ids: Ids) -> list[Artifact]:
-        """The artifacts of the latest attempt of each task of a run or step, newest first."""
-        found = (a for task, _ in self._tasks_below(ids) for a in self.artifacts(task))
-        return sorted(found, key=artifact_sort_key, reverse=True)
+    def artifacts_below(self, ids: Ids, before: SortKey | None = None) -> Iterator[Artifact]:
+        """The artifacts of the latest attempt of each task of a run or step, or of one task;
+        newest first."""
+        run = self._record(ids[:2], _run)
+        if run is not None:
+            tags = run_tags(run)
+            index = self._index("artifacts", ids, before, self._artifact_entries)
+            for artifact in self._indexed(index, before, _artifact):
+                yield {**artifact, **tags}
 
-    def _tasks_below(self, ids: Ids) -> Iterator[tuple[Ids, Iterator[Metadatum]]]:
-        if len(ids) == RUN_DEPTH:
-            for step in self._children(ids, _step):
-                yield from self.metadata_of_tasks((*ids, step["step_name"]))
-        else:
-            yield from self.metadata_of_tasks(ids)
+    def _indexed(
+        self, index: RecordIndex, before: SortKey | None, make: Callable[[Ids, Raw], T]
+    ) -> Iterator[T]:
+        end = len(index.entries) if before is None else bisect.bisect_left(index.entries, before)
+        for position in range(end - 1, -1, -1):
+            ids, folder, name = index.entries[position][2:]
+            record = self._read(f"{folder}/{name}", (*ids, name), make)
+            if record is not None:
+                yield record
+
+    def _index(
+        self,
+        kind: str,
+        ids: Ids,
+        before: SortKey | None,
+        list_entries: Callable[[Ids, TaskFiles], Iterable[tuple[Any, ...]]],
+    ) -> RecordIndex:
+        """The index of a list; made anew where its folders have changed, but see WALK_SECONDS."""
+        key, now = "/".join((kind, *ids)), time.monotonic()
+        known = self._indexes.get(key)
+        if known is not None:
+            if before is not None and now - known.verified_at < WALK_SECONDS:
+                return known
+            if known.is_current():
+                self._indexes.put(key, known._replace(verified_at=now))
+                return known
+        folders: list[tuple[str, Version | None]] = []
+        entries = [
+            entry
+            for task, files in self._tasks_below(ids, folders)
+            for entry in list_entries(task, files)
+        ]
+        entries.sort()
+        index = RecordIndex(now, folders, entries)
+        self._indexes.put(key, index)
+        return index
+
+    def _tasks_below(
+        self, ids: Ids, folders: list[tuple[str, Version | None]]
+    ) -> Iterator[tuple[Ids, TaskFiles]]:
+        """The tasks of a run or step, or the task itself, with their files; `folders` becomes the
+        list of those that this was told by."""
+        if len(ids) == TASK_DEPTH:
+            files = self._files_of(ids)
+            folders.append((files.folder, files.version))
+            yield ids, files
+            return
+        folder = self._folder_of(ids)
+        listing = self._listing(folder, ids, _step if len(ids) == RUN_DEPTH else _task)
+        folders.append((folder, None if listing.unborn else listing.version))
+        for sort_key in listing.sort_keys:
+            yield from self._tasks_below((*ids, str(sort_key[1][1])), folders)
+
+    def _metadata_entries(self, ids: Ids, files: TaskFiles) -> Iterator[tuple[Any, ...]]:
+        for ts_epoch, identifier, name in files.metadata:
+            yield ts_epoch, identifier, ids, files.folder, name
+
+    def _artifact_entries(self, ids: Ids, files: TaskFiles) -> Iterator[tuple[Any, ...]]:
+        for name in files.artifacts.get(max(files.artifacts, default=0), ()):
+            artifact = self._read(f"{files.folder}/{name}", (*ids, name), _artifact)
+            if artifact is not None:
+                yield *artifact_sort_key(artifact), ids, files.folder, name
 
     # -- writing ---------------------------------------------------------------------------------
 
@@ -2027,6 +2118,7 @@ def _cursor_text(value: object) -> str:
 
 FLOW_ORDER = Order(flow_sort_key, {"ts_epoch": _cursor_number, "flow_id": _cursor_text})
 RUN_ORDER = Order(run_sort_key, {"ts_epoch": _cursor_number, "run_number": _cursor_id})
+STEP_ORDER = Order(step_sort_key, {"ts_epoch": _cursor_number, "step_name": _cursor_text})
 TASK_ORDER = Order(task_sort_key, {"ts_epoch": _cursor_number, "task_id": _cursor_id})
 METADATA_ORDER = Order(metadatum_sort_key, {"ts_epoch": _cursor_number, "id": _cursor_number})
 ARTIFACT_ORDER = Order(
@@ -2449,11 +2541,12 @@ class Model:
 
     # -- runs --------------------------------------------------------------------------------------
 
-    def runs(self) -> Iterator[RunRow]:
-        """All runs of all flows, newest first, not judged yet."""
+    def runs(self, flow: str | None = None) -> Iterator[RunRow]:
+        """The runs of a flow, or of all flows, newest first, not judged yet."""
         import heapq
 
-        flows = [self.store.runs((flow["flow_id"],)) for flow in self.store.flows()]
+        names = [f["flow_id"] for f in self.store.flows()] if flow is None else [flow]
+        flows = [self.store.runs((name,)) for name in names]
         newest_first = heapq.merge(*flows, key=run_sort_key, reverse=True)
         return (self._run_row(run) for run in newest_first)
 
@@ -3103,8 +3196,8 @@ def parse_metadatum(item: Mapping[str, object]) -> MetadatumToStore:
     value = item.get("value", " ")
     if isinstance(value, (bool, int, float)):
         value = json.dumps(value)
-    if not isinstance(value, str) and not is_text_list(value):
-        raise HttpError(400, "value must be a string or a list of strings.")
+    if value is not None and not isinstance(value, str) and not is_text_list(value):
+        raise HttpError(400, "value must be a string, a list of strings or null.")
     return MetadatumToStore(
         required_text(item, "field_name", " "),
         cast(MetadatumValue, value),
@@ -3185,13 +3278,6 @@ def paginate(
         page.pop()
         headers.append(("X-Next-Cursor", encode_cursor(order, page[-1])))
     return json_response(page, headers=headers)
-
-
-def records_before(
-    order: Order, whole: Callable[[], list[Any]], before: SortKey | None
-) -> Iterable[Mapping[str, Any]]:
-    """Those of an ordered list that come after a place in it."""
-    return (r for r in whole() if before is None or order.moment(r) < before)
 
 
 # -- routes ----------------------------------------------------------------------------------------
@@ -3330,25 +3416,22 @@ def mutate_tags(model: Model, request: Request, flow: str, run: str) -> Response
 @route("GET", RUN + "/metadata")
 def list_run_metadata(model: Model, request: Request, flow: str, run: str) -> Response:
     """The metadata of all tasks of a run."""
-    metadata = partial(model.store.metadata_of_run, run_ids(flow, run))
-    return paginate(
-        model, request, METADATA_ORDER, partial(records_before, METADATA_ORDER, metadata)
-    )
+    metadata = partial(model.store.metadata_below, run_ids(flow, run))
+    return paginate(model, request, METADATA_ORDER, metadata)
 
 
 @route("GET", RUN + "/artifacts")
 def list_run_artifacts(model: Model, request: Request, flow: str, run: str) -> Response:
     """The artifacts of the latest attempt of each task of a run."""
     artifacts = partial(model.store.artifacts_below, run_ids(flow, run))
-    return paginate(
-        model, request, ARTIFACT_ORDER, partial(records_before, ARTIFACT_ORDER, artifacts)
-    )
+    return paginate(model, request, ARTIFACT_ORDER, artifacts)
 
 
 @route("GET", RUN + "/steps")
 def list_steps(model: Model, request: Request, flow: str, run: str) -> Response:
     """The steps of a run."""
-    return json_response(list(model.store.steps(run_ids(flow, run))))
+    steps = partial(model.store.steps, run_ids(flow, run))
+    return paginate(model, request, STEP_ORDER, steps)
 
 
 @route("GET", STEP)
@@ -3368,9 +3451,7 @@ def create_step(model: Model, request: Request, flow: str, run: str, step: str) 
 def list_step_artifacts(model: Model, request: Request, flow: str, run: str, step: str) -> Response:
     """The artifacts of the latest attempt of each task of a step."""
     artifacts = partial(model.store.artifacts_below, (*run_ids(flow, run), step))
-    return paginate(
-        model, request, ARTIFACT_ORDER, partial(records_before, ARTIFACT_ORDER, artifacts)
-    )
+    return paginate(model, request, ARTIFACT_ORDER, artifacts)
 
 
 @route("GET", STEP + "/tasks")
@@ -3446,10 +3527,8 @@ def create_metadata(model: Model, request: Request, *task: str) -> Response:
 @route("GET", TASK + "/artifacts")
 def list_artifacts(model: Model, request: Request, *task: str) -> Response:
     """The artifacts of the latest attempt of a task."""
-    artifacts = partial(model.store.artifacts, task_ids(*task))
-    return paginate(
-        model, request, ARTIFACT_ORDER, partial(records_before, ARTIFACT_ORDER, artifacts)
-    )
+    artifacts = partial(model.store.artifacts_below, task_ids(*task))
+    return paginate(model, request, ARTIFACT_ORDER, artifacts)
 
 
 @route("POST", TASK + "/artifact")
@@ -3491,9 +3570,12 @@ def list_artifacts_of_attempt(
     model: Model, request: Request, flow: str, run: str, step: str, task: str, n: str
 ) -> Response:
     """The artifacts of an attempt of a task."""
-    return json_response(
-        model.store.artifacts(task_ids(flow, run, step, task), parse_attempt_segment(n))
-    )
+    artifacts = model.store.artifacts(task_ids(flow, run, step, task), parse_attempt_segment(n))
+
+    def older(before: SortKey | None) -> Iterable[Artifact]:
+        return (a for a in artifacts if before is None or artifact_sort_key(a) < before)
+
+    return paginate(model, request, ARTIFACT_ORDER, older)
 
 
 def parse_attempt_segment(segment: str) -> int:
@@ -4008,6 +4090,7 @@ UI_RUN_COLUMNS: Mapping[str, Field] = {
 UI_JUDGED_COLUMNS: Mapping[str, Field] = columns(("status",), ("finished_at", "duration"))
 """What takes to find out what has become of a run."""
 
+UI_FLOW_COLUMNS: Mapping[str, Field] = columns(("flow_id", "user_name"), ("ts_epoch",))
 UI_STEP_COLUMNS: Mapping[str, Field] = columns(("step_name",), ("ts_epoch", "duration"))
 UI_TASK_COLUMNS: Mapping[str, Field] = {
     **columns(
@@ -4122,6 +4205,29 @@ def envelope_page(
     return envelope(request, rows, status, pages)
 
 
+def envelope_rows(request: Request, rows: list[Any]) -> Response:
+    """A page of rows, or of groups of them."""
+    paging, group = parse_paging(request.query), first_value(request.query, "_group")
+    if group and rows and isinstance(rows[0], dict) and isinstance(rows[0].get(group), (str, int)):
+        most = parse_count(request.query, "_group_limit", UI_PAGE)
+        shown, is_more = paginate_groups(rows, group, paging, most)
+    else:
+        shown, is_more = rows[paging.part()], len(rows) > paging.part().stop
+    return envelope_page(request, shown, paging.page, paging.page + 1 if is_more else None)
+
+
+def paginate_groups(
+    rows: Iterable[Any], group: str, paging: Paging, most: int
+) -> tuple[list[Any], bool]:
+    """A page of groups of rows, each cut to its first `most`; and whether there are more groups."""
+    groups: dict[Any, list[Any]] = {}
+    for row in rows:
+        groups.setdefault(row[group], []).append(row)
+    names = sorted(groups, key=lambda name: (name is None, id_order("" if name is None else name)))
+    shown = [row for name in names[paging.part()] for row in groups[name][:most]]
+    return shown, len(names) > paging.part().stop
+
+
 def page_link(request: Request, page: int | None = None) -> str:
     """The request's own path and query, or those of another page; without the host, which may be
     another for who is behind a proxy."""
@@ -4190,10 +4296,10 @@ class Snapshot:
         return list(found.values())
 
 
-def ui_resource(template: str) -> Callable[[Handler], Handler]:
+def ui_resource(template: str, is_paged: bool = False) -> Callable[[Handler], Handler]:
     """Declare what can be fetched below /api and subscribed to, by the path without that.
 
-    A list is fetched whole, since the official UI would fetch all of its pages.
+    A list that the official UI asks for is fetched whole, since it would fetch all of the pages.
     """
 
     def declare(look_at: Handler) -> Handler:
@@ -4202,7 +4308,7 @@ def ui_resource(template: str) -> Callable[[Handler], Handler]:
             rows = list(found.rows())
             if found.is_one:
                 return envelope_one(request, rows[0] if rows else None)
-            return envelope_page(request, rows)
+            return envelope_rows(request, rows) if is_paged else envelope_page(request, rows)
 
         ui_route("GET", "/api" + template)(fetch)
         return RESOURCES.route("GET", template)(look_at)
@@ -4224,7 +4330,7 @@ def completions(request: Request, name: str, values: Iterable[str]) -> Response:
     fields = {name: Field(lambda value: value, _text, is_list=False)}
     query = [regex_to_like(pair) for pair in request.query]
     found = sorted(filter_records(set(values), [test for _, test in parse_filters(query, fields)]))
-    return envelope_page(request, found[parse_paging(request.query).part()])
+    return envelope_rows(request, found)
 
 
 def regex_to_like(pair: tuple[str, str]) -> tuple[str, str]:
@@ -4263,6 +4369,7 @@ def ui_complete_artifacts(model: Model, request: Request, flow: str, run: str) -
     return completions(request, "name", (artifact["name"] for artifact in artifacts))
 
 
+@ui_route("GET", "/api/tags")
 @ui_route("GET", "/api/tags/autocomplete")
 def ui_complete_tags(model: Model, request: Request) -> Response:
     """Tags of the newest runs."""
@@ -4300,6 +4407,24 @@ def ui_version(model: Model, request: Request) -> Response:
     return text_response(PROTOCOL_VERSION)
 
 
+@ui_route("GET", "/api/ping")
+def ui_ping(model: Model, request: Request) -> Response:
+    """Say that the service is there."""
+    return text_response("pong")
+
+
+@ui_route("GET", "/api/status")
+def ui_status(model: Model, request: Request) -> Response:
+    """The state of the backend's cache, of which there is none."""
+    return json_response({"cache": {}})
+
+
+@ui_route("GET", "/api/config")
+def ui_config(model: Model, request: Request) -> Response:
+    """The settings of the deployment that the official UI may see: none."""
+    return json_response({})
+
+
 @ui_route("GET", "/api/links")
 def ui_links(model: Model, request: Request) -> Response:
     """What the official UI links to."""
@@ -4316,12 +4441,13 @@ def ui_notifications(model: Model, request: Request) -> Response:
 
 
 @ui_route("GET", "/api/runs")
-def ui_list_runs(model: Model, request: Request) -> Response:
-    """A page of the runs of all flows, or of groups of them."""
+@ui_route("GET", "/api" + FLOW + "/runs")
+def ui_list_runs(model: Model, request: Request, flow: str | None = None) -> Response:
+    """A page of the runs of all flows or of one, or of groups of them."""
     paging = parse_paging(request.query)
     order = parse_order(request.query, {*UI_RUN_COLUMNS, *UI_JUDGED_COLUMNS})
     group = first_value(request.query, "_group")
-    found = filter_runs(model, request.query, runs_since(model, request.query))
+    found = filter_runs(model, request.query, runs_since(model, request.query, flow))
     if order not in ([], [("ts_epoch", True)]):  # as they are found: not all are looked at
         found = sorted_runs(model, found, order)
     if group in ("flow_id", "user"):
@@ -4343,13 +4469,13 @@ def sorted_runs(model: Model, runs: Iterable[RunRow], order: Sequence[Column]) -
     return rows
 
 
-def runs_since(model: Model, query: Query) -> Iterator[RunRow]:
-    """All runs, newest first; not further back than a query wants to see any."""
+def runs_since(model: Model, query: Query, flow: str | None) -> Iterator[RunRow]:
+    """The runs of one flow or of all, newest first; not further back than a query wants."""
     oldest = first_value(query, "ts_epoch:ge") or ""
     if not INTEGER.fullmatch(oldest):
-        return model.runs()
+        return model.runs(flow)
     floor = int(oldest)
-    return itertools.takewhile(lambda run: run["ts_epoch"] >= floor, model.runs())
+    return itertools.takewhile(lambda run: run["ts_epoch"] >= floor, model.runs(flow))
 
 
 def filter_runs(model: Model, query: Query, runs: Iterable[RunRow]) -> Iterable[RunRow]:
@@ -4360,18 +4486,6 @@ def filter_runs(model: Model, query: Query, runs: Iterable[RunRow]) -> Iterable[
     return filter_records(map(model.judge, found), by_verdict) if by_verdict else found
 
 
-def paginate_groups(
-    rows: Iterable[RunRow], group: str, paging: Paging, most: int
-) -> tuple[list[RunRow], bool]:
-    """A page of groups of rows, each cut to its first `most`; and whether there are more groups."""
-    groups: dict[str | None, list[RunRow]] = {}
-    for row in rows:
-        groups.setdefault(cast(Any, row)[group], []).append(row)
-    names = sorted(groups, key=lambda name: (name is None, name or ""))
-    shown = [row for name in names[paging.part()] for row in groups[name][:most]]
-    return shown, len(names) > paging.part().stop
-
-
 # -- what can be fetched and subscribed to ---------------------------------------------------------
 
 
@@ -4380,6 +4494,21 @@ def runs_resource(look: Snapshot, query: Query) -> Resource:
     """The newest runs, and those that go on; to be fetched they come in pages, see above."""
     rows = partial(filter_runs, look.model, query)
     return Resource(lambda: rows(look.newest_runs()), ("flow_id", "run"))
+
+
+@ui_resource("/flows", is_paged=True)
+def flows_resource(look: Snapshot, query: Query) -> Resource:
+    """All flows."""
+    return Resource(
+        lambda: select_rows(look.model.store.flows(), query, UI_FLOW_COLUMNS), ("flow_id",)
+    )
+
+
+@ui_resource(FLOW)
+def flow_resource(look: Snapshot, query: Query, flow: str) -> Resource:
+    """One flow."""
+    found = look.model.store.flow((flow,))
+    return Resource(lambda: [found] if found else [], is_one=True)
 
 
 @ui_resource(RUN)
@@ -4400,6 +4529,50 @@ def steps_resource(look: Snapshot, query: Query, flow: str, run: str) -> Resourc
         ("step_name",),
         lambda: look.stamp_of_run(ids),
     )
+
+
+@ui_resource(STEP)
+def step_resource(look: Snapshot, query: Query, flow: str, run: str, step: str) -> Resource:
+    """One step."""
+    steps = steps_resource(look, (), flow, run)
+    return Resource(
+        lambda: [row for row in steps.rows() if row["step_name"] == step],
+        stamp=steps.stamp,
+        is_one=True,
+    )
+
+
+@ui_resource(STEP + "/tasks", is_paged=True)
+def step_tasks_resource(look: Snapshot, query: Query, flow: str, run: str, step: str) -> Resource:
+    """All attempts of all tasks of a step."""
+    ids = run_ids(flow, run)
+
+    def rows() -> list[AttemptRow]:
+        found = (task for task in look.tasks(ids) if task["step_name"] == step)
+        return select_rows(found, query, UI_TASK_COLUMNS)
+
+    return Resource(rows, ("task_id", "attempt_id"), lambda: look.stamp_of_run(ids))
+
+
+@ui_resource(STEP + "/artifacts", is_paged=True)
+def step_artifacts_resource(
+    look: Snapshot, query: Query, flow: str, run: str, step: str
+) -> Resource:
+    """The artifacts of the latest attempt of each task of a step."""
+    ids = (*run_ids(flow, run), step)
+
+    def rows() -> list[ArtifactRow]:
+        found = map(artifact_row, look.model.store.artifacts_below(ids))
+        return select_rows(found, query, UI_ARTIFACT_COLUMNS)
+
+    return Resource(rows, ("task_id", "name"), lambda: look.stamp_of_run(ids[:2]))
+
+
+@ui_resource(TASK)
+def task_resource(look: Snapshot, query: Query, *task: str) -> Resource:
+    """The newest attempt of a task."""
+    ids = task_ids(*task)
+    return Resource(lambda: look.model.attempts(ids, look.now)[:1], is_one=True)
 
 
 @ui_resource(RUN + "/tasks")
@@ -4970,6 +5143,7 @@ def ui_feed(model: Model, request: Request) -> Upgrade:
 # -- search in a run -------------------------------------------------------------------------------
 
 
+@ui_route("GET", UI_RUN + "/search")
 @ui_route("GET", "/api/search" + RUN)
 def ui_search(model: Model, request: Request, flow: str, run: str) -> Upgrade:
     """A socket that tells which tasks have an artifact or foreach variable, and closes."""
@@ -5075,6 +5249,14 @@ def is_key(given: str, key: str) -> bool:
     return hmac.compare_digest(given.encode("utf-8", "replace"), key.encode())
 
 
+def mounted_path(path: Sequence[str]) -> Sequence[str]:
+    """The path of the metadata API that is read at this one, as the reference's backend mounts it;
+    empty where it is none of those."""
+    if path[0] == "metadata":
+        return path[1:]
+    return path[2:] if list(path[:2]) == ["api", "metadata"] else ()
+
+
 class UiService(MetadataService):
     """Answers requests of the metadata API, those of the UI, and those for the UI itself."""
 
@@ -5104,8 +5286,12 @@ class UiService(MetadataService):
     def dispatch(self, request: Request) -> Response | Upgrade:
         if request.method in ("GET", "HEAD") and self._is_page(request.path):
             return self._page(request)
-        if request.path[0] != "api":
-            return super().dispatch(request)
+        mounted = mounted_path(request.path)
+        if mounted and request.method not in ("GET", "HEAD"):
+            allowed = [("Allow", "GET, HEAD")]
+            raise HttpError(405, "Records are only read below this path.", allowed)
+        if mounted or request.path[0] != "api":
+            return super().dispatch(request._replace(path=mounted or request.path))
         if request.path == ["api", "login"]:
             return self._login(request)
         handler, arguments = UI_API.handler(request.method, request.path)
