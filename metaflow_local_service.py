@@ -61,7 +61,7 @@ import time
 import urllib.parse
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
-from re import Match, Pattern
+from re import Match
 from types import MappingProxyType, SimpleNamespace
 from typing import (
     Any,
@@ -2219,8 +2219,36 @@ NAMED_CLASSES = {
 ESCAPES = {r"\y": r"\b", r"\Y": r"\B", r"\m": r"\b(?=\w)", r"\M": r"\b(?<=\w)", r"\b": r"\x08"}
 
 
-def postgres_regex(pattern: str) -> Pattern[str]:
-    """A regular expression of PostgreSQL's as one of Python's; BadQuery where it is none.
+class Reading(NamedTuple):
+    """One way to understand a pattern: Python's, and how it has to match."""
+
+    pattern: str
+    flags: int
+    method: str  # "search" or "fullmatch"
+
+
+LONGEST_PATTERN = 1000
+WRAPPED = re.compile(r"\^\(\?:(.*)\)\$", re.DOTALL)
+"""How Metaflow's client sends a pattern, so that a search is the full match of local mode."""
+
+
+def pattern_readings(pattern: str) -> list[Reading]:
+    """What a pattern means, the likeliest first; the first that Python takes counts.
+
+    What Metaflow's client wraps is a pattern of Python's, as in local mode. Anything else is one of
+    PostgreSQL's, as in the reference, and is searched for.
+    """
+    if len(pattern) > LONGEST_PATTERN:
+        raise BadQuery(f"A pattern has at most {LONGEST_PATTERN} characters.")
+    wrapped = WRAPPED.fullmatch(pattern)
+    readings = [Reading(wrapped[1], 0, "fullmatch")] if wrapped else []
+    with contextlib.suppress(KeyError):  # a named class that there is not
+        readings.append(Reading(translate_postgres(pattern), int(re.DOTALL), "search"))
+    return [*readings, Reading(pattern, 0, "search")]
+
+
+def translate_postgres(pattern: str) -> str:
+    """A regular expression of PostgreSQL's as one of Python's.
 
     They differ in what `$` and a few letters behind a backslash mean, in named classes, and in that
     `.` is any character there.
@@ -2228,9 +2256,7 @@ def postgres_regex(pattern: str) -> Pattern[str]:
 
     def translate(match: Match[str]) -> str:
         piece = match.group()
-        if piece == "[":
-            raise re.error("a class has no end")
-        if piece[0] == "[":
+        if piece[0] == "[" and len(piece) > 1:
             return "[" + CLASS_PIECE.sub(translate_in_class, piece[1:])
         return r"\Z" if piece == "$" else ESCAPES.get(piece, piece)
 
@@ -2239,47 +2265,96 @@ def postgres_regex(pattern: str) -> Pattern[str]:
             return NAMED_CLASSES[match[1]]
         return match[0] if match[0][0] == "\\" else "\\" + match[0]
 
+    return REGEX_PIECE.sub(translate, pattern)
+
+
+MOST_STEPS_IN_PLACE = 10**7
+"""A search that takes at most so many steps of Python's matcher, some tenths of a second, is made
+in this process, where it cannot be interrupted."""
+
+SEARCH_SECONDS = 5.0
+"""How long a search in a process of its own may take."""
+
+SEARCHER = """
+import json, re, sys
+asked = json.load(sys.stdin)
+for reading, flags, method in asked["readings"]:
     try:
-        return re.compile(REGEX_PIECE.sub(translate, pattern), re.DOTALL)
-    except (re.error, RecursionError, OverflowError, KeyError) as error:
-        raise BadQuery(f"{pattern!r} is not a regular expression: {error}.") from None
+        match = getattr(re.compile(reading, flags), method)
+        break
+    except (re.error, RecursionError, OverflowError) as error:
+        problem = str(error)
+else:
+    json.dump({"problem": problem}, sys.stdout)
+    sys.exit()
+json.dump({"found": [n for n, text in enumerate(asked["texts"]) if match(text)]}, sys.stdout)
+"""
+"""The program of that process: it reads a pattern and texts, and writes which of them match."""
 
 
-MOST_DOUBLINGS = 27
-"""A search may take 2 to the power of this many steps of Python's matcher, which is a second or two
-in which every other request waits."""
+def find_matches(pattern: str, texts: Collection[str]) -> set[str]:
+    """Those of the texts in which a pattern is found; BadQuery where it is none or takes too long.
 
-
-def find_matches(pattern: Pattern[str], texts: Collection[str]) -> set[str]:
-    """Those of the texts in which a pattern is found; BadQuery where that could take too long.
-
-    PostgreSQL searches in a time in proportion to the text. Python tries all ways to share a text
-    out between the repeats of a pattern, and cannot be interrupted.
+    Python tries all ways to share a text out between the repeats of a pattern, which can take for
+    ever and cannot be interrupted. So a process of its own searches for what is not plainly cheap.
     """
-    if doublings(pattern.pattern, max(map(len, texts), default=0)) > MOST_DOUBLINGS:
-        raise BadQuery(f"{pattern.pattern!r} repeats too much to be searched for in such values.")
-    return set(filter(pattern.search, texts))
+    readings, ordered = pattern_readings(pattern), list(texts)
+    first = readings[0]
+    if is_cheap(first, ordered):
+        with contextlib.suppress(re.error):
+            match = getattr(re.compile(first.pattern, first.flags), first.method)
+            return set(filter(match, ordered))
+    outcome = search_in_process(readings, ordered)
+    if "problem" in outcome:
+        raise BadQuery(f"{pattern!r} is not a regular expression: {outcome['problem']}.")
+    return {ordered[number] for number in outcome["found"]}
 
 
-def doublings(pattern: str, longest: int) -> float:
-    """How many steps a search in a text of that length can take at most, roughly, as log2."""
-    ends, optional = 1, 0  # a search may begin anywhere in the text, and each repeat end anywhere
-    has_choice = [False]  # of each open group, whether there is a choice in it
-    is_repeatable = True  # whether the last piece was anything else than a group with a choice
-    for piece in REGEX_PIECE.findall(pattern):
-        if piece in ("*", "+", "{") and not is_repeatable:
-            return math.inf
-        is_repeatable = True
-        if piece[0] == "(" and piece[-1] != ")":
-            has_choice.append(False)
-        elif piece == ")" and len(has_choice) > 1:
-            is_repeatable = not has_choice.pop()
-            has_choice[-1] |= not is_repeatable
-        elif piece in ("*", "+", "{", "?", "|"):
-            has_choice[-1] = True
-            ends += piece in ("*", "+", "{")
-            optional += piece == "?"
-    return ends * math.log2(longest + 1) + optional
+PLAIN_PIECE = re.compile(r"\\[^\w]|\\[dDsSwWZ]|\[\^?\w+\]|[^\\()\[\]*+?{}]", re.ASCII | re.DOTALL)
+"""A piece of a pattern that takes one look at each place in a text, repeats aside."""
+
+REPEAT = re.compile(r"[*+?]|\{[0-9]{1,3}(?:,[0-9]{0,3})?\}")
+
+
+def is_cheap(reading: Reading, texts: Iterable[str]) -> bool:
+    """Whether a search is plainly quick: literal text, simple classes and anchors, alternatives of
+    these, and at most one repeat, in texts that are not too long for it."""
+    at = repeats = 0
+    is_repeatable = False
+    while at < len(reading.pattern):
+        piece = PLAIN_PIECE.match(reading.pattern, at)
+        if piece is None:
+            piece = REPEAT.match(reading.pattern, at) if is_repeatable and not repeats else None
+            repeats += 1
+        if piece is None:
+            return False
+        is_repeatable = piece.group() not in ("^", "$", "|", r"\Z") and not REPEAT.fullmatch(
+            piece.group()
+        )
+        at = piece.end()
+    pieces = reading.pattern.count("|") + 1 + len(reading.pattern) // 50
+    steps: int = sum((len(text) + 1) ** (1 + repeats) for text in texts)
+    return steps * pieces <= MOST_STEPS_IN_PLACE
+
+
+def search_in_process(readings: Sequence[Reading], texts: Sequence[str]) -> Mapping[str, Any]:
+    """What SEARCHER makes of it; BadQuery where it has to be ended."""
+    import subprocess
+
+    try:
+        searcher = subprocess.run(
+            [sys.executable, "-I", "-S", "-W", "ignore", "-c", SEARCHER],
+            input=json.dumps({"readings": readings, "texts": texts}).encode(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=SEARCH_SECONDS,
+        )
+        outcome: Mapping[str, Any] = json.loads(searcher.stdout)
+    except subprocess.TimeoutExpired:
+        raise BadQuery(f"The pattern takes more than {SEARCH_SECONDS:g} s to search for.") from None
+    except ValueError:  # it was killed, or ran out of memory
+        raise BadQuery("The pattern cannot be searched for.") from None
+    return outcome
 
 
 # ==================================================================================================
@@ -2537,6 +2612,8 @@ class Model:
         # By their places in the datastore; empty where there is none.
         self._graphs: Cache[Graph] = Cache(GRAPHS_IN_MEMORY, graph_weight)
         self._logs: Cache[list[LogLine]] = Cache(LOGS_IN_MEMORY, log_weight)
+        # Searches that may take a process of their own, one for each core of a small machine.
+        self.searches = threading.BoundedSemaphore(2)
         self._unfinished: dict[Ids, None] = {}  # the runs that were running when last looked at
 
     # -- runs --------------------------------------------------------------------------------------
@@ -3469,15 +3546,15 @@ def list_tasks(model: Model, request: Request, flow: str, run: str, step: str) -
 def filter_tasks(model: Model, request: Request, flow: str, run: str, step: str) -> Response:
     """The pathspecs of the tasks of a step that have a metadatum of that name and value."""
     field = first_value(request.query, "metadata_field_name")
-    pattern = postgres_regex(first_value(request.query, "pattern") or "")
-
+    pattern = first_value(request.query, "pattern") or ""
     below = model.store.metadata_of_tasks((*run_ids(flow, run), step), (field,) if field else None)
     with model.store.long_reads:
         tasks = [
             (ids, {value_text(m) for m in metadata if field in (None, "", m["field_name"])})
             for ids, metadata in below
         ]
-    found = find_matches(pattern, {value for _, values in tasks for value in values})
+    with model.searches:
+        found = find_matches(pattern, {value for _, values in tasks for value in values})
     return json_response(["/".join(ids) for ids, values in tasks if values & found])
 
 

@@ -1459,43 +1459,88 @@ def test_like_is_the_like_of_sql(text: str, pattern: str) -> None:
 def test_a_pattern_means_what_it_means_in_postgresql(
     pattern: str, text: str, is_found: bool
 ) -> None:
-    assert bool(mls.postgres_regex(pattern).search(text)) == is_found
+    assert mls.find_matches(pattern, [text]) == ({text} if is_found else set())
 
 
-@pytest.mark.parametrize(
-    "pattern", ["(", "[", "[[", "*", "a{2,1}", "[[:nothing:]]", "(?<=a*)b", "(" * 500, "\\"]
-)
+@pytest.mark.parametrize("pattern", ["(", "[", "[[", "*", "a{2,1}", "(?<=a*)b", "(" * 500, "\\"])
 def test_what_is_no_pattern_is_refused(pattern: str) -> None:
     with pytest.raises(mls.BadQuery):
-        mls.postgres_regex(pattern)
+        mls.find_matches(pattern, ["text"])
 
 
 @pytest.mark.parametrize(
-    ("pattern", "is_quick"),
+    ("pattern", "text", "is_found"),
     [
-        ("^(?:w:1,.*)$", True),  # as Metaflow's client asks
-        ("(?i)blue(?=berry)", True),
-        (r"(a|b)c?\(x\)*[)*+]", True),
-        ("^a.*b.*$", True),
-        ("(a+)+$", False),
-        ("(?:a?){30}", False),
-        ("(a|a)*$", False),
-        ("((a*)b)*", False),
-        ("a*a*a*a*a*$", False),
-        ("a?" * 40, False),
-        ("a*" * 5000, False),
+        ("(foo|bar)+", "foobarfoo", True),
+        ("(foo|bar)+", "foobaz", False),
+        (".*a.*b.*", "xxaxxbxx" * 500, True),
+        (r"\bfoo\b", "foo", True),  # a word boundary, as Python has it
+        ("a.c", "a\nc", False),
+        ("abc", "abc\n", False),  # `$` alone would match before the last line break
+        ("a|ab", "ab", True),
+        ("(?i)ABC", "abc", True),
+        (r"(\w)\1", "aa", True),
+        ("^a$", "a", True),
+        (r"w:1,.*", "w:1,v:2", True),
+        ("w:1", "w:10", False),
+        ("a)|(?:b", "b", True),  # no pattern by itself; wrapped it is one
+        ("[]x]", "]", True),
+        ("", "", True),
     ],
 )
-def test_a_pattern_that_could_take_for_ever_is_refused(pattern: str, is_quick: bool) -> None:
-    texts, expected = ["a" * 200], contextlib.nullcontext()
-    with expected if is_quick else pytest.raises(mls.BadQuery, match="repeats too much"):
-        mls.find_matches(mls.postgres_regex(pattern), texts)
+def test_what_the_client_wraps_means_what_it_means_in_local_mode(
+    pattern: str, text: str, is_found: bool
+) -> None:
+    with contextlib.suppress(re.error):
+        assert bool(re.fullmatch(pattern, text)) == is_found
+    assert mls.find_matches(f"^(?:{pattern})$", [text]) == ({text} if is_found else set())
 
 
-@given(st.text("ab$^.()[]{}\\ymMYbd?*+|\n", max_size=12))
-def test_any_text_is_a_pattern_or_refused(pattern: str) -> None:
-    with contextlib.suppress(mls.BadQuery):
-        mls.postgres_regex(pattern).search("ab\n$")
+@pytest.mark.parametrize(
+    ("pattern", "is_cheap"),
+    [
+        ("w:1,.*", True),
+        (r"a|b\.c|[abc]+$", True),
+        ("^abc$", True),
+        (r"\d", True),
+        ("a*b*", False),
+        ("a**", False),
+        ("(a)", False),
+        ("(?i)a", False),
+        (r"\1", False),
+        (r"\b", False),
+        ("[a-z]", False),
+        ("{2}", False),
+        ("a" * 999 + "*", True),
+    ],
+)
+def test_plain_patterns_are_searched_for_in_place(pattern: str, is_cheap: bool) -> None:
+    reading = mls.Reading(pattern, 0, "search")
+    assert mls.is_cheap(reading, ["a" * 200]) is is_cheap
+    assert not mls.is_cheap(reading, ["a" * 20_000_000])
+
+
+@pytest.mark.parametrize("pattern", ["(?:.|a)" * 26 + "b", "(a+)+$", "a*a*a*a*a*a*a*$x"])
+def test_a_search_that_takes_for_ever_is_ended(
+    pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mls, "SEARCH_SECONDS", 0.3)
+    with pytest.raises(mls.BadQuery, match="takes more than"):
+        mls.find_matches(f"^(?:{pattern})$", ["a" * 3000 + "!"])
+
+
+def test_a_pattern_has_a_limit() -> None:
+    with pytest.raises(mls.BadQuery, match="at most 1000"):
+        mls.find_matches("a" * 1001, [])
+
+
+@settings(max_examples=200)
+@given(st.text("ab.^$|*+?[]{}1,\\dwsZ-", max_size=8), st.lists(st.text("ab1-. \n^$", max_size=6)))
+def test_a_search_in_place_finds_what_one_elsewhere_finds(pattern: str, texts: list[str]) -> None:
+    reading = mls.pattern_readings(f"^(?:{pattern})$")[0]
+    if mls.is_cheap(reading, texts):
+        found = mls.find_matches(f"^(?:{pattern})$", texts)
+        assert found == {text for text in texts if re.fullmatch(pattern, text)}
 
 
 @pytest.mark.parametrize(
@@ -1822,7 +1867,6 @@ BAD_ROWS = {
     "metadata": [
         {"field_name": 5},
         {"field_name": None},
-        {"value": None},
         {"value": {"a": 1}},
         {"value": [1]},
         {"tags": [1]},
