@@ -7,6 +7,7 @@ newest supported Metaflow; `nox -s tests-3.9` on one of them. What follows `--` 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -17,9 +18,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any, Callable
+from urllib.parse import quote
 
 import nox
 
@@ -27,7 +30,7 @@ MODULE = "metaflow_local_service.py"
 TESTS = "test_metaflow_local_service.py"
 SOURCES = (MODULE, TESTS, "noxfile.py")
 
-PYTHONS = ("3.9", "3.10", "3.11", "3.12", "3.13")
+PYTHONS = ("3.9", "3.10", "3.11", "3.12", "3.13", "3.14")
 METAFLOWS = ("2.12.0", "newest")
 PYTHON_AT_HAND = f"{sys.version_info.major}.{sys.version_info.minor}"
 
@@ -66,6 +69,19 @@ def tests(session: nox.Session, metaflow: str) -> None:
     session.install(".[dev]", wanted)
     session.run("python", "-c", "import metaflow; print('Metaflow', metaflow.__version__)")
     session.run("pytest", "-q", "-n", "auto", "--dist", "loadgroup", *session.posargs)
+
+
+@nox.session(name="next")
+def next_metaflow(session: nox.Session) -> None:
+    """The flows and the client with the Metaflow of a checkout, of which $METAFLOW_NEXT says where
+    it is."""
+    checkout = os.environ.get("METAFLOW_NEXT")
+    if not checkout:
+        session.skip("METAFLOW_NEXT names no checkout of Metaflow")
+    session.install(".[dev]", checkout)
+    session.run("python", "-c", "import metaflow; print('Metaflow', metaflow.__version__)")
+    wanted = session.posargs or ("-k", "flow or client or both_modes or answers")
+    session.run("pytest", "-q", "-n", "auto", "--dist", "loadgroup", *wanted)
 
 
 @nox.session
@@ -221,6 +237,16 @@ class Client:
         connection.close()
         return answer
 
+    def walk(self, path: str) -> None:
+        """Fetch a list in pages of 100."""
+        connection, cursor = HTTPConnection("127.0.0.1", self.port, timeout=600), ""
+        while cursor is not None:
+            connection.request("GET", f"{path}?_limit=100&_cursor={quote(cursor)}")
+            answer = connection.getresponse()
+            answer.read()
+            cursor = answer.headers["X-Next-Cursor"]
+        connection.close()
+
 
 def bench_commands(folder: Path) -> None:
     """The commands against a bare interpreter that imports what any server needs."""
@@ -312,6 +338,56 @@ def bench_lists(ours: Client, size: int) -> None:
         report(f"GET {size:,} {what} / json.dumps of them", ratio(fetch, dump, rounds=9), 4)
 
 
+def bench_pages(ours: Client, pid: int, size: int) -> None:
+    """Lists in pages of 100 against the same lists at once, by the processor time of the service;
+    and the first page by status against one without a filter."""
+    flow = "/flows/Pages"
+    ours.json("POST", flow, LABELS)
+    labels, ended = json.dumps(LABELS).encode(), []
+    ours.burst([("POST", f"{flow}/run", labels)] * size, 4)
+    for record in ours.json("GET", f"{flow}/runs"):
+        step = f"{flow}/runs/{record['run_number']}/steps/end"
+        ours.json("POST", f"{step}/step", LABELS)
+        task = ours.json("POST", f"{step}/task", LABELS)["task_id"]
+        rows = [{"field_name": "attempt_ok", "type": "t", "value": "True"}]
+        ended.append(("POST", f"{step}/tasks/{task}/metadata", json.dumps(rows).encode()))
+    ours.burst(ended, 4)
+    run = f"{flow}/runs/{record['run_number']}"
+    step = f"{run}/steps/wide"
+    ours.json("POST", f"{step}/step", LABELS)
+    ours.burst([("POST", f"{step}/task", labels)] * size, 4)
+    rows = json.dumps(METADATA[:1]).encode()
+    artifact = json.dumps([{"name": "a", "location": ":root:/x", "ds_type": "local"}]).encode()
+    tasks = [f"{step}/tasks/{record['task_id']}" for record in ours.json("GET", f"{step}/tasks")]
+    ours.burst([("POST", f"{task}/metadata", rows) for task in tasks], 4)
+    ours.burst([("POST", f"{task}/artifact", artifact) for task in tasks], 4)
+    time.sleep(3)
+
+    def cost(work: Callable[[], object]) -> float:
+        before = processor_seconds(pid)
+        for _ in range(3):
+            work()
+        return processor_seconds(pid) - before
+
+    for path in (f"{flow}/runs", f"{step}/tasks", f"{run}/metadata", f"{run}/artifacts"):
+        walk, whole = partial(ours.walk, path), partial(ours.json, "GET", path)
+        value = ratio(partial(cost, walk), partial(cost, whole), rounds=3)
+        report(f"{size:,} {path.rpartition('/')[2]} in pages of 100 / at once", value, 2)
+    page = [("GET", f"{flow}/runs?_limit=100", None)] * 20
+    by_status = [("GET", f"{flow}/runs?_limit=100&status=completed", None)] * 20
+    value = ratio(lambda: ours.burst(by_status, 1), lambda: ours.burst(page, 1), rounds=5)
+    report(f"a page of {size:,} runs by status / without a filter", value, 5)
+
+
+def processor_seconds(pid: int) -> float:
+    """The processor time that a process has taken."""
+    clock = subprocess.check_output(["ps", "-o", "cputimes=", "-p", str(pid)], text=True)
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return float(clock)
+
+
 def bench_crowded_run(ours: Client, root: Path) -> None:
     """A run of 100,000 tasks against one of 10."""
     steps = []
@@ -401,6 +477,7 @@ def benchmark() -> None:
             bench_requests(ours, Client(int(constant.stdout.readline())))
             bench_lists(ours, 1_000)
             bench_lists(ours, 10_000)
+            bench_pages(ours, service["pid"], 10_000)
             bench_crowded_run(ours, project)
             bench_memory(service["pid"])
             bench_flow(project)

@@ -2183,8 +2183,71 @@ def test_a_list_is_whole_unless_a_page_or_a_filter_is_asked_for(api: Api) -> Non
         reply = api.get(f"{flow}/runs{query}")
         assert (len(reply.json), reply.headers.get("x-limit")) == (length, limit), query
         assert ("x-next-cursor" in reply.headers) == (length in (2, 50))
-    steps = api.get(f"{flow}/runs/argo-0/steps?_limit=1")  # not in pages
-    assert (steps.status, "x-limit" in steps.headers) == (200, False)
+
+
+def test_every_list_says_how_long_its_pages_are(api: Api) -> None:
+    """Else Metaflow's client asks for the whole list once more."""
+    run = api.new_run(api.new_flow())
+    task = api.new_task(api.new_step(run))
+    for path in (
+        "/flows",
+        run.rpartition("/")[0],
+        f"{run}/steps",
+        f"{run}/metadata",
+        f"{run}/artifacts",
+        f"{run}/steps/start/tasks",
+        f"{run}/steps/start/artifacts",
+        f"{task}/metadata",
+        f"{task}/artifacts",
+        f"{task}/attempt/0/artifacts",
+    ):
+        reply = api.get(f"{path}?_limit=100&_tags:all=nobody")
+        assert (reply.status, reply.headers.get("x-limit")) == (200, "100"), path
+
+
+def test_steps_come_in_pages(api: Api) -> None:
+    run = api.new_run(api.new_flow())
+    for name in ("a", "b", "c"):
+        api.new_step(run, name)
+    found, cursor = [], ""
+    while len(found) < 3:
+        page = api.get(f"{run}/steps?_limit=1&_cursor={quote(cursor)}")
+        found += [step["step_name"] for step in page.json]
+        cursor = page.headers.get("x-next-cursor", "")
+        if cursor:
+            assert list(json.loads(base64.b64decode(cursor))) == ["ts_epoch", "step_name"]
+    assert found == [step["step_name"] for step in api.get(f"{run}/steps").json]
+    assert not cursor
+
+
+def test_a_walk_through_pages_does_not_look_at_all_tasks_again(
+    store: mls.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = new_task(store, new_run(store))
+    store.create_metadata(task, [mls.MetadatumToStore(n, n, "t", labels()) for n in "abc"])
+    newest = next(store.metadata_below(task[:2]))
+    looked: list[object] = []
+    files_in = mls.Store._files_in
+    monkeypatch.setattr(mls.Store, "_files_in", lambda *a: looked.append(a) or files_in(*a))
+    place = mls.metadatum_sort_key(newest)
+    assert [m["field_name"] for m in store.metadata_below(task[:2], place)] == ["b", "a"]
+    assert not looked
+    monkeypatch.setattr(mls, "WALK_SECONDS", 0.0)
+    assert [m["field_name"] for m in store.metadata_below(task[:2], place)] == ["b", "a"]
+    assert looked
+
+
+def test_a_first_page_sees_what_has_come(store: mls.Store) -> None:
+    task = new_task(store, new_run(store))
+    for count in range(3):
+        store.create_metadata(task, [mls.MetadatumToStore("f", str(count), "t", labels())])
+        assert [m["value"] for m in store.metadata_below(task[:2])] == list("210")[-count - 1 :]
+
+
+def test_a_metadatum_may_be_null_as_in_local_mode(api: Api) -> None:
+    task = api.new_task(api.new_step(api.new_run(api.new_flow())))
+    assert api.post(f"{task}/metadata", [metadatum("field", None)]).status == 200
+    assert [m["value"] for m in api.get(f"{task}/metadata").json] == [None]
 
 
 def test_what_is_filtered_comes_in_pages_too(api: Api) -> None:
@@ -3303,6 +3366,83 @@ def test_what_is_not_there_is_said_as_the_ui_understands_it(empty: Api) -> None:
     log = empty.get(f"{run}/steps/start/tasks/1/logs/out?attempt_id=0")
     assert log.status == 404 and log.json["data"] == []
     assert empty.get(f"{run}/steps/start/tasks/1/cards").json["data"] == []
+
+
+# -- the other reads of the backend, and the metadata API once more --------------------------------
+
+
+def test_the_reads_that_the_official_ui_does_not_ask_for(tmp_path_factory: Any) -> None:
+    with ui_served(new_store(tmp_path_factory)) as ui:
+        run = ui.new_run(ui.new_flow("Flow"), tags=["x", "y"])
+        step = ui.new_step(run)
+        task, other = ui.new_task(step), ui.new_task(step)
+        ui.post(f"{task}/artifact", [{"name": "a", "ds_type": "local"}])
+
+        def data(path: str) -> Any:
+            reply = ui.get(f"/api{path}")
+            assert (reply.status, reply.json["status"]) == (200, 200), path
+            return reply.json["data"]
+
+        assert [flow["flow_id"] for flow in data("/flows")] == ["Flow"]
+        assert data("/flows/Flow")["flow_id"] == "Flow"
+        assert [row["run"] for row in data("/flows/Flow/runs")] == [run.rpartition("/")[2]]
+        assert data("/flows/Other/runs") == []
+        assert data(step)["step_name"] == "start"
+        assert data(task)["attempt_id"] == 0
+        assert [artifact["name"] for artifact in data(f"{step}/artifacts")] == ["a"]
+        assert set(data("/tags")) >= {"x", "y"}
+        newest = [str(row["task_id"]) for row in data(f"{step}/tasks?_order=-ts_epoch")]
+        assert sorted(newest) == sorted((task.split("/")[-1], other.split("/")[-1]))
+        page = ui.get(f"/api{step}/tasks?_limit=1").json
+        assert (len(page["data"]), page["pages"]["next"]) == (1, 2)
+        assert len(data(f"{step}/tasks?_group=step_name&_group_limit=1")) == 1
+        for path in ("/flows/Other", f"{run}/steps/none", f"{step}/tasks/77"):
+            assert ui.get(f"/api{path}").status == 404, path
+        assert ui.get("/api/ping").content == b"pong"
+        assert ui.get("/api/config").json == {}
+        assert ui.get("/api/status").json == {"cache": {}}
+        assert ui.get("/api/plugin/any").status == ui.get("/api/plugin/any/file").status == 404
+
+
+@pytest.mark.parametrize("mount", ["/metadata", "/api/metadata"])
+def test_the_metadata_api_can_be_read_at_two_more_places(tmp_path_factory: Any, mount: str) -> None:
+    with ui_served(new_store(tmp_path_factory)) as ui:
+        run = ui.new_run(ui.new_flow("Flow"))
+        assert ui.get(f"{mount}/ping").content == b"pong"
+        assert ui.get(mount + run).json == ui.get(run).json
+        assert ui.get(f"{mount}/flows?_limit=5").headers["x-limit"] == "5"
+        assert ui.get(f"{mount}/flows/None").status == 404
+        assert ui.get(mount).status == 404
+        for path in ("/flows/Other", "/flows/Flow/run"):
+            reply = ui.post(mount + path, {})
+            assert (reply.status, reply.headers["allow"]) == (405, "GET, HEAD")
+        assert ui.get("/flows/Other").status == 404
+
+
+@pytest.mark.parametrize("mount", ["", "/metadata", "/api/metadata"])
+def test_who_is_refused_at_one_mount_is_refused_at_all(tmp_path_factory: Any, mount: str) -> None:
+    with ui_served(new_store(tmp_path_factory), key="secret") as ui:
+        assert ui.get(f"{mount}/flows").status == 200
+        assert ui.get(f"{mount}/flows", **{"x-api-key": "wrong"}).status in (401, 403)
+    with ui_served(new_store(tmp_path_factory)) as ui:
+        assert ui.get(f"{mount}/flows", Host="evil.example").status == 403
+
+
+def test_both_apis_say_the_same_of_a_run(tmp_path_factory: Any) -> None:
+    with ui_served(new_store(tmp_path_factory)) as ui:
+        flow = ui.new_flow("Flow")
+        for name, value in (("good", "True"), ("bad", "False"), ("new", None)):
+            task = ui.new_task(ui.new_step(ui.new_run(flow, run_number=name), "end"))
+            ui.post(f"{task}/metadata", [metadatum("attempt", "0")])
+            ui.post(f"{task}/metadata", [metadatum("attempt_ok", value)] if value else [])
+        ui.new_run(flow, run_number="dead", system_tags=["runtime:dev"])
+        told = {
+            run["run_number"]: run["status"]
+            for status in mls.STATUSES
+            for run in ui.get(f"{flow}/runs?status={status}").json
+        }
+        assert told == {row["run"]: row["status"] for row in ui.get("/api/runs").json["data"]}
+        assert told == {"good": "completed", "bad": "failed", "new": "running", "dead": "failed"}
 
 
 # -- runs: filters, order, pages -------------------------------------------------------------------
