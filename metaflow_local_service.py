@@ -2272,42 +2272,32 @@ MOST_STEPS_IN_PLACE = 10**7
 """A search that takes at most so many steps of Python's matcher, some tenths of a second, is made
 in this process, where it cannot be interrupted."""
 
-SEARCH_SECONDS = 5.0
-"""How long a search in a process of its own may take."""
-
-SEARCHER = """
-import json, re, sys
-asked = json.load(sys.stdin)
-for reading, flags, method in asked["readings"]:
-    try:
-        match = getattr(re.compile(reading, flags), method)
-        break
-    except (re.error, RecursionError, OverflowError) as error:
-        problem = str(error)
-else:
-    json.dump({"problem": problem}, sys.stdout)
-    sys.exit()
-json.dump({"found": [n for n, text in enumerate(asked["texts"]) if match(text)]}, sys.stdout)
-"""
-"""The program of that process: it reads a pattern and texts, and writes which of them match."""
+Search = Callable[[Sequence[Reading], Collection[str]], "set[str]"]
+"""Finds the texts that match the first reading that Python takes; BadQuery where it takes none."""
 
 
-def find_matches(pattern: str, texts: Collection[str]) -> set[str]:
+def search_in_place(readings: Sequence[Reading], texts: Collection[str]) -> set[str]:
+    """A Search that nothing can interrupt."""
+    problem = ""
+    for pattern, flags, method in readings:
+        try:
+            return set(filter(getattr(re.compile(pattern, flags), method), texts))
+        except (re.error, RecursionError, OverflowError) as error:
+            problem = str(error)
+    raise BadQuery(f"{readings[-1].pattern!r} is not a regular expression: {problem}.")
+
+
+def find_matches(pattern: str, texts: Collection[str], search: Search) -> set[str]:
     """Those of the texts in which a pattern is found; BadQuery where it is none or takes too long.
 
     Python tries all ways to share a text out between the repeats of a pattern, which can take for
-    ever and cannot be interrupted. So a process of its own searches for what is not plainly cheap.
+    ever and cannot be interrupted. What is not plainly cheap is left to `search`, which can be.
     """
-    readings, ordered = pattern_readings(pattern), list(texts)
-    first = readings[0]
-    if is_cheap(first, ordered):
-        with contextlib.suppress(re.error):
-            match = getattr(re.compile(first.pattern, first.flags), first.method)
-            return set(filter(match, ordered))
-    outcome = search_in_process(readings, ordered)
-    if "problem" in outcome:
-        raise BadQuery(f"{pattern!r} is not a regular expression: {outcome['problem']}.")
-    return {ordered[number] for number in outcome["found"]}
+    readings = pattern_readings(pattern)
+    if is_cheap(readings[0], texts):
+        with contextlib.suppress(BadQuery):  # the others may be less cheap
+            return search_in_place(readings[:1], texts)
+    return search(readings, texts)
 
 
 PLAIN_PIECE = re.compile(r"\\[^\w]|\\[dDsSwWZ]|\[\^?\w+\]|[^\\()\[\]*+?{}]", re.ASCII | re.DOTALL)
@@ -2335,26 +2325,6 @@ def is_cheap(reading: Reading, texts: Iterable[str]) -> bool:
     pieces = reading.pattern.count("|") + 1 + len(reading.pattern) // 50
     steps: int = sum((len(text) + 1) ** (1 + repeats) for text in texts)
     return steps * pieces <= MOST_STEPS_IN_PLACE
-
-
-def search_in_process(readings: Sequence[Reading], texts: Sequence[str]) -> Mapping[str, Any]:
-    """What SEARCHER makes of it; BadQuery where it has to be ended."""
-    import subprocess
-
-    try:
-        searcher = subprocess.run(
-            [sys.executable, "-I", "-S", "-W", "ignore", "-c", SEARCHER],
-            input=json.dumps({"readings": readings, "texts": texts}).encode(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=SEARCH_SECONDS,
-        )
-        outcome: Mapping[str, Any] = json.loads(searcher.stdout)
-    except subprocess.TimeoutExpired:
-        raise BadQuery(f"The pattern takes more than {SEARCH_SECONDS:g} s to search for.") from None
-    except ValueError:  # it was killed, or ran out of memory
-        raise BadQuery("The pattern cannot be searched for.") from None
-    return outcome
 
 
 # ==================================================================================================
@@ -2602,18 +2572,23 @@ LOGS_IN_MEMORY = 32 * 2**20  # bytes, about
 class Model:
     """The runs of a store as a person looks at them. Reads only; may be used by any thread."""
 
-    def __init__(self, store: Store, clock: Callable[[], float] = time.time) -> None:
-        """`clock`: tells the epoch seconds, against which signs of life are old."""
+    def __init__(
+        self,
+        store: Store,
+        clock: Callable[[], float] = time.time,
+        search: Search = search_in_place,
+    ) -> None:
+        """`clock`: tells the epoch seconds, against which signs of life are old; `search`: for
+        patterns that may take long."""
         self.store = store
         self.clock = clock
+        self.search = search
         # By pathspec, with the version of the task.
         self._attempts: Cache[tuple[Version, list[Attempt]]] = Cache(ATTEMPTS_IN_MEMORY)
         self._verdicts: Cache[Verdict] = Cache(VERDICTS_IN_MEMORY, Verdict.weight)
         # By their places in the datastore; empty where there is none.
         self._graphs: Cache[Graph] = Cache(GRAPHS_IN_MEMORY, graph_weight)
         self._logs: Cache[list[LogLine]] = Cache(LOGS_IN_MEMORY, log_weight)
-        # Searches that may take a process of their own, one for each core of a small machine.
-        self.searches = threading.BoundedSemaphore(2)
         self._unfinished: dict[Ids, None] = {}  # the runs that were running when last looked at
 
     # -- runs --------------------------------------------------------------------------------------
@@ -3553,8 +3528,8 @@ def filter_tasks(model: Model, request: Request, flow: str, run: str, step: str)
             (ids, {value_text(m) for m in metadata if field in (None, "", m["field_name"])})
             for ids, metadata in below
         ]
-    with model.searches:
-        found = find_matches(pattern, {value for _, values in tasks for value in values})
+    values_of_all = {value for _, values in tasks for value in values}
+    found = find_matches(pattern, values_of_all, model.search)
     return json_response(["/".join(ids) for ids, values in tasks if values & found])
 
 
@@ -3684,8 +3659,8 @@ STATUS_OF_OS_ERRORS: Mapping[int | None, int] = {
 class MetadataService:
     """Answers requests of the metadata API over a store."""
 
-    def __init__(self, store: Store) -> None:
-        self._model = Model(store)
+    def __init__(self, store: Store, search: Search = search_in_place) -> None:
+        self._model = Model(store, search=search)
 
     def is_public(self, method: str, path: Sequence[str]) -> bool:
         """Whether a request is answered to those who do not bring the key, if there is one."""
@@ -5337,9 +5312,15 @@ def mounted_path(path: Sequence[str]) -> Sequence[str]:
 class UiService(MetadataService):
     """Answers requests of the metadata API, those of the UI, and those for the UI itself."""
 
-    def __init__(self, store: Store, ui_folder: str | None = None, key: str | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        ui_folder: str | None = None,
+        key: str | None = None,
+        search: Search = search_in_place,
+    ) -> None:
         """`ui_folder`: a build of the official UI; `key`: what requests have to bring, if any."""
-        super().__init__(store)
+        super().__init__(store, search)
         self._ui_folder = None if ui_folder is None else os.path.realpath(ui_folder)
         self._key = key
 
@@ -6291,6 +6272,64 @@ def _log_handler(log_file: str) -> logging.Handler:
     return logging.handlers.RotatingFileHandler(log_file, maxBytes=2**20, backupCount=1)
 
 
+SEARCH_SECONDS = 5.0
+"""How long a search for a pattern may take."""
+
+SEARCHES_AT_A_TIME = 2
+
+SEARCH_PROGRAM = """
+import json, re, sys
+asked = json.load(sys.stdin)
+for pattern, flags, method in asked["readings"]:
+    try:
+        match = getattr(re.compile(pattern, flags), method)
+        break
+    except (re.error, RecursionError, OverflowError) as error:
+        problem = str(error)
+else:
+    json.dump({"problem": problem}, sys.stdout)
+    sys.exit()
+json.dump({"found": [text for text in asked["texts"] if match(text)]}, sys.stdout)
+"""
+"""What the process of a search runs: it reads a pattern and texts, and writes which match."""
+
+
+class PatternSearcher:
+    """Searches for patterns in processes of their own, which can be ended."""
+
+    def __init__(self) -> None:
+        self._turn = threading.BoundedSemaphore(SEARCHES_AT_A_TIME)
+
+    def search(self, readings: Sequence[Reading], texts: Collection[str]) -> set[str]:
+        """A Search; BadQuery where it takes too long."""
+        with self._turn:
+            outcome = self._run(json.dumps({"readings": readings, "texts": list(texts)}).encode())
+        if "problem" in outcome:
+            pattern = readings[-1].pattern
+            raise BadQuery(f"{pattern!r} is not a regular expression: {outcome['problem']}.")
+        return set(outcome["found"])
+
+    def _run(self, asked: bytes) -> Mapping[str, Any]:
+        import subprocess
+
+        try:
+            searcher = subprocess.run(
+                [sys.executable, "-I", "-S", "-W", "ignore", "-c", SEARCH_PROGRAM],
+                input=asked,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                timeout=SEARCH_SECONDS,
+            )
+            outcome: Mapping[str, Any] = json.loads(searcher.stdout)
+        except subprocess.TimeoutExpired:
+            raise BadQuery(
+                f"The pattern takes more than {SEARCH_SECONDS:g} s to search for."
+            ) from None
+        except ValueError:  # it was killed, or ran out of memory
+            raise BadQuery("The pattern cannot be searched for.") from None
+        return outcome
+
+
 class Daemon:
     """The service of a root while it runs: what it owns, and when it goes."""
 
@@ -6319,7 +6358,8 @@ class Daemon:
     def _open(self) -> MetadataService | BrokenService:
         try:
             store = Store(self._options.root)
-            return UiService(store, self._options.ui_folder, self._options.key)
+            search = PatternSearcher().search
+            return UiService(store, self._options.ui_folder, self._options.key, search)
         except (Exception, SystemExit) as error:
             log.exception("cannot start")
             self._idle_timeout = BROKEN_IDLE_TIMEOUT

@@ -1459,13 +1459,13 @@ def test_like_is_the_like_of_sql(text: str, pattern: str) -> None:
 def test_a_pattern_means_what_it_means_in_postgresql(
     pattern: str, text: str, is_found: bool
 ) -> None:
-    assert mls.find_matches(pattern, [text]) == ({text} if is_found else set())
+    assert mls.find_matches(pattern, [text], mls.search_in_place) == ({text} if is_found else set())
 
 
 @pytest.mark.parametrize("pattern", ["(", "[", "[[", "*", "a{2,1}", "(?<=a*)b", "(" * 500, "\\"])
 def test_what_is_no_pattern_is_refused(pattern: str) -> None:
     with pytest.raises(mls.BadQuery):
-        mls.find_matches(pattern, ["text"])
+        mls.find_matches(pattern, ["text"], mls.search_in_place)
 
 
 @pytest.mark.parametrize(
@@ -1493,7 +1493,9 @@ def test_what_the_client_wraps_means_what_it_means_in_local_mode(
 ) -> None:
     with contextlib.suppress(re.error):
         assert bool(re.fullmatch(pattern, text)) == is_found
-    assert mls.find_matches(f"^(?:{pattern})$", [text]) == ({text} if is_found else set())
+    assert mls.find_matches(f"^(?:{pattern})$", [text], mls.search_in_place) == (
+        {text} if is_found else set()
+    )
 
 
 @pytest.mark.parametrize(
@@ -1520,18 +1522,9 @@ def test_plain_patterns_are_searched_for_in_place(pattern: str, is_cheap: bool) 
     assert not mls.is_cheap(reading, ["a" * 20_000_000])
 
 
-@pytest.mark.parametrize("pattern", ["(?:.|a)" * 26 + "b", "(a+)+$", "a*a*a*a*a*a*a*$x"])
-def test_a_search_that_takes_for_ever_is_ended(
-    pattern: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mls, "SEARCH_SECONDS", 0.3)
-    with pytest.raises(mls.BadQuery, match="takes more than"):
-        mls.find_matches(f"^(?:{pattern})$", ["a" * 3000 + "!"])
-
-
 def test_a_pattern_has_a_limit() -> None:
     with pytest.raises(mls.BadQuery, match="at most 1000"):
-        mls.find_matches("a" * 1001, [])
+        mls.find_matches("a" * 1001, [], mls.search_in_place)
 
 
 @settings(max_examples=200)
@@ -1539,7 +1532,7 @@ def test_a_pattern_has_a_limit() -> None:
 def test_a_search_in_place_finds_what_one_elsewhere_finds(pattern: str, texts: list[str]) -> None:
     reading = mls.pattern_readings(f"^(?:{pattern})$")[0]
     if mls.is_cheap(reading, texts):
-        found = mls.find_matches(f"^(?:{pattern})$", texts)
+        found = mls.find_matches(f"^(?:{pattern})$", texts, mls.search_in_place)
         assert found == {text for text in texts if re.fullmatch(pattern, text)}
 
 
@@ -5885,6 +5878,28 @@ def test_the_log_holds_every_request_when_asked_to(cli: Cli, debug: str) -> None
     assert cli("start", METAFLOW_LOCAL_SERVICE_DEBUG=debug).returncode == 0
     log = (cli.folder / ".metaflow" / mls.LOG_FILE).read_text()
     assert ("serving" in log, "GET /ping" in log) == (True, debug == "1")
+
+
+# -- searches --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", ["(?:.|a)" * 26 + "b", "(a+)+$", "a*a*a*a*a*a*a*$x"])
+def test_a_search_that_takes_for_ever_is_ended(
+    pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mls, "SEARCH_SECONDS", 0.5)
+    search = mls.PatternSearcher().search
+    with pytest.raises(mls.BadQuery, match="takes more than"):
+        mls.find_matches(f"^(?:{pattern})$", ["a" * 3000 + "!"], search)
+
+
+def test_a_process_finds_what_a_search_in_place_finds() -> None:
+    search, texts = mls.PatternSearcher().search, ["foobar", "foo\n", "\udcff", "baz", "aa"]
+    for pattern in ("^(?:(foo|bar)+)$", "(?i)FOO", r"^(?:(\w)\1)$", r"\yba(r|z)"):
+        found = mls.find_matches(pattern, texts, mls.search_in_place)
+        assert mls.find_matches(pattern, texts, search) == found
+    with pytest.raises(mls.BadQuery, match="is not a regular expression"):
+        mls.find_matches("^(?:()$", texts, search)
 
 
 # ==================================================================================================
