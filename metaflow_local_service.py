@@ -835,6 +835,15 @@ class Store:
         )
         return None if status is None else settled_version(status)
 
+    def is_unchanged(self, seen: Iterable[tuple[Ids, Version]]) -> bool:
+        """Whether objects still have the versions that they had."""
+        for ids, version in seen:
+            names = (*ids, META_DIR) if len(ids) == TASK_DEPTH else ids
+            status = stat_or_none("/".join((self.folder, *names)))
+            if status is None or file_version(status) != version:
+                return False
+        return True
+
     def metadata_of_tasks(
         self, step: Ids, fields: tuple[str, ...] | None = None
     ) -> Iterator[tuple[Ids, Iterator[Metadatum]]]:
@@ -2658,9 +2667,7 @@ class Model:
         known = self._verdicts.get("/".join(ids))
         if known is None or known.heartbeat != heartbeat:
             return None
-        if any(self.store.version(seen) != version for seen, version in known.seen):
-            return None
-        return known
+        return known if self.store.is_unchanged(known.seen) else None
 
     def _verdict(self, row: RunRow, now: float) -> Verdict:
         ids, heartbeat = run_row_ids(row), row["last_heartbeat_ts"]
