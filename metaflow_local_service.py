@@ -2214,8 +2214,25 @@ def doublings(pattern: str, longest: int) -> float:
 
 
 # ==================================================================================================
-# Model: runs, steps and attempts as a person means them: statuses, times, logs, cards, values
+# Model: runs, steps and attempts as a person means them: statuses, causes, times, logs, values
 # ==================================================================================================
+
+
+class Cause(TypedDict):
+    """Why a run or an attempt of a task did not succeed."""
+
+    kind: str  # one of CAUSE_KINDS
+    pathspec: str  # of the task; of the run where no task is to blame
+    step_name: str | None
+    task_id: Id | None
+    attempt_id: int | None
+    attempts: int | None  # how many attempts the task may have had in all
+    type: str | None  # the exception's
+    message: str | None  # the exception's, or what killed the process
+    file: str | None  # of the user's own code, as are the lines in it
+    line: int | None
+    summary: str  # in a few words
+    stderr: list[str]  # the last lines of the attempt's
 
 
 class RunRow(_Run):
@@ -2230,6 +2247,7 @@ class RunRow(_Run):
     status: str  # "" until somebody wants to know: see Model.judge
     finished_at: int | None
     duration: int | None
+    cause: Cause | None
 
 
 class StepRow(Step):
@@ -2248,6 +2266,7 @@ class AttemptRow(Task):
     started_at: int | None
     finished_at: int | None
     duration: int
+    cause: Cause | None  # of one that was caught too, although its status is completed
 
 
 class MetadatumRow(Metadatum):
@@ -2320,6 +2339,7 @@ class Verdict(NamedTuple):
 
     status: str
     finished_at: int | None
+    cause: Cause | None
     heartbeat: int | None
     seen: Sequence[tuple[Ids, Version]]
 
@@ -2414,10 +2434,24 @@ def attempts_allowed(graph: Graph, step: str) -> int | None:
     return min(allowed, MAX_ATTEMPTS)
 
 
-def cannot_go_on(tasks: Iterable[AttemptRow], graph: Graph) -> bool:
+def catches(graph: Graph, step: str) -> bool:
+    """Whether a step has `@catch`."""
+    node = graph.get("steps", {}).get(step)
+    decorators = node.get("decorators") if isinstance(node, dict) else None
+    return isinstance(decorators, list) and any(
+        isinstance(decorator, dict) and decorator.get("name") == "catch" for decorator in decorators
+    )
+
+
+def cannot_go_on(
+    tasks: Iterable[AttemptRow],
+    graph: Graph,
+    is_given_up: Callable[[AttemptRow], bool] = lambda task: False,
+) -> bool:
     """Whether a run has failed for good: a task has used up its attempts, and none goes on.
 
-    The scheduler waits for the siblings of a failed task; so does this.
+    The scheduler waits for the siblings of a failed task; so does this. `is_given_up`: whether it
+    will not try a failed task again, although it could.
     """
     newest: dict[tuple[str, Id], AttemptRow] = {}
     for task in tasks:
@@ -2426,6 +2460,7 @@ def cannot_go_on(tasks: Iterable[AttemptRow], graph: Graph) -> bool:
         return False
     return any(
         task["attempt_id"] + 1 >= (attempts_allowed(graph, task["step_name"]) or math.inf)
+        or is_given_up(task)
         for task in newest.values()
         if task["status"] == FAILED
     )
@@ -2436,10 +2471,239 @@ def elapsed_ms(begin: int, end: int | None, now: float) -> int:
     return max(0, (int(now * 1000) if end is None else end) - begin)
 
 
+# -- causes ----------------------------------------------------------------------------------------
+
+RAISED, KILLED, TIMED_OUT = "raised", "killed", "timed out"
+NEVER_STARTED, SCHEDULER_GONE = "never started", "scheduler gone"
+CAUSE_KINDS = (RAISED, KILLED, TIMED_OUT, NEVER_STARTED, SCHEDULER_GONE)
+
+CAUSE_STDERR_LINES = 20
+CAUSE_STDERR_BYTES = 64 * 2**10  # what is read of a stderr, from its end
+LONGEST_CAUSE_LINE = 1000
+LONGEST_MESSAGE = 4000
+LONGEST_SUMMARY_MESSAGE = 120
+
+UNCAUGHT_EXIT_CODE = 1
+"""With which Python ends after an exception that nobody caught."""
+
+SIGNAL_NAMES: Mapping[int, str] = {
+    1: "SIGHUP",
+    2: "SIGINT",
+    3: "SIGQUIT",
+    4: "SIGILL",
+    6: "SIGABRT",
+    8: "SIGFPE",
+    9: "SIGKILL",
+    11: "SIGSEGV",
+    13: "SIGPIPE",
+    14: "SIGALRM",
+    15: "SIGTERM",
+}
+"""Those that have the same number everywhere: the run may be from another machine."""
+
+TIMEOUT_TYPE = "metaflow.plugins.timeout_decorator.TimeoutException"
+UNCAUGHT, CAUGHT = "_exception", "_catch_exception"
+"""The artifacts in which Metaflow wraps what a step has raised; None where it has not."""
+
+WRAPPER_TYPE = "metaflow.exception.MetaflowExceptionWrapper"
+
+TRACEBACK_START = re.compile(r"(?:  \+ Exception Group )?Traceback \(most recent call last\):")
+TRACEBACK_FRAME = re.compile(r'(?:  \|   |  )File "(.+?)", line ([0-9]{1,9})(?:, in (.+))?')
+TRACEBACK_END = re.compile(r"(?:  \| )?([A-Za-z_][\w.]*)(?:: (.*))?")
+FOREIGN_CODE = re.compile(r"/(?:site|dist)-packages/|/lib(?:64)?/python[0-9.]+/|^<")
+HEADLINE = re.compile(r" {4}(\S.*):")
+"""How Metaflow begins to say what is wrong where it shows no traceback: print_metaflow_exception in
+its cli.py. What follows is indented as well."""
+
+ENDED_BY_SCHEDULER = "[KILLED BY ORCHESTRATOR]"
+"""What the scheduler writes into the logs of all running tasks when it gives the run up."""
+
+INTERRUPTED = "Aborted!"
+"""What a task says when it was interrupted, which its scheduler then was as well."""
+
+
+class Raised(NamedTuple):
+    """An exception, and where in the user's own code it came from."""
+
+    type: str | None
+    message: str | None
+    file: str | None = None
+    line: int | None = None
+    functions: frozenset[str] = frozenset()  # all that it went through
+
+
+class ProcessEnd(NamedTuple):
+    """How the process of an attempt ended, as its scheduler has noted it."""
+
+    return_code: int | None
+    is_by_scheduler: bool  # which kills what still runs when it gives the run up
+    is_ok: bool
+    moment: int  # epoch milliseconds
+
+    def is_by_signal(self) -> bool:
+        return self.return_code is not None and self.return_code < 0
+
+
+def parse_traceback(lines: Sequence[str]) -> Raised | None:
+    """The exception of the last traceback in some text, None where there is none."""
+    starts = [at for at, line in enumerate(lines) if TRACEBACK_START.fullmatch(line)]
+    if not starts:
+        return None
+    frames: list[tuple[str, int, str]] = []
+    for line in lines[starts[-1] + 1 :]:
+        frame, end = TRACEBACK_FRAME.fullmatch(line), TRACEBACK_END.fullmatch(line)
+        if frame:
+            frames.append((frame.group(1), int(frame.group(2)), frame.group(3) or ""))
+        elif end:
+            functions = frozenset(function for _, _, function in frames)
+            return Raised(end.group(1), end.group(2), *own_line(frames), functions)
+    return None
+
+
+def own_line(frames: Sequence[tuple[str, int, str]]) -> tuple[str | None, int | None]:
+    """The innermost line of the user's own code in a traceback; none where there is none.
+
+    Not the last line of a flow's file, from which Metaflow is called.
+    """
+    tasks = [file for file, _, _ in frames if file.endswith("/metaflow/task.py")]
+    metaflow = os.path.dirname(tasks[0]) + "/" if tasks else None
+    for at in range(len(frames) - 1, -1, -1):
+        file, line, function = frames[at]
+        if FOREIGN_CODE.search(file) or (metaflow and file.startswith(metaflow)):
+            continue
+        if function == "<module>" and "/metaflow/" in "".join(f for f, _, _ in frames[at + 1 :]):
+            continue
+        return file, line
+    return None, None
+
+
+def short_type(name: str) -> str:
+    """The type of an exception without the modules that say nothing."""
+    for module in ("builtins.", "__main__."):
+        if name.startswith(module):
+            return name[len(module) :]
+    return name
+
+
+def parse_headline(lines: Sequence[str]) -> Raised | None:
+    """What Metaflow itself says is wrong, by its words on stderr; None where it says nothing."""
+    for at in range(len(lines) - 2, -1, -1):
+        headline = HEADLINE.fullmatch(lines[at])
+        if headline and lines[at + 1].startswith("    ") and lines[at + 1].strip():
+            return Raised(None, f"{headline.group(1)}: {lines[at + 1].strip()}")
+    return None
+
+
+def raised_in_value(value: object) -> Raised | None:
+    """The exception in an artifact of Metaflow's that wraps one, None where it holds none."""
+    if not isinstance(value, StandIn) or value.name != WRAPPER_TYPE:
+        return None
+    if not isinstance(value.state, Pairs):
+        return None
+    fields = {name: text for name, text in value.state if isinstance(name, str)}
+    kind, message, trace = (fields.get(name) for name in ("type", "exception", "stacktrace"))
+    parsed = parse_traceback(trace.splitlines()) if isinstance(trace, str) else None
+    return (parsed or Raised(None, None))._replace(
+        type=kind if isinstance(kind, str) else None,
+        message=message if isinstance(message, str) else None,
+    )
+
+
+def describe_end(end: ProcessEnd | None) -> str:
+    """By what a process was ended; a shell or container tells of signals by codes above 128."""
+    if end is None or end.return_code is None:
+        return "no sign of life any more"
+    code = end.return_code
+    name = SIGNAL_NAMES.get(-code if code < 0 else code - 128)
+    told = f"signal {-code}" if code < 0 else f"exit code {code}"
+    told += f" ({name})" if name else ""
+    return f"{told} from the scheduler" if end.is_by_scheduler else told
+
+
+def make_cause(
+    kind: str,
+    ids: Ids,
+    raised: Raised,
+    attempt: AttemptRow | None = None,
+    attempts: int | None = None,
+    stderr: Sequence[str] = (),
+) -> Cause:
+    """A cause; `ids`: of the task, or the run where no task is to blame; `attempts`: at most."""
+    cause: Cause = {
+        "kind": kind,
+        "pathspec": "/".join(ids),
+        "step_name": attempt["step_name"] if attempt else None,
+        "task_id": attempt["task_id"] if attempt else None,
+        "attempt_id": attempt["attempt_id"] if attempt else None,
+        "attempts": attempts,
+        "type": short_type(raised.type) if raised.type else None,
+        "message": raised.message[:LONGEST_MESSAGE] if raised.message else None,
+        "file": raised.file,
+        "line": raised.line,
+        "summary": "",
+        "stderr": [line[:LONGEST_CAUSE_LINE] for line in stderr[-CAUSE_STDERR_LINES:]],
+    }
+    cause["summary"] = summarize_cause(cause)
+    return cause
+
+
+def summarize_cause(cause: Cause) -> str:
+    """A cause in a few words."""
+    name = "/".join(
+        str(part) for part in (cause["step_name"], cause["task_id"]) if part is not None
+    )
+    message = " ".join((cause["message"] or "").split())
+    if len(message) > LONGEST_SUMMARY_MESSAGE:
+        message = message[: LONGEST_SUMMARY_MESSAGE - 3] + "..."
+    where = f" in {name}" if name else ""
+    if cause["file"] is not None:
+        where += f" ({os.path.basename(cause['file'])}:{cause['line']})"
+    if cause["kind"] == RAISED:
+        kind = (cause["type"] or "").rpartition(".")[2]
+        return (f"{kind}: {message}" if kind and message else kind or message) + where
+    if cause["kind"] == KILLED:
+        return f"killed{where}: {message}"
+    return f"{cause['kind']}{where}" + (f": {message}" if message else "")
+
+
+def is_of_attempt(raised: Raised, row: AttemptRow) -> bool:
+    """Whether an exception that was caught is an attempt's own: later steps inherit the artifact.
+
+    Where the process was killed too often, `@catch` runs its `fallback_step` in place of the step.
+    """
+    is_fallback = "fallback_step" in raised.functions and row["attempt_id"] > 0
+    return is_fallback or row["step_name"] in raised.functions
+
+
+def first_failure(
+    tasks: Iterable[AttemptRow], graph: Graph, is_given_up: Callable[[AttemptRow], bool]
+) -> AttemptRow | None:
+    """The attempt that its run failed by: the first that failed by time, None if none did.
+
+    Not one that would have been tried again, nor one that ended when the scheduler had given the
+    run up (`is_given_up`), unless there is nothing else.
+    """
+    newest: dict[tuple[str, Id], AttemptRow] = {}
+    for task in tasks:
+        newest[task["step_name"], task["task_id"]] = task
+
+    def blame(task: AttemptRow) -> tuple[bool, bool, int]:
+        allowed = attempts_allowed(graph, task["step_name"]) or 1
+        return (
+            is_given_up(task),
+            task["attempt_id"] + 1 < allowed,
+            task["finished_at"] or task["ts_epoch"],
+        )
+
+    failed = [task for task in newest.values() if task["status"] == FAILED]
+    return min(failed, key=blame, default=None)
+
+
 # -- the model -------------------------------------------------------------------------------------
 
 ATTEMPTS_IN_MEMORY = 20_000  # of so many tasks
 VERDICTS_IN_MEMORY = 60_000  # folders that they were told by
+CAUSES_IN_MEMORY = 5_000
 GRAPHS_IN_MEMORY = 8 * 2**20  # bytes, about
 LOGS_IN_MEMORY = 32 * 2**20  # bytes, about
 
@@ -2454,6 +2718,8 @@ class Model:
         # By pathspec, with the version of the task.
         self._attempts: Cache[tuple[Version, list[Attempt]]] = Cache(ATTEMPTS_IN_MEMORY)
         self._verdicts: Cache[Verdict] = Cache(VERDICTS_IN_MEMORY, Verdict.weight)
+        # By pathspec, attempt and status, with the versions of the task's records and files.
+        self._causes: Cache[tuple[Sequence[Version | None], Cause | None]] = Cache(CAUSES_IN_MEMORY)
         # By their places in the datastore; empty where there is none.
         self._graphs: Cache[Graph] = Cache(GRAPHS_IN_MEMORY, graph_weight)
         self._logs: Cache[list[LogLine]] = Cache(LOGS_IN_MEMORY, log_weight)
@@ -2492,6 +2758,7 @@ class Model:
             verdict = self._verdict(row, now)
             row["status"], row["finished_at"] = verdict.status, verdict.finished_at
             row["duration"] = elapsed_ms(row["ts_epoch"], verdict.finished_at, now)
+            row["cause"] = verdict.cause
         return row
 
     def versions(self, step: Ids) -> object:
@@ -2514,6 +2781,7 @@ class Model:
             "ts_epoch": run_sort_key(run)[0],  # which holds when local mode changes tags
             "finished_at": None,
             "duration": None,
+            "cause": None,
         }
 
     def _known_verdict(self, ids: Ids, heartbeat: int | None) -> Verdict | None:
@@ -2530,15 +2798,17 @@ class Model:
         known = self._known_verdict(ids, heartbeat)
         if known is not None:
             return known
-        completed = self._completion(ids)
+        completed, cause = self._completion(ids), None
         if completed is not None:
             (finished_at, tellers), status = completed, COMPLETED
             seen = [(teller, self.store.version(teller)) for teller in (ids, *tellers)]
         else:
             seen = [(i, self.store.version(i)) for i in (ids, *self._objects_below(ids))]
-            status, finished_at = self._state_of_run(row, now)
+            tasks = self._tasks(ids, now)
+            status, finished_at = self._state_of_run(row, tasks, now)
+            cause = self._cause_of_run(row, tasks) if status == FAILED else None
         settled = [(teller, version) for teller, version in seen if version is not None]
-        verdict = Verdict(status, finished_at, heartbeat, settled)
+        verdict = Verdict(status, finished_at, cause, heartbeat, settled)
         if status == RUNNING:
             self._unfinished[ids] = None
         else:
@@ -2562,10 +2832,11 @@ class Model:
                 return attempts[-1].done_at, (end, task)
         return None
 
-    def _state_of_run(self, row: RunRow, now: float) -> tuple[str, int | None]:
-        """What has become of a run that has not reached its end."""
+    def _state_of_run(
+        self, row: RunRow, tasks: Sequence[AttemptRow], now: float
+    ) -> tuple[str, int | None]:
+        """What has become of a run that has not reached its end; `tasks`: all of it."""
         ids = run_row_ids(row)
-        tasks = self.tasks(ids, now)
         last_sign = max(
             itertools.chain(
                 (self._last_sign(ids, row["last_heartbeat_ts"], row["ts_epoch"]),),
@@ -2574,7 +2845,7 @@ class Model:
         )
         if any(task["status"] == RUNNING for task in tasks):
             return RUNNING, None
-        if cannot_go_on(tasks, self.graph(ids) or {}):
+        if cannot_go_on(tasks, self.graph(ids) or {}, self._is_given_up):
             return FAILED, max(task["finished_at"] or 0 for task in tasks)
         if now * 1000 - last_sign > RUN_HEARTBEAT_CUTOFF * 1000:
             return FAILED, last_sign
@@ -2615,7 +2886,10 @@ class Model:
         return rows
 
     def tasks(self, ids: Ids, now: float) -> list[AttemptRow]:
-        """The attempts of all tasks of a run, oldest task first."""
+        """The attempts of all tasks of a run, oldest task first, with their causes."""
+        return self._with_causes(ids, self._tasks(ids, now))
+
+    def _tasks(self, ids: Ids, now: float) -> list[AttemptRow]:
         rows: list[AttemptRow] = []
         for step in list(self.store.steps(ids))[::-1]:
             step_ids = (*ids, step["step_name"])
@@ -2624,16 +2898,16 @@ class Model:
         return rows
 
     def attempts(self, ids: Ids, now: float) -> list[AttemptRow]:
-        """The attempts of a task, newest first."""
+        """The attempts of a task, newest first, with their causes."""
         task = self.store.task(ids)
-        return [] if task is None else self._attempt_rows(ids, task, now)[::-1]
+        rows = [] if task is None else self._attempt_rows(ids, task, now)
+        return self._with_causes(ids[:2], rows)[::-1]
 
     def _attempt_rows(self, ids: Ids, task: Task, now: float) -> list[AttemptRow]:
-        attempts = self._attempts_of(ids).copy() or [Attempt()]
+        attempts = self._with_unnoticed(ids, self._attempts_of(ids) or [Attempt()])
         heartbeat, created = task["last_heartbeat_ts"], task["ts_epoch"]
         is_alive, last_sign = True, created
         if attempts[-1].done_at is None:
-            attempts[-1] = self._ended_unnoticed(ids, len(attempts) - 1, attempts[-1])
             cutoff = TASK_SILENCE_CUTOFF if heartbeat is None else TASK_HEARTBEAT_CUTOFF
             last_sign = self._last_sign(ids, heartbeat, created)
             is_alive = now * 1000 - last_sign <= cutoff * 1000
@@ -2653,19 +2927,42 @@ class Model:
                     "started_at": attempt.started_at,
                     "finished_at": end,
                     "duration": elapsed_ms(attempt.started_at or created, end, now),
+                    "cause": None,
                 }
             )
         return rows
 
-    def _ended_unnoticed(self, ids: Ids, number: int, attempt: Attempt) -> Attempt:
-        """An attempt whose process could not say that it ended: its scheduler has left a file."""
+    def _with_unnoticed(self, ids: Ids, attempts: Sequence[Attempt]) -> list[Attempt]:
+        """Attempts, with those whose processes could not say that they ended, nor some that they
+        began: their scheduler has left a file of each."""
+        known = list(attempts)
+        while not known[-1].is_ok and len(known) <= LARGEST_SHOWN_ATTEMPT:
+            if known[-1].done_at is None:
+                end = self._process_end(ids, len(known) - 1)
+                if end is None:
+                    break
+                known[-1] = known[-1]._replace(done_at=end.moment, is_ok=end.is_ok)
+            elif self._process_end(ids, len(known)) is None:
+                break
+            else:
+                known.append(Attempt())
+        return known
+
+    def _process_end(self, ids: Ids, number: int) -> ProcessEnd | None:
+        """How the process of an attempt ended, None where its scheduler has not noted it."""
         path = datastore_file(self.datastore_root(ids, number), *ids, f"{number}.runtime")
         if path is None:
-            return attempt
+            return None
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            is_ok = bool(json_content(path, LARGEST_VALUE).get("success"))
-            return attempt._replace(done_at=int(os.stat(path).st_mtime * 1000), is_ok=is_ok)
-        return attempt
+            noted = json_content(path, LARGEST_VALUE)
+            code, moment = noted.get("return_code"), int(os.stat(path).st_mtime * 1000)
+            return ProcessEnd(
+                code if isinstance(code, int) else None,
+                bool(noted.get("killed")),
+                bool(noted.get("success")),
+                moment,
+            )
+        return None
 
     def _attempts_of(self, ids: Ids) -> list[Attempt]:
         """What the records of a task say of its attempts; none where none has begun."""
@@ -2693,6 +2990,102 @@ class Model:
         return attempt._replace(
             done_at=max(artifact["ts_epoch"], attempt.done_at or 0), is_ok=is_ok
         )
+
+    # -- causes ------------------------------------------------------------------------------------
+
+    def _with_causes(self, ids: Ids, rows: list[AttemptRow]) -> list[AttemptRow]:
+        """Attempts of a run, those that failed or whose exception was caught with the cause."""
+        graph: Graph | None = None
+        for row in rows:
+            if row["status"] in (FAILED, COMPLETED):
+                graph = self.graph(ids) or {} if graph is None else graph
+                if row["status"] == FAILED or catches(graph, row["step_name"]):
+                    row["cause"] = self._cause_of_attempt(row, graph)
+        return rows
+
+    def _cause_of_run(self, row: RunRow, tasks: Sequence[AttemptRow]) -> Cause:
+        """Why a run has failed; `tasks`: all of it."""
+        ids = run_row_ids(row)
+        graph = self.graph(ids) or {}
+        failure = first_failure(tasks, graph, self._is_given_up)
+        if failure is not None and not self._is_left_alone(failure):
+            cause = self._cause_of_attempt(failure, graph)
+            if cause is not None:
+                return cause
+        begun = any(task["step_name"] != PARAMETERS_STEP for task in tasks)
+        message = "the run's own process ended without a word"
+        if failure is not None:
+            message += f" while {failure['step_name']}/{failure['task_id']} was running"
+        return make_cause(SCHEDULER_GONE if begun else NEVER_STARTED, ids, Raised(None, message))
+
+    def _is_given_up(self, row: AttemptRow) -> bool:
+        """Whether an attempt was running when its scheduler gave the run up."""
+        return ENDED_BY_SCHEDULER in self._last_of_stderr(attempt_row_ids(row), row["attempt_id"])
+
+    def _is_left_alone(self, row: AttemptRow) -> bool:
+        """Whether an attempt fell silent and so did its scheduler, which would have noted its end.
+
+        A run that was named by who started it, an orchestrator, has no scheduler.
+        """
+        ids, number = attempt_row_ids(row), row["attempt_id"]
+        if isinstance(row["run_number"], str) or self._process_end(ids, number) is not None:
+            return False
+        attempts = self._attempts_of(ids)
+        if number < len(attempts) and attempts[number].done_at is not None:
+            return False
+        heartbeat = (self.store.run(ids[:2]) or row)["last_heartbeat_ts"]
+        return heartbeat is None or self.clock() - heartbeat > TASK_HEARTBEAT_CUTOFF
+
+    def _cause_of_attempt(self, row: AttemptRow, graph: Graph) -> Cause | None:
+        """Why an attempt has failed, or would have if nobody had caught it; None if it did not."""
+        ids, number = attempt_row_ids(row), row["attempt_id"]
+        own = stat_or_none(datastore_file(self.datastore_root(ids, number), *ids) or "")
+        versions = (self.store.version(ids), None if own is None else settled_version(own))
+        key = f"{'/'.join(ids)}/{number}/{row['status']}"
+        known = self._causes.get(key)
+        if known is not None and known[0] == versions:
+            return known[1]
+        cause = self._find_cause(row, graph)
+        if None not in versions:
+            self._causes.put(key, (versions, cause))
+        return cause
+
+    def _find_cause(self, row: AttemptRow, graph: Graph) -> Cause | None:
+        ids, number = attempt_row_ids(row), row["attempt_id"]
+        is_caught = row["status"] == COMPLETED
+        raised = self._raised_in_artifact(ids, number, CAUGHT if is_caught else UNCAUGHT)
+        if is_caught and not (raised and is_of_attempt(raised, row)):
+            return None
+        stderr, end = self._last_of_stderr(ids, number), self._process_end(ids, number)
+        if raised is None and end is not None and end.return_code == UNCAUGHT_EXIT_CODE:
+            raised = parse_traceback(stderr) or parse_headline(stderr)
+        if raised is None:
+            is_begun = row["started_at"] is not None or (end is not None and end.is_by_signal())
+            kind = KILLED if is_begun else NEVER_STARTED
+            message = describe_end(end)
+            is_interrupted = INTERRUPTED in stderr[-CAUSE_STDERR_LINES:]
+            raised = Raised(None, f"interrupted, {message}" if is_interrupted else message)
+        elif raised.type == TIMEOUT_TYPE:
+            kind = TIMED_OUT
+            raised = raised._replace(message=(raised.message or "").partition("\n")[0])
+        else:
+            kind = RAISED
+        return make_cause(kind, ids, raised, row, attempts_allowed(graph, row["step_name"]), stderr)
+
+    def _last_of_stderr(self, ids: Ids, number: int) -> list[str]:
+        """The last lines of what an attempt has written to stderr."""
+        contents = []
+        for path in self._log_files(ids, number, "stderr"):
+            with contextlib.suppress(OSError):
+                contents.append(file_content(path, CAUSE_STDERR_BYTES, from_end=True))
+        return [line["line"] for line in log_lines(contents)]
+
+    def _raised_in_artifact(self, ids: Ids, number: int, name: str) -> Raised | None:
+        artifact = self.store.artifact(ids, name, number)
+        if artifact is not None:
+            with contextlib.suppress(OSError, ValueError):
+                return raised_in_value(self.value(artifact, LARGEST_VALUE))
+        return None
 
     # -- what the flow is --------------------------------------------------------------------------
 
@@ -2794,10 +3187,7 @@ class Model:
 
         Local Metaflow writes logs when an attempt has ended. Of a huge log this is the last part.
         """
-        root = self.datastore_root(ids, attempt)
-        names = (f"{attempt}.{source}_{stream}.log" for source in LOG_SOURCES)
-        found = [datastore_file(root, *ids, name) for name in names]
-        paths = [path for path in found if path is not None]
+        paths = self._log_files(ids, attempt, stream)
         versions = [file_version(status) for status in map(stat_or_none, paths) if status]
         key = repr((paths, versions))
         lines = self._logs.get(key)
@@ -2809,6 +3199,12 @@ class Model:
             lines = log_lines(contents)
             self._logs.put(key, lines)
         return lines
+
+    def _log_files(self, ids: Ids, attempt: int, stream: str) -> list[str]:
+        root = self.datastore_root(ids, attempt)
+        names = (f"{attempt}.{source}_{stream}.log" for source in LOG_SOURCES)
+        found = [datastore_file(root, *ids, name) for name in names]
+        return [path for path in found if path is not None]
 
     def cards(self, ids: Ids) -> list[Card]:
         """The cards of a task."""
@@ -2861,6 +3257,10 @@ class Model:
 
 def run_row_ids(row: RunRow) -> Ids:
     return (row["flow_id"], row["run"])
+
+
+def attempt_row_ids(row: AttemptRow) -> Ids:
+    return (row["flow_id"], str(row["run_number"]), row["step_name"], str(row["task_id"]))
 
 
 class SharedColumns(TypedDict):

@@ -2475,7 +2475,6 @@ def record_flows(folder: Path, home: Path) -> None:
                 )
             )
         wait_for(others, expected=0)
-        (folder / "done").touch()
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(slow.pid, signal.SIGKILL)
@@ -2506,18 +2505,32 @@ def seen_after(cli: Cli, ids: mls.Ids, delay: float) -> Any:
 @pytest.fixture(scope="session")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which flows have run; recorded once, also where tests run in parallel."""
+    folder = session_folder(tmp_path_factory, "recorded")
+    with recording(folder) as is_new:
+        if is_new:
+            record_flows(folder, folder / "home")
+    return folder
+
+
+def session_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
+    """A folder of that name which all workers of a session share."""
     folder = tmp_path_factory.getbasetemp()
     if os.environ.get("PYTEST_XDIST_WORKER"):
         folder = folder.parent
-    folder = folder.resolve() / "recorded"
+    return folder.resolve() / name
+
+
+@contextlib.contextmanager
+def recording(folder: Path) -> Iterator[bool]:
+    """Whether to record in the folder, made anew with a home; done by one worker for all."""
     with open(folder.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "done").exists():
+        is_new = not (folder / "done").exists()
+        if is_new:
             shutil.rmtree(folder, ignore_errors=True)
-            home = folder / "home"
-            home.mkdir(parents=True)
-            record_flows(folder, home)
-    return folder
+            (folder / "home").mkdir(parents=True)
+        yield is_new
+        (folder / "done").touch()
 
 
 @pytest.fixture(scope="session")
@@ -2585,6 +2598,328 @@ def test_a_run_has_failed_as_soon_as_a_task_has_used_up_its_attempts(recorded: P
     broken = attempts_of(now, run, "breaks")
     assert [t["status"] for t in broken] == ["failed", "failed"]
     assert (run["status"], run["finished_at"]) == ("failed", broken[-1]["finished_at"])
+
+
+# -- causes: runs that failed, each in a way of its own, by either recorder ------------------------
+
+CAUSES_FLOW = """
+import os, signal, sys, time
+from metaflow import FlowSpec, Parameter, card, catch, current, retry, step, timeout
+
+HOW = os.environ["HOW"]
+if HOW == "import" and "step" in sys.argv:
+    import nothing_of_this_name  # import
+
+class CausesFlow(FlowSpec):
+    speed = Parameter("speed", default=7)
+
+    @step
+    def start(self):
+        print("on stdout")
+        print("\\033[31mit is about to happen\\033[0m", file=sys.stderr)
+        if HOW == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if HOW == "exit":
+            sys.exit(3)
+        if HOW == "pickle":
+            self.unpicklable = (number for number in [1])
+        if HOW in ("interrupt", "both"):
+            time.sleep(100)
+        if HOW == "scheduler":
+            time.sleep(3)
+        self.letters = ["a", "b", "c"]
+        self.next(self.each, foreach="letters")
+
+    @step
+    def each(self):
+        if HOW == "foreach" and self.input == "b":
+            self.reject()
+        self.next(self.join)
+
+    def reject(self):
+        import json
+        json.loads("no \\033[31mJSON")  # foreach
+
+    @step
+    def join(self, inputs):
+        if HOW == "join":
+            try:
+                inputs[7]
+            except IndexError as error:
+                raise RuntimeError("two\\nlines") from error  # join
+        self.next(self.limited)
+
+    @timeout(seconds=1)
+    @step
+    def limited(self):
+        if HOW == "timeout":
+            time.sleep(100)  # timeout
+        self.next(self.retried)
+
+    @retry(times=1, minutes_between_retries=0)
+    @step
+    def retried(self):
+        if HOW == "retry" or current.retry_count == 0:
+            raise ValueError(f"attempt {current.retry_count}")  # retry
+        self.next(self.caught)
+
+    @card(type="blank", id="report")
+    @catch(var="problem", print_exception=False)
+    @step
+    def caught(self):
+        raise LookupError("caught")  # catch
+        self.next(self.end)
+
+    @step
+    def end(self):
+        pass
+
+if __name__ == "__main__":
+    CausesFlow()
+"""
+
+
+class Expected(NamedTuple):
+    """What is to be told of a run that failed."""
+
+    kind: str
+    step: str | None
+    attempt: str | None  # "1 of 2"
+    type: str | None
+    message: str
+    line: str | None  # the comment that stands behind it
+
+
+TIMEOUT_EXCEPTION = "metaflow.plugins.timeout_decorator.TimeoutException"
+
+CAUSES = {
+    "import": Expected(
+        "raised", "start", "1 of 1", "ModuleNotFoundError", "nothing_of_this_name", "import"
+    ),
+    "kill": Expected("killed", "start", "1 of 1", None, "signal 9 (SIGKILL)", None),
+    "exit": Expected("killed", "start", "1 of 1", None, "exit code 3", None),
+    "pickle": Expected("raised", "start", "1 of 1", None, "unpicklable", None),
+    "foreach": Expected(
+        "raised", "each", "1 of 1", "json.decoder.JSONDecodeError", "Expecting value", "foreach"
+    ),
+    "join": Expected("raised", "join", "1 of 1", "RuntimeError", "two\nlines", "join"),
+    "timeout": Expected(
+        "timed out", "limited", "1 of 1", TIMEOUT_EXCEPTION, "timed out after", "timeout"
+    ),
+    "retry": Expected("raised", "retried", "2 of 2", "ValueError", "attempt 1", "retry"),
+    "interrupt": Expected("killed", "start", "1 of 1", None, "interrupted", None),
+    "scheduler": Expected("scheduler gone", None, None, None, "without a word", None),
+    "both": Expected("scheduler gone", None, None, None, "while start/", None),
+}
+ENDED_BY_HAND = {"interrupt", "scheduler", "both"}
+RECORDED: Mapping[str, Sequence[str]] = {
+    "local": list(CAUSES),
+    "service": ["kill", "foreach", *sorted(ENDED_BY_HAND)],  # of which it has other traces
+}
+
+
+def record_causes(folder: Path, recorder: str) -> None:
+    """Let the flow fail in every way, tagged with it, and once not at all."""
+    cli = Cli(folder, folder / "home")
+    (folder / "causes.py").write_text(CAUSES_FLOW)
+    (folder / ".metaflow").mkdir()
+    flow = (sys.executable, "causes.py", "run", "--max-workers", "1")
+    try:
+        assert cli("start").returncode == 0
+        for how in ("fine", *RECORDED[recorder]):
+            command = [*flow, "--tag", how]
+            started = subprocess.Popen(
+                cli.command("run", *command) if recorder == "service" else command,
+                cwd=folder,
+                env={**cli.environment, "HOW": how, "METAFLOW_DEFAULT_METADATA": "local"},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            if how in ENDED_BY_HAND:
+                end_by_hand(folder, started, how)
+            assert (started.wait(timeout=120) == 0) == (how == "fine"), how
+    finally:
+        cli("stop")
+
+
+def end_by_hand(folder: Path, process: subprocess.Popen[Any], how: str) -> None:
+    """End a run while its first task runs: by Ctrl-C, or without a chance to say a word."""
+    begun = f".metaflow/CausesFlow/*/start/*/{mls.META_DIR}/sysmeta_attempt_[0-9]*"
+    before = len(list(folder.glob(begun)))
+    try:
+        assert eventually(lambda: len(list(folder.glob(begun))) > before, seconds=60)
+        if how == "scheduler":
+            process.kill()
+            tasks = f".metaflow/CausesFlow/*/start/*/{mls.META_DIR}/sysmeta_attempt_ok*"
+            ended = len(list(folder.glob(tasks)))
+            assert eventually(lambda: len(list(folder.glob(tasks))) > ended, seconds=60)
+        elif how == "interrupt":
+            os.killpg(process.pid, signal.SIGINT)
+    finally:
+        if how != "interrupt":
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def failures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Finds the folder in which a recorder has seen the flow fail in every way."""
+
+    def recorded_by(recorder: str) -> Path:
+        folder = session_folder(tmp_path_factory, f"failures-{recorder}")
+        with recording(folder) as is_new:
+            if is_new:
+                record_causes(folder, recorder)
+        return folder
+
+    return recorded_by
+
+
+EVERY_FAILURE = [(recorder, how) for recorder, hows in RECORDED.items() for how in hows]
+
+
+def much_later(folder: Path) -> mls.Model:
+    """Those runs as one sees them when all signs of life have ceased."""
+    return mls.Model(mls.Store(str(folder)), lambda: time.time() + 4000)
+
+
+def failure(model: mls.Model, how: str) -> Any:
+    (run,) = (row for row in model.runs() if how in (row["tags"] or ()))
+    return model.judge(run)
+
+
+@pytest.mark.parametrize(("recorder", "how"), EVERY_FAILURE)
+def test_a_run_that_failed_tells_the_task_the_attempt_the_exception_and_the_line(
+    failures: Callable[[str], Path], recorder: str, how: str
+) -> None:
+    folder, expected = failures(recorder), CAUSES[how]
+    run = failure(much_later(folder), how)
+    cause = run["cause"]
+    assert (run["status"], cause["kind"], cause["step_name"]) == (
+        "failed",
+        expected.kind,
+        expected.step,
+    )
+    of_task = f"/{cause['step_name']}/{cause['task_id']}" if expected.step else ""
+    assert cause["pathspec"] == f"CausesFlow/{run['run']}{of_task}"
+    attempt = f"{cause['attempt_id'] + 1} of {cause['attempts']}" if expected.step else None
+    assert (attempt, cause["type"]) == (expected.attempt, expected.type)
+    assert expected.message in cause["message"]
+    lines = CAUSES_FLOW.splitlines()
+    line = lines[cause["line"] - 1].partition("  # ")[2] if cause["line"] else None
+    assert line == expected.line
+    assert cause["file"] == (str(folder / "causes.py") if line else None)
+    assert not expected.line or f"causes.py:{cause['line']}" in cause["summary"]
+    assert " ".join(expected.message.split()) in cause["summary"]
+    assert any("is about to happen" in text for text in cause["stderr"]) == (
+        expected.step == "start" and how != "import"
+    )
+
+
+@pytest.mark.parametrize("recorder", RECORDED)
+def test_what_was_retried_or_caught_is_the_cause_of_an_attempt_and_not_of_its_run(
+    failures: Callable[[str], Path], recorder: str
+) -> None:
+    model = much_later(failures(recorder))
+    run = failure(model, "fine")
+    assert (run["status"], run["cause"]) == ("completed", None)
+    causes = {
+        (t["step_name"], t["attempt_id"], t["status"]): t["cause"]["summary"]
+        for t in model.tasks(mls.run_row_ids(run), model.clock())
+        if t["cause"]
+    }
+    assert sorted(causes) == [("caught", 0, "completed"), ("retried", 0, "failed")]
+    assert "LookupError: caught in caught/" in causes["caught", 0, "completed"]
+    assert "ValueError: attempt 0 in retried/" in causes["retried", 0, "failed"]
+
+
+def test_the_cause_of_a_run_is_that_of_the_attempt(failures: Callable[[str], Path]) -> None:
+    model = much_later(failures("local"))
+    for how, expected in CAUSES.items():
+        if expected.step:
+            run = failure(model, how)
+            ids = (*mls.run_row_ids(run), expected.step, str(run["cause"]["task_id"]))
+            assert model.attempts(ids, model.clock())[0]["cause"] == run["cause"]
+
+
+@pytest.mark.parametrize("recorder", RECORDED)
+def test_all_but_a_run_that_fell_silent_have_failed_at_once(
+    failures: Callable[[str], Path], recorder: str
+) -> None:
+    now = mls.Model(mls.Store(str(failures(recorder))))
+    for how in RECORDED[recorder]:
+        if CAUSES[how].kind != "scheduler gone":
+            assert failure(now, how)["status"] == "failed", how
+
+
+def test_the_cause_is_judged_once(
+    failures: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = much_later(failures("local"))
+    assert eventually(lambda: model.is_settled(failure(model, "foreach")))
+    monkeypatch.setattr(mls.Model, "_find_cause", None)
+    assert failure(model, "foreach")["cause"]["kind"] == "raised"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("no traceback", None),
+        (
+            'Traceback (most recent call last):\n  File "/a/flow.py", line 3, in f\n    x\nE: m',
+            ("E", "m", "/a/flow.py", 3),
+        ),
+        (
+            'Traceback (most recent call last):\n  File "/a/flow.py", line 3, in f\n    g()\n'
+            '  File "/v/lib/python3.11/site-packages/p/q.py", line 5, in g\n    h()\np.Odd',
+            ("p.Odd", None, "/a/flow.py", 3),
+        ),
+        (
+            'Traceback (most recent call last):\n  File "/a/flow.py", line 9, in <module>\n'
+            '    Flow()\n  File "/src/metaflow/task.py", line 5, in run_step\n    h()\nE: m',
+            ("E", "m", None, None),
+        ),
+        (
+            'Traceback (most recent call last):\n  File "/a/flow.py", line 3, in f\n    x\nE: 1\n\n'
+            "During handling of the above exception, another exception occurred:\n\n"
+            'Traceback (most recent call last):\n  File "/a/flow.py", line 5, in f\n    y\nF: 2',
+            ("F", "2", "/a/flow.py", 5),
+        ),
+        (
+            "  + Exception Group Traceback (most recent call last):\n"
+            '  |   File "/a/flow.py", line 3, in f'
+            "\n  |     x\n  | ExceptionGroup: all (1 sub-exception)\n  +-+---- 1 ----\n"
+            '    | Traceback (most recent call last):\n    |   File "/a/b.py", line 1, in g\n'
+            "    | ValueError: inner\n    +----",
+            ("ExceptionGroup", "all (1 sub-exception)", "/a/flow.py", 3),
+        ),
+        (
+            'Traceback (most recent call last):\n  File "/a/flow.py", line 3, in f\n    import b\n'
+            '  File "/a/b.py", line 1\n    x = = 3\n        ^\nSyntaxError: invalid syntax',
+            ("SyntaxError", "invalid syntax", "/a/b.py", 1),
+        ),
+    ],
+)
+def test_a_traceback_is_read_for_the_innermost_line_of_the_users_own_code(
+    text: str, expected: Any
+) -> None:
+    raised = mls.parse_traceback(text.split("\n"))
+    assert (raised and raised[:4]) == expected
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        (-9, "signal 9 (SIGKILL)"),
+        (-64, "signal 64"),
+        (3, "exit code 3"),
+        (137, "exit code 137 (SIGKILL)"),
+        (None, "no sign of life any more"),
+    ],
+)
+def test_an_end_is_told_by_its_signal_or_exit_code(code: int | None, text: str) -> None:
+    assert mls.describe_end(mls.ProcessEnd(code, False, False, 0)) == text
 
 
 def test_a_failed_task_with_attempts_left_does_not_end_its_run() -> None:
@@ -3157,6 +3492,9 @@ GOLDEN: Mapping[str, Any] = {
 }
 
 
+OUR_FIELDS = {"cause"}
+
+
 @pytest.mark.parametrize("path", GOLDEN)
 def test_rows_have_the_fields_and_types_of_the_real_backend(zoo: Api, path: str) -> None:
     step = re.search("{(.*)}", path)
@@ -3167,7 +3505,8 @@ def test_rows_have_the_fields_and_types_of_the_real_backend(zoo: Api, path: str)
     body = reply.json
     assert (reply.status, body["status"]) == (200, 200)
     row = body["data"][0] if isinstance(body["data"], list) else body["data"]
-    assert kinds(row) == kinds(GOLDEN[next(p for p in GOLDEN if p.endswith(path))])
+    theirs = {name: value for name, value in row.items() if name not in OUR_FIELDS}
+    assert kinds(theirs) == kinds(GOLDEN[next(p for p in GOLDEN if p.endswith(path))])
 
 
 def test_a_list_has_the_envelope_of_the_real_backend(zoo: Api) -> None:
