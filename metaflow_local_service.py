@@ -722,9 +722,10 @@ class Store:
     """
 
     def __init__(self, root: str) -> None:
-        """Open the .metaflow in `root`, which must exist. Imports Metaflow."""
-        self._provider = local_metadata_provider(root)
-        self.folder: str = self._provider._make_path()
+        """Open the .metaflow in `root`, which must exist."""
+        self._root = root
+        self.folder = os.path.join(root, DATASTORE_DIR)
+        self._provider: Any = None  # until something is to be written
         # Of each file its version and what was made of it, None where nothing could be.
         self._records: Cache[tuple[Version, Any]] = Cache(RECORDS_IN_MEMORY, record_weight)
         self._listings: Cache[Listing] = Cache(NAMES_IN_MEMORY, Listing.weight)  # by folder
@@ -739,6 +740,10 @@ class Store:
         self._run_clock = Clock()
         self._record_clock = Clock()
         self._temporary_names = itertools.count(time.time_ns())
+
+    def prepare_to_write(self) -> None:
+        """Import Metaflow, which says what goes into a record; else the first write does."""
+        self._provider = local_metadata_provider(self._root)
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -1226,6 +1231,8 @@ class Store:
 
         Made without its __init__, which wants the flow itself.
         """
+        if self._provider is None:
+            self.prepare_to_write()
         recorder = object.__new__(self._provider)
         recorder._flow_name = flow
         recorder.sticky_tags = recorder.sticky_sys_tags = frozenset()
@@ -3146,6 +3153,11 @@ class Model:
 
     def value(self, artifact: Artifact | ArtifactRow, limit: int) -> Any:
         """The value of an artifact, read without unpickling; OSError, TooLarge or ValueError."""
+        content = file_content(self.stored_file(artifact), limit)
+        return PickleReader().read(decompress(content, limit))
+
+    def stored_file(self, artifact: Artifact | ArtifactRow) -> str:
+        """The path of the file that holds an artifact; FileNotFoundError or ValueError."""
         sha, location = artifact["sha"] or "", artifact["location"]
         if artifact["ds_type"] != "local" or not location.startswith(ROOT_LOCATION):
             raise ValueError("It is not stored on this machine.")
@@ -3155,7 +3167,7 @@ class Model:
         path = datastore_file(root, artifact["flow_id"], "data", sha[:2], sha)
         if path is None:
             raise FileNotFoundError(errno.ENOENT, "It is not in the datastore any more", sha)
-        return PickleReader().read(decompress(file_content(path, limit), limit))
+        return path
 
     def with_value(self, row: ArtifactRow) -> ArtifactRow:
         """An artifact with its value, or with why that cannot be shown."""
@@ -3208,11 +3220,11 @@ class Model:
 
     def cards(self, ids: Ids) -> list[Card]:
         """The cards of a task."""
-        return [card for card, _ in self._card_files(ids)]
+        return [card for card, _ in self.card_files(ids)]
 
     def card(self, ids: Ids, card_hash: str) -> bytes | None:
         """The HTML of a card, None where there is none; TooLarge."""
-        for card, path in self._card_files(ids):
+        for card, path in self.card_files(ids):
             if card["hash"] == card_hash:
                 with contextlib.suppress(FileNotFoundError):
                     return file_content(path, LARGEST_CARD)
@@ -3220,7 +3232,7 @@ class Model:
 
     def card_data(self, ids: Ids, card_hash: str) -> tuple[Card, object] | None:
         """What a card shows at the moment, None where it is not known; OSError, ValueError."""
-        for card, path in self._card_files(ids, "runtime", ".data.json"):
+        for card, path in self.card_files(ids, "runtime", ".data.json"):
             if card["hash"] == card_hash:
                 return card, json_content(path, LARGEST_CARD)
         return None
@@ -3236,10 +3248,11 @@ class Model:
         )
         return [folder for folder in folders if folder is not None and os.path.isdir(folder)]
 
-    def _card_files(
+    def card_files(
         self, ids: Ids, kind: str = "cards", suffix: str = ".html"
     ) -> list[tuple[Card, str]]:
-        """The files TYPE-HASH and TYPE-ID-HASH of a task's cards, in the first folder of any."""
+        """The cards of a task and their files, TYPE-HASH or TYPE-ID-HASH, from the first folder
+        that has any."""
         for folder in self._card_folders(ids, kind):
             with os.scandir(folder) as entries:
                 files = sorted(e.name for e in entries if e.is_file(follow_symlinks=False))
@@ -6461,6 +6474,7 @@ class Daemon:
     def _open(self) -> MetadataService | BrokenService:
         try:
             store = Store(self._options.root)
+            store.prepare_to_write()
             return UiService(store, self._options.ui_folder, self._options.key)
         except (Exception, SystemExit) as error:
             log.exception("cannot start")
@@ -6661,7 +6675,7 @@ def do_run(arguments: Arguments) -> None:
     service, _ = ensure_service(options)
     lease.keep_on_exec()
     if shutil.which(command[0]):
-        mention_page(service)
+        print_notice(f"runs are shown at {service.url} and by `{PROGRAM} show`")
     exec_command(command, {**os.environ, **command_settings(arguments, service)})
 
 
@@ -6708,6 +6722,10 @@ def do_serve(arguments: Arguments) -> None:
     serve_in_foreground(resolve_options(arguments, idle_timeout=0))
 
 
+NOT_RUNNING, CANNOT_BE_TOLD = 3, 4
+"""The exit codes of `status` beside 0, those that the Linux Standard Base gives to init scripts."""
+
+
 @subcommand(
     f"{PROGRAM} status --json",
     ("--json", {"action": "store_true", "help": "print it as JSON"}),
@@ -6716,20 +6734,28 @@ def do_serve(arguments: Arguments) -> None:
 def do_status(arguments: Arguments) -> None:
     """Say whether the service runs, and where.
 
-    Exits with 1 where none does.
+    Exits with 3 where none does, and with 4 where that cannot be told, as LSB has it.
     """
-    if arguments.all:
-        services = Index(home_folder(os.environ)).services()
-    else:
-        service = find_service(resolve_root(arguments))
-        services = [] if service is None else [service]
+    try:
+        services = chosen_services(arguments)
+    except ServiceError as failure:
+        failure.exit_code = CANNOT_BE_TOLD
+        raise
     if arguments.json:
         told = [service.public() for service in services]
         print(json.dumps(told if arguments.all else next(iter(told), None), indent=2))
     else:
         print("\n\n".join(map(describe_service, services)) or no_service_message(arguments))
     if not services:
-        raise SystemExit(1)
+        raise SystemExit(NOT_RUNNING)
+
+
+def chosen_services(arguments: Arguments) -> Sequence[Service]:
+    """The services that a command is about: that of the root, or all of this user."""
+    if arguments.all:
+        return Index(home_folder(os.environ)).services()
+    service = find_service(resolve_root(arguments))
+    return [] if service is None else [service]
 
 
 def describe_service(service: Service) -> str:
@@ -6809,17 +6835,782 @@ def do_stop(arguments: Arguments) -> None:
     It answers the requests that it has and goes; returns when it is gone. Where none runs, that is
     fine too.
     """
-    if arguments.all:
-        services = Index(home_folder(os.environ)).services()
-    else:
-        service = find_service(resolve_root(arguments))
-        services = [] if service is None else [service]
+    services = chosen_services(arguments)
     for service in services:
         stop_service(service)
         print(f"Stopped {service.url} for {service.root}")
     if not services:
         print(no_service_message(arguments))
 
+
+# -- what commands print ---------------------------------------------------------------------------
+
+PROGRESS_SECONDS = 2.0
+"""After so long a command that is still at work says how far it is, and then PROGRESS_RATE times
+a second."""
+PROGRESS_RATE = 5
+
+ESCAPE_SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\^_])")
+UNPRINTABLE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+STATUS_COLORS: Mapping[str, str] = {RUNNING: "33", COMPLETED: "32", FAILED: "31"}
+
+SHORTEST_CELL = 8
+LONGEST_SHOWN_VALUE = 200
+
+
+def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+    """The items, with a word on how many are done on a terminal's stderr if that takes long."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield from items
+        return
+    due = time.monotonic() + PROGRESS_SECONDS
+    is_shown = False
+    try:
+        for done, item in enumerate(items, 1):
+            yield item
+            if time.monotonic() >= due:
+                due, is_shown = time.monotonic() + 1 / PROGRESS_RATE, True
+                of_total = f" of {total}" if total is not None else ""
+                print(f"\r{done}{of_total} {what}\x1b[K", end="", file=sys.stderr, flush=True)
+    finally:
+        if is_shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """Text of a flow's on one line, without what a terminal would take for a command.
+
+    What stdout has no letters for is written as escapes.
+    """
+    plain = UNPRINTABLE.sub(escape_character, ESCAPE_SEQUENCE.sub("", text).replace("\t", "    "))
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    return plain.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def escape_character(match: Match[str]) -> str:
+    return match.group().encode("unicode_escape").decode()
+
+
+def text_width(text: str) -> int:
+    """How many places text takes on a terminal."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    combining = sum(1 for character in text if unicodedata.combining(character))
+    return len(text) - combining + sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+
+
+def shorten(text: str, width: int) -> str:
+    """Text that is cut in the middle where it is wider than that."""
+    if text_width(text) <= width:
+        return text
+    left, right = (width - 2) // 2, width - 3 - (width - 2) // 2
+    cut = f"{text[: left + 1]}..{text[len(text) - right :] if right > 0 else ''}"
+    while text_width(cut) > width and left > 0:
+        left, right = left - 1, max(0, right - 1)
+        cut = f"{text[:left]}..{text[len(text) - right :] if right else ''}"
+    return cut
+
+
+def terminal_width() -> int | None:
+    """The columns of the terminal that stdout is; None where it is none, and nothing is cut."""
+    return shutil.get_terminal_size().columns if is_terminal() else None
+
+
+def is_terminal() -> bool:
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
+def colored(text: str, status: str) -> str:
+    """Text in the colour of a status, on a terminal that is to have colours."""
+    if not is_terminal() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return text
+    return f"\x1b[{STATUS_COLORS[status]}m{text}\x1b[0m" if status in STATUS_COLORS else text
+
+
+def print_table(
+    titles: Sequence[str], rows: Iterable[Sequence[str]], cut: Container[str], indent: str = ""
+) -> None:
+    """Print rows under their titles; those columns that may be `cut` make room on a terminal.
+
+    A status is shown in its colour.
+    """
+    table = [titles, *([printable(cell) for cell in row] for row in rows)]
+    widths = [max(map(text_width, cells)) for cells in zip(*table)]
+    room = terminal_width()
+    while room is not None and len(indent) + sum(widths) + 2 * len(widths) - 2 > room:
+        shrinking = [n for n, title in enumerate(titles) if title in cut]
+        widest = max(shrinking, key=lambda n: widths[n], default=None)
+        if widest is None or widths[widest] <= SHORTEST_CELL:
+            break
+        widths[widest] -= 1
+    for row in table:
+        cells = [shorten(cell, width) for cell, width in zip(row, widths)]
+        padded = (
+            colored(cell, cell) + " " * (width - text_width(cell))
+            for cell, width in zip(cells, widths)
+        )
+        print((indent + "  ".join(padded)).rstrip())
+
+
+def print_facts(facts: Iterable[tuple[str, str]], indent: str = "") -> None:
+    """Print names and values, one a line; a value is cut where the terminal ends."""
+    pairs = [(printable(name), printable(value)) for name, value in facts]
+    longest = max((text_width(name) for name, _ in pairs), default=0)
+    room = terminal_width()
+    for name, value in pairs:
+        start = f"{indent}{name}{' ' * (longest - text_width(name))}  "
+        if room is not None:
+            value = shorten(value, max(SHORTEST_CELL, room - text_width(start)))
+        print((start + value).rstrip())
+
+
+def print_json(value: object) -> None:
+    """Print a value as JSON, on one line."""
+    print(json.dumps(value))
+
+
+def format_moment(epoch_ms: int | None) -> str:
+    """A time on the clock of this machine."""
+    if epoch_ms is None:
+        return "-"
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(epoch_ms / 1000))
+
+
+def format_duration(milliseconds: int | None) -> str:
+    """How long something took, in its two largest units."""
+    if milliseconds is None:
+        return "-"
+    if milliseconds < 60_000:
+        return f"{milliseconds / 1000:.1f}s"
+    minutes, seconds = divmod(milliseconds // 1000, 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d {hours}h"
+    return f"{hours}h {minutes:02}m" if hours else f"{minutes}m {seconds:02}s"
+
+
+# -- what is meant by a pathspec -------------------------------------------------------------------
+
+LATEST, LATEST_FAILED = "latest", "latest-failed"
+MOST_CANDIDATES = 5
+
+
+def open_model(arguments: Arguments) -> Model:
+    """The runs of the root that is meant; without Metaflow and without a service."""
+    root = resolve_root(arguments)
+    if not os.path.isdir(datastore_folder(root)):
+        raise ServiceError(f"Nothing is recorded in {root}: it has no {DATASTORE_DIR} folder.")
+    return Model(Store(root))
+
+
+def resolve_pathspec(model: Model, pathspec: str | None) -> Ids:
+    """The ids of the run, or of the step, task or artifact of a run, that a pathspec means.
+
+    A flow stands for its newest run, as does FLOW/latest; FLOW/latest-failed is the newest one that
+    failed. A unique beginning of a run id is enough, and a step may stand without its run, which
+    then is the newest. What is meant but not there is an error with exit code 1, what may mean
+    several things one with exit code 2.
+    """
+    parts = tuple(pathspec.strip("/").split("/")) if pathspec else (LATEST,)
+    if not all(parts) or len(parts) > TASK_DEPTH + 1:
+        raise ServiceError(f"{pathspec!r} is no pathspec: FLOW/RUN/STEP/TASK", exit_code=2)
+    try:
+        run, below = resolve_run(model, parts)
+        return resolve_below(model, run, below)
+    except NotStorable as error:  # a name that no object can have
+        raise ServiceError(str(error)) from None
+
+
+def resolve_run(model: Model, parts: Sequence[str]) -> tuple[Ids, Sequence[str]]:
+    """The ids of the run that a pathspec is in, and the parts that are left."""
+    name, below = parts[0], parts[1:]
+    if model.store.flow((name,)) is None:
+        return choose_run(model, model.runs(), parts, f"flow, run or step {name!r}")
+    if not below:
+        return choose_run(model, flow_runs(model, name), (LATEST,), f"run of {name}")
+    return choose_run(model, flow_runs(model, name), below, f"run or step {below[0]!r} of {name}")
+
+
+def flow_runs(model: Model, flow: str) -> Iterator[RunRow]:
+    return (row for row in model.runs() if row["flow_id"] == flow)
+
+
+def choose_run(
+    model: Model, runs: Iterable[RunRow], parts: Sequence[str], what: str
+) -> tuple[Ids, Sequence[str]]:
+    """The run among those, newest first, that the first of the parts means, and the other parts."""
+    newest_first = iter(runs)
+    name, below = parts[0], parts[1:]
+    if name == LATEST_FAILED:
+        judged = track(map(model.judge, newest_first), "runs looked at")
+        newest_first = (row for row in judged if row["status"] == FAILED)
+    newest = next(newest_first, None)
+    if newest is None:
+        raise ServiceError(f"There is no {'failed run' if name == LATEST_FAILED else what}.")
+    if name in (LATEST, LATEST_FAILED):
+        return run_row_ids(newest), below
+    found = [row for row in itertools.chain((newest,), newest_first) if row["run"].startswith(name)]
+    exact = [row for row in found if row["run"] == name]
+    if found:
+        return only_one(name, [run_row_ids(row) for row in exact or found]), below
+    if model.store.step((*run_row_ids(newest), name)) is not None:
+        return run_row_ids(newest), parts
+    raise ServiceError(f"There is no {what}.")
+
+
+def resolve_below(model: Model, run: Ids, parts: Sequence[str]) -> Ids:
+    """The ids of what the parts mean within a run."""
+    if not parts:
+        return run
+    step = (*run, parts[0])
+    if model.store.step(step) is None:
+        raise ServiceError(f"There is no step {parts[0]!r} in {'/'.join(run)}.")
+    if len(parts) == 1:
+        return step
+    task = (*step, parts[1])
+    if model.store.task(task) is None:
+        raise ServiceError(f"There is no task {parts[1]!r} in {'/'.join(step)}.")
+    return (*task, *parts[2:])
+
+
+def only_one(name: str, found: Sequence[Ids]) -> Ids:
+    """The one that was found; ServiceError that says between what, where there are several."""
+    if len(found) == 1:
+        return found[0]
+    named = ["/".join(ids) for ids in found[:MOST_CANDIDATES]]
+    more = len(found) - len(named)
+    named += [f"{more} more"] if more > 0 else []
+    raise ServiceError(f"{name} may be {', '.join(named[:-1])} or {named[-1]}.", exit_code=2)
+
+
+def resolve_task(model: Model, pathspec: str | None) -> Ids:
+    """The ids of the task, or its artifact, that a pathspec means; a step may stand for its only
+    task."""
+    ids = resolve_pathspec(model, pathspec)
+    if len(ids) >= TASK_DEPTH:
+        return ids
+    if len(ids) == RUN_DEPTH:
+        raise ServiceError(f"{'/'.join(ids)} is a run: name a task of it.", exit_code=2)
+    return only_one("/".join(ids), model.store.task_ids(ids) or [ids])
+
+
+def tasks_below(model: Model, ids: Ids) -> list[Ids]:
+    """The ids of the tasks of a run, in the order of its steps, or of a step, or the task's own."""
+    if len(ids) >= TASK_DEPTH:
+        return [ids[:TASK_DEPTH]]
+    steps = [ids]
+    if len(ids) == RUN_DEPTH:
+        names = [step["step_name"] for step in model.store.steps(ids)][::-1]
+        steps = [(*ids, name) for name in names if name != PARAMETERS_STEP]
+    return [task for step in steps for task in model.store.task_ids(step)]
+
+
+# -- runs ------------------------------------------------------------------------------------------
+
+DEFAULT_RUNS = 100
+SECONDS_IN = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+
+PATHSPEC = ("pathspec", {"nargs": "?", "metavar": "PATHSPEC"})
+JSON_OPTION = ("--json", {"action": "store_true", "help": "print JSON"})
+JSON_LINES_OPTION = ("--json", {"action": "store_true", "help": "print JSON, one object a line"})
+
+
+def parse_age(text: str) -> float:
+    """The epoch seconds of a time that is given as an age (90m, 12h, 7d) or a date."""
+    age = re.fullmatch("([0-9]{1,6})([smhdw])", text)
+    if age:
+        return time.time() - int(age.group(1)) * SECONDS_IN[age.group(2)]
+    from datetime import datetime
+
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"an age (90m, 12h, 7d) or a date, not {text!r}") from None
+
+
+def parse_lines(text: str) -> int:
+    """A number of lines or rows, 0 or more."""
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError(f"a number, not {text!r}")
+    return int(text)
+
+
+@subcommand(
+    f"{PROGRAM} runs TrainFlow --status failed --since 7d",
+    ("flow", {"nargs": "?", "metavar": "FLOW"}),
+    ("--status", {"choices": STATUSES, "help": "only runs of this status"}),
+    ("--tag", {"action": "append", "default": [], "help": "only runs with this tag"}),
+    ("--user", {"help": "only runs of this user"}),
+    ("--since", {"type": parse_age, "metavar": "AGE", "help": "only runs since 7d, 12h or a date"}),
+    (
+        "--limit",
+        {"type": parse_lines, "default": DEFAULT_RUNS, "metavar": "N", "help": "0 is no limit"},
+    ),
+    JSON_LINES_OPTION,
+)
+def do_runs(arguments: Arguments) -> None:
+    """List runs, newest first, and for failed ones the cause in a few words.
+
+    Reads the files, with no service. `show RUN` tells all of one. With --json each line is a run as
+    the UI API has it: flow_id, run, status, ts_epoch, duration, tags, cause and others.
+    """
+    model = open_model(arguments)
+    if arguments.flow is not None and model.store.flow((arguments.flow,)) is None:
+        raise ServiceError(f"There is no flow {arguments.flow!r}.")
+    found = track(matching_runs(model, arguments), "runs found")
+    limit = arguments.limit or None
+    rows = list(itertools.islice(found, limit))
+    is_more = next(found, None) is not None
+    if arguments.json:
+        for row in rows:
+            print_json(row)
+    elif rows:
+        print_table(RUN_TITLES, map(run_cells, rows), cut=("USER", "TAGS", "CAUSE"))
+    if is_more:
+        print_notice(f"these are the newest {limit}; --limit 0 lists all")
+
+
+def matching_runs(model: Model, arguments: Arguments) -> Iterator[RunRow]:
+    """The runs that the options ask for, newest first, judged."""
+    for row in model.runs():
+        if arguments.since is not None and row["ts_epoch"] < arguments.since * 1000:
+            return
+        tags = {*(row["tags"] or ()), *(row["system_tags"] or ())}
+        if (
+            arguments.flow in (None, row["flow_id"])
+            and arguments.user in (None, row["user"], row["user_name"])
+            and tags.issuperset(arguments.tag)
+            and arguments.status in (None, model.judge(row)["status"])
+        ):
+            yield model.judge(row)
+
+
+RUN_TITLES = ("STATUS", "RUN", "STARTED", "DURATION", "USER", "TAGS", "CAUSE")
+
+
+def run_cells(row: RunRow) -> Sequence[str]:
+    return (
+        row["status"],
+        "/".join(run_row_ids(row)),
+        format_moment(row["ts_epoch"]),
+        format_duration(row["duration"]),
+        row["user"] or row["user_name"] or "",
+        " ".join(map(str, row["tags"] or ())),
+        row["cause"]["summary"] if row["cause"] else "",
+    )
+
+
+# -- show ------------------------------------------------------------------------------------------
+
+
+@subcommand(f"{PROGRAM} show TrainFlow/latest-failed", PATHSPEC, JSON_OPTION)
+def do_show(arguments: Arguments) -> None:
+    """Show a run, a step or a task: what became of it, and why it failed.
+
+    PATHSPEC is FLOW/RUN/STEP/TASK or a part of it. FLOW and FLOW/latest are its newest run and
+    FLOW/latest-failed the newest one that failed; the beginning of a run id is enough, and a step
+    (or STEP/TASK) is one of the newest run. Without a PATHSPEC the newest run is shown.
+    """
+    model = open_model(arguments)
+    ids = resolve_pathspec(model, arguments.pathspec)
+    if len(ids) > TASK_DEPTH:
+        raise ServiceError(f"{'/'.join(ids)} is no task; see {PROGRAM} artifact", exit_code=2)
+    show = {RUN_DEPTH: show_run, RUN_DEPTH + 1: show_step, TASK_DEPTH: show_task}[len(ids)]
+    show(model, ids, arguments.json)
+
+
+def show_run(model: Model, ids: Ids, as_json: bool) -> None:
+    run = model.run(ids)
+    if run is None:
+        raise ServiceError(f"There is no run {'/'.join(ids)}.")
+    now = model.clock()
+    tasks = model.tasks(ids, now)
+    steps = [s for s in model.steps(ids, tasks, now) if s["step_name"] != PARAMETERS_STEP]
+    parameters = {name: shown["value"] for name, shown in model.parameters(ids).items()}
+    if as_json:
+        counted = [{**s, "tasks": count_statuses(tasks, s["step_name"])} for s in steps]
+        print_json({**run, "parameters": parameters, "steps": counted})
+        return
+    print_heading(ids, run["status"])
+    print_facts(
+        (
+            ("started", format_moment(run["ts_epoch"])),
+            ("finished", format_moment(run["finished_at"])),
+            ("duration", format_duration(run["duration"])),
+            ("user", run["user"] or run["user_name"] or ""),
+            ("tags", " ".join(map(str, run["tags"] or ()))),
+        )
+    )
+    if parameters:
+        print("\nparameters")
+        print_facts(((n, value_line(v)) for n, v in parameters.items()), indent="  ")
+    if steps:
+        print("\nsteps")
+        print_table(STEP_TITLES, (step_cells(s, tasks) for s in steps), (), indent="  ")
+    if run["cause"]:
+        print_cause(run["cause"])
+
+
+def value_line(value: object) -> str:
+    """A value in as many characters as are shown of it beside others."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return shorten(printable(text), LONGEST_SHOWN_VALUE)
+
+
+def print_heading(ids: Ids, status: str) -> None:
+    print(f"{printable('/'.join(ids))}  {colored(status, status)}")
+
+
+def count_statuses(tasks: Iterable[AttemptRow], step: str) -> dict[str, int]:
+    """How many tasks of a step there are of each status, by their newest attempts."""
+    newest = {task["task_id"]: task["status"] for task in tasks if task["step_name"] == step}
+    counts: dict[str, int] = {}
+    for status in newest.values():
+        counts[status] = counts.get(status, 0) + 1
+    return counts
+
+
+STEP_TITLES = ("STEP", "STARTED", "DURATION", "TASKS")
+
+
+def step_cells(step: StepRow, tasks: Iterable[AttemptRow]) -> Sequence[str]:
+    counts = count_statuses(tasks, step["step_name"])
+    return (
+        step["step_name"],
+        format_moment(step["ts_epoch"]),
+        format_duration(step["duration"]),
+        ", ".join(f"{count} {status}" for status, count in counts.items()),
+    )
+
+
+def print_cause(cause: Cause) -> None:
+    """Say why something failed, and how to see more of it."""
+    print(f"\n{colored('cause', FAILED)}  {printable(cause['summary'])}")
+    facts = [("kind", cause["kind"]), ("message", cause["message"] or "")]
+    if cause["type"]:
+        facts.append(("exception", cause["type"]))
+    if cause["attempt_id"] is not None:
+        of_all = f" of {cause['attempts']}" if cause["attempts"] else ""
+        facts.append(("task", cause["pathspec"]))
+        facts.append(("attempt", f"{cause['attempt_id'] + 1}{of_all}"))
+    if cause["file"]:
+        facts.append(("line", f"{cause['file']}:{cause['line']}"))
+    print_facts(facts, indent="  ")
+    if cause["stderr"]:
+        print("  the end of its stderr:")
+        for line in cause["stderr"]:
+            print(f"    {printable(line)}".rstrip())
+
+
+def show_step(model: Model, ids: Ids, as_json: bool) -> None:
+    now = model.clock()
+    tasks = [t for t in model.tasks(ids[:2], now) if t["step_name"] == ids[2]]
+    (step,) = (s for s in model.steps(ids[:2], tasks, now) if s["step_name"] == ids[2])
+    if as_json:
+        print_json({**step, "tasks": tasks})
+        return
+    print_heading(ids, ", ".join(f"{n} {s}" for s, n in count_statuses(tasks, ids[2]).items()))
+    print_facts(
+        (
+            ("started", format_moment(step["ts_epoch"])),
+            ("duration", format_duration(step["duration"])),
+        )
+    )
+    print("\ntasks")
+    print_table(ATTEMPT_TITLES, map(attempt_cells, tasks), ("CAUSE",), indent="  ")
+
+
+ATTEMPT_TITLES = ("TASK", "ATTEMPT", "STATUS", "STARTED", "DURATION", "CAUSE")
+
+
+def attempt_cells(row: AttemptRow) -> Sequence[str]:
+    caught = " (caught)" if row["cause"] and row["status"] == COMPLETED else ""
+    return (
+        str(row["task_id"]),
+        str(row["attempt_id"] + 1),
+        row["status"],
+        format_moment(row["started_at"]),
+        format_duration(row["duration"]),
+        row["cause"]["summary"] + caught if row["cause"] else "",
+    )
+
+
+def show_task(model: Model, ids: Ids, as_json: bool) -> None:
+    attempts = model.attempts(ids, model.clock())
+    artifacts = [row for row in model.artifacts(ids, None) if not row["name"].startswith("_")]
+    valued = list(track(map(model.with_value, artifacts), "artifacts read", len(artifacts)))
+    metadata, cards = model.metadata(ids), model.card_files(ids)
+    if as_json:
+        files = [{**card, "path": path} for card, path in cards]
+        print_json(
+            {
+                "pathspec": "/".join(ids),
+                "attempts": attempts,
+                "artifacts": valued,
+                "metadata": metadata,
+                "cards": files,
+            }
+        )
+        return
+    print_heading(ids, attempts[0]["status"])
+    print("\nattempts")
+    print_table(ATTEMPT_TITLES, map(attempt_cells, attempts[::-1]), ("CAUSE",), indent="  ")
+    if valued:
+        print("\nartifacts")
+        print_facts(((row["name"], content_line(row)) for row in valued), indent="  ")
+    print("\nmetadata")
+    print_facts(((row["field_name"], value_line(row["value"])) for row in metadata), indent="  ")
+    if cards:
+        print("\ncards")
+        print_facts(((card["id"] or card["type"], path) for card, path in cards), indent="  ")
+    if attempts[0]["cause"]:
+        print_cause(attempts[0]["cause"])
+
+
+def content_line(row: ArtifactRow) -> str:
+    """The value of an artifact on a line, or why it cannot be shown."""
+    if "content" in row:
+        return value_line(row["content"])
+    return f"({row['postprocess_error']['detail']})"
+
+
+# -- logs ------------------------------------------------------------------------------------------
+
+FOLLOW_SECONDS = 1.0
+
+
+class TaskLine(NamedTuple):
+    """A line of the log of an attempt."""
+
+    task: Ids
+    attempt: int
+    stream: str
+    line: LogLine
+
+
+@subcommand(
+    f"{PROGRAM} logs TrainFlow/latest/train --stderr -n 20",
+    PATHSPEC,
+    ("--stdout", {"action": "store_true", "help": "only what went to stdout"}),
+    ("--stderr", {"action": "store_true", "help": "only what went to stderr"}),
+    (
+        "--attempt",
+        {"type": parse_lines, "metavar": "N", "help": "of attempt N, from 1 (default: the newest)"},
+    ),
+    ("-n", {"type": parse_lines, "metavar": "LINES", "help": "only the last lines"}),
+    ("-f", {"action": "store_true", "help": "go on while it runs"}),
+    JSON_LINES_OPTION,
+)
+def do_logs(arguments: Arguments) -> None:
+    """Print the log of a task, or those of all tasks of a step or run, each line with its task.
+
+    Metaflow stores a log when its attempt has ended. PATHSPEC is as for `show`.
+    """
+    model = open_model(arguments)
+    ids = resolve_pathspec(model, arguments.pathspec)
+    if len(ids) > TASK_DEPTH:
+        raise ServiceError(f"{'/'.join(ids)} is no task.", exit_code=2)
+    is_one = len(ids) == TASK_DEPTH
+    lines = log_lines_below(model, ids, arguments, {})
+    if arguments.n is not None:
+        import collections
+
+        lines = iter(collections.deque(lines, arguments.n))
+    for line in lines:
+        print_task_line(line, is_one, arguments.json)
+    if arguments.f:
+        follow_logs(model, ids, arguments)
+    elif is_one and model.attempts(ids, model.clock())[0]["status"] == RUNNING:
+        print_notice(f"{'/'.join(ids)} is still running: its log is stored when it ends")
+
+
+def follow_logs(model: Model, ids: Ids, arguments: Arguments) -> None:
+    """Print what is added to logs from now on, until what they are of has ended."""
+    printed: dict[object, int] = {}
+    for _ in log_lines_below(model, ids, arguments, printed):
+        pass  # was printed already
+    is_running = True
+    while is_running:
+        sys.stdout.flush()
+        time.sleep(FOLLOW_SECONDS)
+        is_running = goes_on(model, ids)  # first, so that what came before the end is printed
+        for line in log_lines_below(model, ids, arguments, printed):
+            print_task_line(line, len(ids) == TASK_DEPTH, arguments.json)
+
+
+def goes_on(model: Model, ids: Ids) -> bool:
+    """Whether a run goes on, or a task of it or of a step."""
+    run = model.run(ids[:2])
+    if run is None or run["status"] != RUNNING:
+        return False
+    if len(ids) == RUN_DEPTH:
+        return True
+    attempts = [model.attempts(task, model.clock())[:1] for task in tasks_below(model, ids)]
+    return any(newest["finished_at"] is None for rows in attempts for newest in rows)
+
+
+def log_lines_below(
+    model: Model, ids: Ids, arguments: Arguments, printed: dict[object, int]
+) -> Iterator[TaskLine]:
+    """The lines of the logs of all tasks below, those that are not counted as `printed`."""
+    streams = [s for s in LOG_STREAMS.values() if getattr(arguments, s)] or LOG_STREAMS.values()
+    tasks = tasks_below(model, ids)
+    for task in tasks if is_terminal() else track(tasks, "logs read", len(tasks)):
+        number = attempt_to_read(model, task, arguments.attempt)
+        lines = [
+            TaskLine(task, number, stream, line)
+            for stream in streams
+            for line in model.log(task, number, stream)[printed.get((task, number, stream), 0) :]
+        ]
+        for stream in streams:
+            done = sum(line.stream == stream for line in lines)
+            key = (task, number, stream)
+            printed[key] = printed.get(key, 0) + done
+        yield from merge_streams(lines)
+
+
+def attempt_to_read(model: Model, task: Ids, asked: int | None) -> int:
+    """The number of the attempt that is asked for, from 0; else that of the newest."""
+    newest = model.attempts(task, model.clock())[0]["attempt_id"]
+    return newest if asked is None else asked - 1
+
+
+def merge_streams(lines: Iterable[TaskLine]) -> list[TaskLine]:
+    """Lines of stdout and of stderr in the order of their times; one without stays where it is."""
+    timed: list[tuple[float, TaskLine]] = []
+    at: dict[str, float] = {}
+    for line in lines:
+        at[line.stream] = line.line["timestamp"] or at.get(line.stream, 0)
+        timed.append((at[line.stream], line))
+    timed.sort(key=operator.itemgetter(0))
+    return [line for _, line in timed]
+
+
+def print_task_line(line: TaskLine, is_one: bool, as_json: bool) -> None:
+    if as_json:
+        print_json(
+            {
+                "pathspec": "/".join(line.task),
+                "attempt_id": line.attempt,
+                "stream": line.stream,
+                **line.line,
+            }
+        )
+        return
+    start = "" if is_one else f"[{printable('/'.join(line.task[2:]))}] "
+    print(start + printable(line.line["line"]))
+
+
+# -- artifacts and cards ---------------------------------------------------------------------------
+
+
+@subcommand(
+    f"{PROGRAM} artifact TrainFlow/latest/train/7/model --raw | gzip -d > model.pickle",
+    PATHSPEC,
+    ("--attempt", {"type": parse_lines, "metavar": "N", "help": "of attempt N, from 1"}),
+    ("--raw", {"action": "store_true", "help": "write the bytes as they are stored to stdout"}),
+    JSON_LINES_OPTION,
+)
+def do_artifact(arguments: Arguments) -> None:
+    """Print an artifact of a task, or all of them.
+
+    PATHSPEC is that of a task, as for `show`, and /NAME for a single artifact. Values are read
+    without unpickling them: nothing of a flow's is run. What --raw writes is a gzipped pickle.
+    """
+    model = open_model(arguments)
+    ids = resolve_task(model, arguments.pathspec)
+    attempt = None if arguments.attempt is None else arguments.attempt - 1
+    rows = model.artifacts(ids[:TASK_DEPTH], attempt)
+    if len(ids) == TASK_DEPTH:
+        print_artifacts(model, [r for r in rows if not r["name"].startswith("_")], arguments)
+        return
+    row = next((r for r in rows if r["name"] == ids[TASK_DEPTH]), None)
+    if row is None:
+        raise ServiceError(f"There is no artifact {'/'.join(ids)}.")
+    if arguments.raw:
+        write_stored(model, row)
+    elif arguments.json:
+        print_json(valued_artifact(model, row))
+    else:
+        shown = model.with_value(row)
+        if "content" not in shown:
+            raise ServiceError(f"{'/'.join(ids)}: {shown['postprocess_error']['detail']}")
+        for line in shown["content"].split("\n"):
+            print(printable(line))
+
+
+def print_artifacts(model: Model, rows: Sequence[ArtifactRow], arguments: Arguments) -> None:
+    if arguments.raw:
+        raise ServiceError("--raw is for one artifact: PATHSPEC/NAME", exit_code=2)
+    tracked = track(rows, "artifacts read", len(rows))
+    if arguments.json:
+        for row in tracked:
+            print_json(valued_artifact(model, row))
+    else:
+        print_facts([(row["name"], content_line(model.with_value(row))) for row in tracked])
+
+
+def valued_artifact(model: Model, row: ArtifactRow) -> dict[str, object]:
+    """An artifact with its value as text (`content`), and as JSON (`value`) where it can be."""
+    value: object = None
+    with contextlib.suppress(OSError, ValueError):
+        value = plain_value(model.value(row, LARGEST_VALUE))
+    return {**model.with_value(row), "value": value}
+
+
+def write_stored(model: Model, row: ArtifactRow) -> None:
+    """Write the file of an artifact to stdout."""
+    try:
+        with open(model.stored_file(row), "rb") as f:
+            shutil.copyfileobj(f, sys.stdout.buffer)
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise ServiceError(f"{row['name']}: {reason.rstrip('.')}.") from None
+
+
+@subcommand(
+    f"{PROGRAM} card TrainFlow/latest/train --open",
+    PATHSPEC,
+    ("--id", {"metavar": "ID", "help": "only the card with this id"}),
+    ("--open", {"action": "store_true", "help": "open it in a browser"}),
+    JSON_LINES_OPTION,
+)
+def do_card(arguments: Arguments) -> None:
+    """Print the paths of the files of the cards of a task, step or run, or open one.
+
+    PATHSPEC is as for `show`.
+    """
+    model = open_model(arguments)
+    ids = resolve_pathspec(model, arguments.pathspec)
+    found = [
+        (task, card, path)
+        for task in tasks_below(model, ids)
+        for card, path in model.card_files(task)
+        if arguments.id in (None, card["id"])
+    ]
+    if not found:
+        raise ServiceError(f"There is no such card in {'/'.join(ids)}.")
+    if arguments.open and len(found) > 1:
+        only_one("/".join(ids), [(*task, card["id"] or card["type"]) for task, card, _ in found])
+    for task, card, path in found:
+        if arguments.json:
+            print_json({"pathspec": "/".join(task), **card, "path": path})
+        else:
+            print(path)
+    if arguments.open:
+        import webbrowser
+
+        if not webbrowser.open(f"file://{urllib.parse.quote(found[0][2])}"):
+            raise ServiceError("There is no browser to open it in.")
+
+
+# -- demo ------------------------------------------------------------------------------------------
 
 DEMO_FLOW = """\
 from metaflow import FlowSpec, Parameter, current, step
