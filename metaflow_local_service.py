@@ -618,10 +618,12 @@ class TaskFiles(NamedTuple):
     folder: str
     has_record: bool
     metadata: list[tuple[int, int, str]]  # ts_epoch, id, file name; oldest first
+    unsorted: list[str]  # file names of other metadata, which have to be read to know when
     artifacts: dict[int, list[str]]  # file names, by attempt
 
     def weight(self) -> int:
-        return len(self.metadata) + sum(map(len, self.artifacts.values())) + 1
+        metadata = len(self.metadata) + len(self.unsorted)
+        return metadata + sum(map(len, self.artifacts.values())) + 1
 
 
 NO_CHILDREN = Listing(None, [], [])
@@ -948,29 +950,46 @@ class Store:
         status = stat_or_none(folder)
         if status is None:
             os.stat(self.folder)
-            return TaskFiles(None, folder, False, [], {})
+            return TaskFiles(None, folder, False, [], [], {})
         known = self._task_files.get(folder)
         if known is not None and known.version == file_version(status):
             return known
         version = settled_version(status)
         metadata: list[tuple[int, int, str]] = []
+        unsorted: list[str] = []
         artifacts: dict[int, list[str]] = {}
         names = os.listdir(folder)
         for name in names:
             artifact = ARTIFACT_FILE.fullmatch(name)
+            metadatum = None if artifact else METADATUM_FILE.fullmatch(name)
             if artifact:
                 artifacts.setdefault(int(artifact.group(1)), []).append(name)
-            elif METADATUM_FILE.fullmatch(name):
-                identifier = metadatum_id((*ids, name))
-                if identifier >= STAMP:
-                    metadata.append((identifier // 1000, identifier, name))
-                else:
-                    metadatum = self._read(f"{folder}/{name}", (*ids, name), _metadatum)
-                    if metadatum is not None:
-                        metadata.append((metadatum["ts_epoch"], identifier, name))
-        files = TaskFiles(version, folder, SELF_FILE in names, sorted(metadata), artifacts)
+            elif metadatum and (stamp := int(metadatum.group(1))) >= STAMP:
+                metadata.append((stamp // 1000, stamp, name))
+            elif metadatum:
+                unsorted.append(name)
+        files = TaskFiles(
+            version, folder, SELF_FILE in names, sorted(metadata), unsorted, artifacts
+        )
         self._task_files.put(folder, files)
         return files
+
+    def _sorted_metadata(
+        self, files: TaskFiles, ids: Ids, prefixes: Container[str] | None
+    ) -> list[tuple[int, int, str]]:
+        """The metadata files of a task, at least those with the prefixes, oldest first."""
+        if not files.unsorted:
+            return files.metadata
+        found = files.metadata.copy()
+        for name in files.unsorted:
+            if prefixes is None or name.rpartition("_")[0] in prefixes:
+                metadatum = self._read(f"{files.folder}/{name}", (*ids, name), _metadatum)
+                if metadatum is not None:
+                    found.append((metadatum["ts_epoch"], metadatum["id"], name))
+        found.sort()
+        if prefixes is None:
+            self._task_files.put(files.folder, files._replace(metadata=found, unsorted=[]))
+        return found
 
     def _metadata_in(
         self,
@@ -979,9 +998,10 @@ class Store:
         before: SortKey | None = None,
         prefixes: Container[str] | None = None,
     ) -> Iterator[Metadatum]:
-        end = len(files.metadata) if before is None else bisect.bisect_left(files.metadata, before)
+        metadata = self._sorted_metadata(files, ids, prefixes)
+        end = len(metadata) if before is None else bisect.bisect_left(metadata, before)
         for index in range(end - 1, -1, -1):
-            name = files.metadata[index][2]
+            name = metadata[index][2]
             if prefixes is None or name.rpartition("_")[0] in prefixes:
                 metadatum = self._read(f"{files.folder}/{name}", (*ids, name), _metadatum)
                 if metadatum is not None:
