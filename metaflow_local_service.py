@@ -726,7 +726,7 @@ class Store:
     def __init__(self, root: str) -> None:
         """Open the .metaflow in `root`, which must exist."""
         self._root = root
-        self.folder = os.path.join(root, DATASTORE_DIR)
+        self.folder = os.path.realpath(os.path.join(root, DATASTORE_DIR))
         self._provider: Any = None  # until something is to be written
         # Of each file its version and what was made of it, None where nothing could be.
         self._records: Cache[tuple[Version, Any]] = Cache(RECORDS_IN_MEMORY, record_weight)
@@ -883,7 +883,7 @@ class Store:
 
     def _load(self, path: str, ids: Ids, make: Callable[[Ids, Raw], T]) -> T | None:
         try:
-            with open(path, "rb") as f:
+            with open(path, "rb", buffering=0) as f:
                 record = make(ids, json.loads(f.read()))
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             log.warning("%s is not a record and is left out: %r", path, error)
@@ -2534,11 +2534,12 @@ UNCAUGHT, CAUGHT = "_exception", "_catch_exception"
 
 WRAPPER_TYPE = "metaflow.exception.MetaflowExceptionWrapper"
 
-TRACEBACK_START = re.compile(r"(?:  \+ Exception Group )?Traceback \(most recent call last\):")
-TRACEBACK_FRAME = re.compile(r'(?:  \|   |  )File "(.+?)", line ([0-9]{1,9})(?:, in (.+))?')
-TRACEBACK_END = re.compile(r"(?:  \| )?([A-Za-z_][\w.]*)(?:: (.*))?")
-FOREIGN_CODE = re.compile(r"/(?:site|dist)-packages/|/lib(?:64)?/python[0-9.]+/|^<")
-HEADLINE = re.compile(r" {4}(\S.*):")
+# Patterns that few commands need are compiled by those alone: each takes up to 0.5 ms.
+TRACEBACK_START = r"(?:  \+ Exception Group )?Traceback \(most recent call last\):"
+TRACEBACK_FRAME = r'(?:  \|   |  )File "(.+?)", line ([0-9]{1,9})(?:, in (.+))?'
+TRACEBACK_END = r"(?:  \| )?([A-Za-z_][\w.]*)(?:: (.*))?"
+FOREIGN_CODE = r"/(?:site|dist)-packages/|/lib(?:64)?/python[0-9.]+/|^<"
+HEADLINE = r" {4}(\S.*):"
 """How Metaflow begins to say what is wrong where it shows no traceback: print_metaflow_exception in
 its cli.py. What follows is indented as well."""
 
@@ -2573,12 +2574,12 @@ class ProcessEnd(NamedTuple):
 
 def parse_traceback(lines: Sequence[str]) -> Raised | None:
     """The exception of the last traceback in some text, None where there is none."""
-    starts = [at for at, line in enumerate(lines) if TRACEBACK_START.fullmatch(line)]
+    starts = [at for at, line in enumerate(lines) if re.fullmatch(TRACEBACK_START, line)]
     if not starts:
         return None
     frames: list[tuple[str, int, str]] = []
     for line in lines[starts[-1] + 1 :]:
-        frame, end = TRACEBACK_FRAME.fullmatch(line), TRACEBACK_END.fullmatch(line)
+        frame, end = re.fullmatch(TRACEBACK_FRAME, line), re.fullmatch(TRACEBACK_END, line)
         if frame:
             frames.append((frame.group(1), int(frame.group(2)), frame.group(3) or ""))
         elif end:
@@ -2596,7 +2597,7 @@ def own_line(frames: Sequence[tuple[str, int, str]]) -> tuple[str | None, int | 
     metaflow = os.path.dirname(tasks[0]) + "/" if tasks else None
     for at in range(len(frames) - 1, -1, -1):
         file, line, function = frames[at]
-        if FOREIGN_CODE.search(file) or (metaflow and file.startswith(metaflow)):
+        if re.search(FOREIGN_CODE, file) or (metaflow and file.startswith(metaflow)):
             continue
         if function == "<module>" and "/metaflow/" in "".join(f for f, _, _ in frames[at + 1 :]):
             continue
@@ -2615,7 +2616,7 @@ def short_type(name: str) -> str:
 def parse_headline(lines: Sequence[str]) -> Raised | None:
     """What Metaflow itself says is wrong, by its words on stderr; None where it says nothing."""
     for at in range(len(lines) - 2, -1, -1):
-        headline = HEADLINE.fullmatch(lines[at])
+        headline = re.fullmatch(HEADLINE, lines[at])
         if headline and lines[at + 1].startswith("    ") and lines[at + 1].strip():
             return Raised(None, f"{headline.group(1)}: {lines[at + 1].strip()}")
     return None
@@ -6870,8 +6871,8 @@ PROGRESS_SECONDS = 2.0
 a second."""
 PROGRESS_RATE = 5
 
-ESCAPE_SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\^_])")
-UNPRINTABLE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+ESCAPE_SEQUENCE = r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\^_])"
+UNPRINTABLE = "[\x00-\x08\x0a-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 
 STATUS_COLORS: Mapping[str, str] = {RUNNING: "33", COMPLETED: "32", FAILED: "31"}
 
@@ -6903,7 +6904,9 @@ def printable(text: str) -> str:
 
     What stdout has no letters for is written as escapes.
     """
-    plain = UNPRINTABLE.sub(escape_character, ESCAPE_SEQUENCE.sub("", text).replace("\t", "    "))
+    plain = re.sub(
+        UNPRINTABLE, escape_character, re.sub(ESCAPE_SEQUENCE, "", text).replace("\t", "    ")
+    )
     encoding = getattr(sys.stdout, "encoding", None) or "ascii"
     return plain.encode(encoding, "backslashreplace").decode(encoding)
 
@@ -6945,9 +6948,11 @@ def is_terminal() -> bool:
 
 def colored(text: str, status: str) -> str:
     """Text in the colour of a status, on a terminal that is to have colours."""
-    if not is_terminal() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+    if status not in STATUS_COLORS or not is_terminal():
         return text
-    return f"\x1b[{STATUS_COLORS[status]}m{text}\x1b[0m" if status in STATUS_COLORS else text
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return text
+    return f"\x1b[{STATUS_COLORS[status]}m{text}\x1b[0m"
 
 
 def print_table(
@@ -7434,32 +7439,33 @@ def do_logs(arguments: Arguments) -> None:
     ids = resolve_pathspec(model, arguments.pathspec)
     if len(ids) > TASK_DEPTH:
         raise ServiceError(f"{'/'.join(ids)} is no task.", exit_code=2)
+    if arguments.attempt is not None and len(ids) == TASK_DEPTH:
+        require_attempt(model, ids, arguments.attempt)
     is_one = len(ids) == TASK_DEPTH
-    lines = log_lines_below(model, ids, arguments, {})
+    printed: dict[object, int] = {}
+    is_running = goes_on(model, ids)
+    lines = log_lines_below(model, ids, arguments, printed)
     if arguments.n is not None:
         import collections
 
         lines = iter(collections.deque(lines, arguments.n))
     for line in lines:
         print_task_line(line, is_one, arguments.json)
-    if arguments.f:
-        follow_logs(model, ids, arguments)
-    elif is_one and model.attempts(ids, model.clock())[0]["status"] == RUNNING:
+    if is_running and is_one and not arguments.f:
         print_notice(f"{'/'.join(ids)} is still running: its log is stored when it ends")
-
-
-def follow_logs(model: Model, ids: Ids, arguments: Arguments) -> None:
-    """Print what is added to logs from now on, until what they are of has ended."""
-    printed: dict[object, int] = {}
-    for _ in log_lines_below(model, ids, arguments, printed):
-        pass  # was printed already
-    is_running = True
-    while is_running:
+    while is_running and arguments.f:
         sys.stdout.flush()
         time.sleep(FOLLOW_SECONDS)
         is_running = goes_on(model, ids)  # first, so that what came before the end is printed
         for line in log_lines_below(model, ids, arguments, printed):
-            print_task_line(line, len(ids) == TASK_DEPTH, arguments.json)
+            print_task_line(line, is_one, arguments.json)
+
+
+def require_attempt(model: Model, task: Ids, asked: int) -> None:
+    """ServiceError where a task has no such attempt; `asked`: from 1."""
+    count = len(model.attempts(task, model.clock()))
+    if not 1 <= asked <= count:
+        raise ServiceError(f"There is no attempt {asked} of {'/'.join(task)}: it has had {count}.")
 
 
 def goes_on(model: Model, ids: Ids) -> bool:
@@ -7480,7 +7486,10 @@ def log_lines_below(
     streams = [s for s in LOG_STREAMS.values() if getattr(arguments, s)] or LOG_STREAMS.values()
     tasks = tasks_below(model, ids)
     for task in tasks if is_terminal() else track(tasks, "logs read", len(tasks)):
-        number = attempt_to_read(model, task, arguments.attempt)
+        attempts = model.attempts(task, model.clock())
+        number = len(attempts) - 1 if arguments.attempt is None else arguments.attempt - 1
+        if not 0 <= number < len(attempts):
+            continue
         lines = [
             TaskLine(task, number, stream, line)
             for stream in streams
@@ -7491,12 +7500,6 @@ def log_lines_below(
             key = (task, number, stream)
             printed[key] = printed.get(key, 0) + done
         yield from merge_streams(lines)
-
-
-def attempt_to_read(model: Model, task: Ids, asked: int | None) -> int:
-    """The number of the attempt that is asked for, from 0; else that of the newest."""
-    newest = model.attempts(task, model.clock())[0]["attempt_id"]
-    return newest if asked is None else asked - 1
 
 
 def merge_streams(lines: Iterable[TaskLine]) -> list[TaskLine]:
@@ -7543,6 +7546,8 @@ def do_artifact(arguments: Arguments) -> None:
     """
     model = open_model(arguments)
     ids = resolve_task(model, arguments.pathspec)
+    if arguments.attempt is not None:
+        require_attempt(model, ids[:TASK_DEPTH], arguments.attempt)
     attempt = None if arguments.attempt is None else arguments.attempt - 1
     rows = model.artifacts(ids[:TASK_DEPTH], attempt)
     if len(ids) == TASK_DEPTH:
