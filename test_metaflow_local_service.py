@@ -18,22 +18,27 @@ import hashlib
 import http.client
 import importlib.metadata
 import inspect
+import io
 import itertools
 import json
 import logging
 import os
 import pickle
+import pty
 import random
 import re
+import select
 import shlex
 import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import symtable
 import sys
 import tarfile
+import termios
 import textwrap
 import threading
 import time
@@ -5760,7 +5765,7 @@ def in_shell(
 
 def without_mention(stderr: str) -> str:
     """What `start` or `run` has said on stderr, but for where runs are shown."""
-    return re.sub(r"^metaflow-local-service: runs are shown at http://\S+\n", "", stderr)
+    return re.sub(r"^metaflow-local-service: runs are shown at http://.+\n", "", stderr)
 
 
 def is_refused(ran: subprocess.CompletedProcess[str], *words: object, code: int = 1) -> bool:
@@ -6149,10 +6154,10 @@ def test_status_says_what_one_wants_to_know(daemon: Api, cli: Cli) -> None:
 
 
 @pytest.mark.parametrize("options", [(), ("--all",)])
-def test_nothing_running_is_1_for_status_and_0_for_stop(cli: Cli, options: Sequence[str]) -> None:
+def test_nothing_running_is_3_for_status_and_0_for_stop(cli: Cli, options: Sequence[str]) -> None:
     told = cli("status", "--json", *options)
-    assert (told.returncode, bool(json.loads(told.stdout))) == (1, False)
-    for command, code in (("status", 1), ("stop", 0)):
+    assert (told.returncode, bool(json.loads(told.stdout))) == (3, False)
+    for command, code in (("status", 3), ("stop", 0)):
         ran = cli(command, *options)
         assert (ran.returncode, ran.stdout[:15], ran.stderr) == (code, "No service runs", "")
     assert all_paths(cli.folder) == []
@@ -6224,7 +6229,369 @@ def test_a_bad_value_in_the_environment_is_one_sentence(cli: Cli, name: str) -> 
 @pytest.mark.parametrize("command", ["start", "status", "stop", "run true", "demo"])
 def test_a_folder_that_is_gone_is_one_sentence(cli: Cli, command: str) -> None:
     script = "mkdir gone && cd gone && rmdir ../gone && PROGRAM"
-    assert is_refused(in_shell(cli, script, *command.split()), "current folder")
+    code = 4 if command == "status" else 1  # as it cannot be told whether a service runs
+    assert is_refused(in_shell(cli, script, *command.split()), "current folder", code=code)
+
+
+def test_a_status_that_cannot_be_told_is_4(daemon: Api, cli: Cli) -> None:
+    pidfile(cli.folder).write_text("{}")
+    assert is_refused(cli("status"), "does not say", code=4)
+    assert cli("status", "--all").returncode in (0, 3)
+
+
+# -- commands that tell ----------------------------------------------------------------------------
+
+
+def tell(folder: Path, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Ask of what is recorded in a folder."""
+    return Cli(folder, folder / "home")(*words, **environment)
+
+
+def told_json(folder: Path, *words: object) -> list[Any]:
+    """The JSON that a command prints, line by line."""
+    told = tell(folder, *words, "--json")
+    assert (told.returncode, told.stderr) == (0, ""), told
+    return [json.loads(line) for line in told.stdout.splitlines()]
+
+
+TELLING = ("runs", "show", "logs", "artifact", "card")
+
+
+@pytest.mark.parametrize("recorder", RECORDED)
+def test_commands_the_api_and_the_model_tell_the_same_cause(
+    failures: Callable[[str], Path], recorder: str
+) -> None:
+    folder = failures(recorder)
+    listed = {run["tags"][0]: run for run in told_json(folder, "runs")}
+    assert set(listed) == {"fine", *RECORDED[recorder]}
+    table = tell(folder, "runs").stdout
+    store = mls.Store(str(folder))
+    with ui_served(store) as api:
+        for how in RECORDED[recorder]:
+            row = listed[how]
+            if row["status"] == "running":  # it fell silent, which takes a while to be sure of
+                assert CAUSES[how].kind == "scheduler gone"
+                continue
+            path = f"/api/flows/CausesFlow/runs/{row['run']}"
+            assert api.get(path).json["data"]["cause"] == row["cause"]
+            (shown,) = told_json(folder, "show", f"CausesFlow/{row['run']}")
+            assert shown["cause"] == row["cause"]
+            assert row["cause"]["summary"] in table
+            text = tell(folder, "show", row["run"]).stdout
+            assert f"cause  {row['cause']['summary']}" in text
+
+
+def test_two_commands_find_the_line_that_a_run_failed_in(
+    failures: Callable[[str], Path],
+) -> None:
+    folder = failures("local")
+    failed = tell(folder, "runs", "CausesFlow", "--status", "failed", "--tag", "join").stdout
+    (pathspec,) = re.findall(r"CausesFlow/\d+", failed)
+    shown = tell(folder, "show", pathspec).stdout
+    line = CAUSES_FLOW.splitlines().index(
+        '                raise RuntimeError("two\\nlines") from error  # join'
+    )
+    for text in ("RuntimeError", "two\\nlines", f"causes.py:{line + 1}", "attempt    1 of 1"):
+        assert text in shown, shown
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("--status completed", {"fine"}),
+        ("--status failed --tag kill", {"kill"}),
+        ("--tag user:tester --tag timeout", {"timeout"}),
+        ("--user nobody", set()),
+        ("CausesFlow --user tester --since 9w", {"fine", *CAUSES}),
+        ("--since 0s", set()),
+        ("--since 2999-01-01", set()),
+    ],
+)
+def test_runs_are_filtered(
+    failures: Callable[[str], Path], options: str, expected: set[str]
+) -> None:
+    runs = told_json(failures("local"), "runs", *options.split())
+    assert {run["tags"][0] for run in runs} == expected
+    assert [run["ts_epoch"] for run in runs] == sorted((r["ts_epoch"] for r in runs), reverse=True)
+
+
+def test_a_limit_is_said_and_can_be_lifted(failures: Callable[[str], Path]) -> None:
+    limited = tell(failures("local"), "runs", "--limit", 2)
+    assert (len(limited.stdout.splitlines()), "--limit 0" in limited.stderr) == (3, True)
+    whole = tell(failures("local"), "runs", "--limit", 0)
+    assert (len(whole.stdout.splitlines()), whole.stderr) == (len(CAUSES) + 2, "")
+
+
+def test_a_run_a_step_and_a_task_are_shown(failures: Callable[[str], Path]) -> None:
+    folder = failures("local")
+    run = failure(much_later(folder), "fine")["run"]
+    shown = tell(folder, "show", run).stdout
+    for pattern in (r"/\d+  completed\n", r"speed  7\n", r"each .*  3 completed\n"):
+        assert re.search(pattern, shown), shown
+    shown = tell(folder, "show", f"{run}/retried").stdout
+    assert re.search(r"1 +failed .*ValueError: attempt 0", shown), shown
+    assert re.search(r"2 +completed", shown), shown
+    (step,) = told_json(folder, "show", f"{run}/each")
+    assert [task["status"] for task in step["tasks"]] == ["completed"] * 3
+    task_id = step["tasks"][0]["task_id"]
+    shown = tell(folder, "show", f"{run}/each/{task_id}").stdout
+    for text in ("letters", "['a', 'b', 'c']", "ds-type", "local"):
+        assert text in shown, shown
+    (task,) = told_json(folder, "show", f"{run}/each/{task_id}")
+    assert {"letters", "speed"} <= {row["name"] for row in task["artifacts"]}
+
+
+def test_a_part_of_a_pathspec_is_enough(failures: Callable[[str], Path]) -> None:
+    model = mls.Model(mls.Store(str(failures("local"))))
+    runs = [mls.run_row_ids(row) for row in model.runs()]
+    newest, fine = runs[0], mls.run_row_ids(failure(model, "fine"))
+    unique = next(n for n in range(1, 17) if sum(r[1][:n] == fine[1][:n] for r in runs) == 1)
+    beginning = fine[1][:unique]
+    task = model.store.task_ids((*fine, "start"))[0]
+    failed = next(r for r in runs if (model.run(r) or {})["status"] == "failed")
+    for pathspec, ids in {
+        None: newest,
+        "CausesFlow": newest,
+        "latest": newest,
+        "CausesFlow/latest": newest,
+        "CausesFlow/latest-failed": failed,
+        "/".join(fine): fine,
+        beginning: fine,
+        f"CausesFlow/{beginning}/end": (*fine, "end"),
+        "start": (*newest, "start"),
+        "CausesFlow/start": (*newest, "start"),
+        f"{beginning}/start/{task[3]}": task,
+        f"CausesFlow/{fine[1]}/start/{task[3]}/letters": (*task, "letters"),
+    }.items():
+        assert mls.resolve_pathspec(model, pathspec) == ids, pathspec
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ("show NoFlow", 1, "NoFlow"),
+        ("show CausesFlow/12", 1, "12"),
+        ("show start/999", 1, "999"),
+        ("show ../x", 1, "'..'"),
+        ("show 1", 2, " or "),
+        ("show a//b", 2, "a//b"),
+        ("show a/b/c/d/e/f", 2, "pathspec"),
+        ("logs latest/start/999/x/y/z", 2, "pathspec"),
+        ("artifact CausesFlow", 2, "name a task"),
+        ("artifact {fine}/start/nothing", 1, "nothing"),
+        ("artifact {fine}/each", 2, " or "),
+        ("logs {fine}/{start} --attempt 7", 1, "attempt 7"),
+        ("card {fine}/start", 1, "card"),
+        ("runs NoFlow", 1, "NoFlow"),
+        ("runs --since yesterday", 2, "yesterday"),
+        ("runs --status odd", 2, "odd"),
+    ],
+)
+def test_what_is_not_there_or_ambiguous_is_one_sentence(
+    failures: Callable[[str], Path], words: str, code: int, said: str
+) -> None:
+    folder = failures("local")
+    model = much_later(folder)
+    run = mls.run_row_ids(failure(model, "fine"))
+    start = "/".join(model.store.task_ids((*run, "start"))[0][2:])
+    told = tell(folder, *words.format(fine="/".join(run), start=start).split())
+    assert is_refused(told, said, code=code)
+
+
+@pytest.mark.parametrize("command", TELLING)
+def test_a_folder_without_records_is_one_sentence(cli: Cli, command: str) -> None:
+    assert is_refused(cli(command), "Nothing is recorded", cli.folder)
+    assert all_paths(cli.folder) == []
+
+
+@pytest.mark.parametrize("command", TELLING)
+def test_to_tell_takes_neither_metaflow_nor_a_service(
+    failures: Callable[[str], Path], command: str
+) -> None:
+    folder = failures("local")
+    before = all_paths(folder)
+    run = failure(much_later(folder), "fine")["run"]
+    words = {"runs": [], "logs": [run]}.get(command, [f"{run}/caught"])
+    told = Cli(folder, folder / "home").execute(
+        [sys.executable, "-S", MODULE, command, *words, "--json"]  # -S: without site-packages
+    )
+    assert (told.returncode, told.stderr) == (0, "") and told.stdout
+    assert all_paths(folder) == before
+
+
+def test_logs_of_a_run_name_their_tasks(failures: Callable[[str], Path]) -> None:
+    folder = failures("local")
+    run = failure(much_later(folder), "fine")["run"]
+    lines = tell(folder, "logs", run).stdout.splitlines()
+    assert all(re.match(r"\[(start|retried|caught)/\d+\] ", line + " ") for line in lines), lines
+    assert sum("on stdout" in line for line in lines) == 1
+    start = tell(folder, "logs", f"{run}/start/1", "--stderr")
+    assert start.stdout == "it is about to happen\n"
+    out = tell(folder, "logs", f"{run}/start/1", "--stdout").stdout
+    assert out == "on stdout\n"
+    first = told_json(folder, "logs", f"{run}/retried", "--attempt", 1, "-n", 4)
+    assert len(first) == 4
+    assert {line["attempt_id"] for line in first} == {0}
+    assert any("ValueError: attempt 0" in line["line"] for line in first)
+
+
+def test_logs_are_followed_until_the_run_has_ended(cli: Cli) -> None:
+    (cli.folder / "causes.py").write_text(CAUSES_FLOW)
+    (cli.folder / ".metaflow").mkdir()
+    environment = {**cli.environment, "HOW": "timeout", "METAFLOW_DEFAULT_METADATA": "local"}
+    with subprocess.Popen(
+        [sys.executable, "causes.py", "run"],
+        cwd=cli.folder,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ):
+        assert eventually(lambda: list(cli.folder.glob(".metaflow/CausesFlow/*/start")), 60)
+        followed = cli("logs", "CausesFlow", "-f").stdout.splitlines()
+    assert sum("it is about to happen" in line for line in followed) == 1
+    assert any(re.match(r"\[limited/\d+\] .*timed out", line) for line in followed), followed
+
+
+def test_an_artifact_is_text_json_or_the_bytes_that_are_stored(
+    failures: Callable[[str], Path],
+) -> None:
+    folder = failures("local")
+    start = f"{failure(much_later(folder), 'fine')['run']}/start/1"
+    assert tell(folder, "artifact", f"{start}/letters").stdout == "['a', 'b', 'c']\n"
+    (letters,) = told_json(folder, "artifact", f"{start}/letters")
+    assert (letters["name"], letters["value"]) == ("letters", ["a", "b", "c"])
+    assert {row["name"] for row in told_json(folder, "artifact", start)} >= {"letters", "speed"}
+    cli = Cli(folder, folder / "home")
+    raw = subprocess.run(
+        cli.command("artifact", f"{start}/letters", "--raw"),
+        cwd=folder,
+        env=cli.environment,
+        capture_output=True,
+        check=True,
+    )
+    assert pickle.loads(gzip.decompress(raw.stdout)) == ["a", "b", "c"]
+
+
+def test_a_card_is_a_file_that_a_browser_opens(
+    failures: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = failures("local")
+    run = failure(much_later(folder), "fine")["run"]
+    (path,) = tell(folder, "card", run).stdout.splitlines()
+    assert Path(path).suffix == ".html" and "<html" in Path(path).read_text().lower()
+    browser = tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\necho "$1" > {tmp_path}/opened\n')
+    browser.chmod(0o755)
+    told = tell(folder, "card", f"{run}/caught", "--open", BROWSER=f"{browser} %s")
+    assert (told.returncode, told.stdout) == (0, path + "\n")
+    assert (tmp_path / "opened").read_text() == f"file://{path}\n"
+
+
+@contextlib.contextmanager
+def terminal(width: int) -> Iterator[tuple[int, Callable[[], str]]]:
+    """The descriptor of a terminal, and what was written to it so far."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+    attributes = termios.tcgetattr(theirs)
+    attributes[1] &= ~termios.OPOST  # a line ends as it was written
+    termios.tcsetattr(theirs, termios.TCSANOW, attributes)
+
+    def written() -> str:
+        content = b""
+        while select.select([ours], [], [], 0)[0]:
+            content += os.read(ours, 65536)
+        return content.decode()
+
+    try:
+        yield theirs, written
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+@pytest.mark.parametrize(("variables", "is_colored"), [({}, True), ({"NO_COLOR": "1"}, False)])
+def test_a_table_fits_the_terminal_and_cuts_no_id(
+    failures: Callable[[str], Path], variables: Mapping[str, str], is_colored: bool
+) -> None:
+    folder = failures("local")
+    cli = Cli(folder, folder / "home")
+    with terminal(100) as (descriptor, written):
+        subprocess.run(
+            cli.command("runs"),
+            cwd=folder,
+            env={**cli.environment, "TERM": "xterm", **variables},
+            stdout=descriptor,
+            check=True,
+        )
+        text = written()
+    assert ("\x1b[31mfailed\x1b[0m" in text) == is_colored
+    lines = re.sub(r"\x1b\[\d*m", "", text).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert len([line for line in lines if re.search(r"  CausesFlow/\d{16}  ", line)]) > len(CAUSES)
+    assert any(re.search(r"\S\.\.\S", line) for line in lines)
+
+
+def test_what_a_flow_writes_sends_no_escape_sequence(failures: Callable[[str], Path]) -> None:
+    folder = failures("local")
+    for how in ("foreach", "kill"):
+        run = failure(much_later(folder), how)["run"]
+        for command in ("show", "logs"):
+            told = tell(folder, command, run).stdout
+            assert told and not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", told)
+
+
+@given(st.text())
+def test_what_is_printed_is_one_line_without_control_characters(text: str) -> None:
+    assert not re.search("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", mls.printable(text))
+
+
+@given(st.text(), st.integers(8, 60))
+def test_a_text_is_shortened_to_the_width_that_there_is(text: str, width: int) -> None:
+    plain = mls.printable(text)
+    short = mls.shorten(plain, width)
+    assert mls.text_width(short) <= width
+    assert short == plain or ".." in short
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "text"),
+    [
+        (None, "-"),
+        (1, "0.0s"),
+        (59_949, "59.9s"),
+        (65_000, "1m 05s"),
+        (7_380_000, "2h 03m"),
+        (93_600_000, "1d 2h"),
+    ],
+)
+def test_a_duration_is_told_in_its_largest_units(milliseconds: int | None, text: str) -> None:
+    assert mls.format_duration(milliseconds) == text
+
+
+@pytest.mark.parametrize(("seconds", "is_told"), [(0, True), (100, False)])
+def test_what_takes_long_says_on_a_terminal_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, is_told: bool
+) -> None:
+    said = io.StringIO()
+    monkeypatch.setattr(said, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stderr", said)
+    monkeypatch.setattr(mls, "PROGRESS_SECONDS", seconds)
+    monkeypatch.setattr(mls, "PROGRESS_RATE", 1_000_000)
+    assert list(mls.track("abc", "letters read", 3)) == ["a", "b", "c"]
+    assert ("2 of 3 letters read" in said.getvalue()) == is_told
+    assert said.getvalue()[-4:] == ("\r\x1b[K" if is_told else "")
+
+
+def test_what_takes_long_says_nothing_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(mls, "PROGRESS_SECONDS", 0)
+    assert list(mls.track("abc", "letters read", 3)) == ["a", "b", "c"]
+    assert capsys.readouterr().err == ""
+
+
+def test_run_names_the_command_that_shows_what_it_does(daemon: Api, cli: Cli) -> None:
+    assert "`metaflow-local-service show`" in cli("run", "true").stderr
 
 
 def test_the_help_of_every_subcommand_has_an_example(cli: Cli) -> None:
