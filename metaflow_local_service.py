@@ -2371,7 +2371,14 @@ class Verdict(NamedTuple):
     seen: Sequence[tuple[Ids, Version]]
 
     def weight(self) -> int:
-        return len(self.seen) + 1
+        return len(self.seen) + 1 + cause_weight(self.cause) // 200
+
+
+def cause_weight(cause: Cause | None) -> int:
+    """About how many bytes of memory a cause takes."""
+    if cause is None:
+        return 0
+    return 1000 + len(cause["message"] or "") + sum(50 + len(line) for line in cause["stderr"])
 
 
 class Graph(TypedDict, total=False):
@@ -2724,14 +2731,14 @@ def first_failure(
         )
 
     failed = [task for task in newest.values() if task["status"] == FAILED]
-    return min(failed, key=blame, default=None)
+    return min(failed, key=blame) if len(failed) > 1 else next(iter(failed), None)
 
 
 # -- the model -------------------------------------------------------------------------------------
 
 ATTEMPTS_IN_MEMORY = 20_000  # of so many tasks
-VERDICTS_IN_MEMORY = 60_000  # folders that they were told by
-CAUSES_IN_MEMORY = 5_000
+VERDICTS_IN_MEMORY = 60_000  # folders that they were told by, and causes in as many bytes
+CAUSES_IN_MEMORY = 4 * 2**20  # bytes, about
 GRAPHS_IN_MEMORY = 8 * 2**20  # bytes, about
 LOGS_IN_MEMORY = 32 * 2**20  # bytes, about
 
@@ -2747,7 +2754,9 @@ class Model:
         self._attempts: Cache[tuple[Version, list[Attempt]]] = Cache(ATTEMPTS_IN_MEMORY)
         self._verdicts: Cache[Verdict] = Cache(VERDICTS_IN_MEMORY, Verdict.weight)
         # By pathspec, attempt and status, with the versions of the task's records and files.
-        self._causes: Cache[tuple[Sequence[Version | None], Cause | None]] = Cache(CAUSES_IN_MEMORY)
+        self._causes: Cache[tuple[Sequence[Version | None], Cause | None]] = Cache(
+            CAUSES_IN_MEMORY, lambda known: 500 + cause_weight(known[1])
+        )
         # By their places in the datastore; empty where there is none.
         self._graphs: Cache[Graph] = Cache(GRAPHS_IN_MEMORY, graph_weight)
         self._logs: Cache[list[LogLine]] = Cache(LOGS_IN_MEMORY, log_weight)
@@ -3232,6 +3241,10 @@ class Model:
             lines = log_lines(contents)
             self._logs.put(key, lines)
         return lines
+
+    def has_log(self, ids: Ids, attempt: int) -> bool:
+        """Whether what an attempt has written is stored."""
+        return any(self._log_files(ids, attempt, stream) for stream in LOG_STREAMS.values())
 
     def _log_files(self, ids: Ids, attempt: int, stream: str) -> list[str]:
         root = self.datastore_root(ids, attempt)
@@ -7106,7 +7119,7 @@ def only_one(name: str, found: Sequence[Ids]) -> Ids:
     """The one that was found; ServiceError that says between what, where there are several."""
     if len(found) == 1:
         return found[0]
-    named = ["/".join(ids) for ids in found[:MOST_CANDIDATES]]
+    named = [printable("/".join(ids)) for ids in found[:MOST_CANDIDATES]]
     more = len(found) - len(named)
     named += [f"{more} more"] if more > 0 else []
     raise ServiceError(f"{name} may be {', '.join(named[:-1])} or {named[-1]}.", exit_code=2)
@@ -7321,7 +7334,7 @@ def print_cause(cause: Cause) -> None:
     if cause["attempt_id"] is not None:
         of_all = f" of {cause['attempts']}" if cause["attempts"] else ""
         facts.append(("task", cause["pathspec"]))
-        facts.append(("attempt", f"{cause['attempt_id'] + 1}{of_all}"))
+        facts.append(("attempt", f"{cause['attempt_id']} (from 0){of_all}"))
     if cause["file"]:
         facts.append(("line", f"{cause['file']}:{cause['line']}"))
     print_facts(facts, indent="  ")
@@ -7356,7 +7369,7 @@ def attempt_cells(row: AttemptRow) -> Sequence[str]:
     caught = " (caught)" if row["cause"] and row["status"] == COMPLETED else ""
     return (
         str(row["task_id"]),
-        str(row["attempt_id"] + 1),
+        str(row["attempt_id"]),
         row["status"],
         format_moment(row["started_at"]),
         format_duration(row["duration"]),
@@ -7406,6 +7419,8 @@ def content_line(row: ArtifactRow) -> str:
 # -- logs ------------------------------------------------------------------------------------------
 
 FOLLOW_SECONDS = 1.0
+LOG_SECONDS = 10.0
+"""How long after the end of an attempt its log may come."""
 
 
 class TaskLine(NamedTuple):
@@ -7424,7 +7439,7 @@ class TaskLine(NamedTuple):
     ("--stderr", {"action": "store_true", "help": "only what went to stderr"}),
     (
         "--attempt",
-        {"type": parse_lines, "metavar": "N", "help": "of attempt N, from 1 (default: the newest)"},
+        {"type": parse_lines, "metavar": "N", "help": "of attempt N, from 0 (default: the newest)"},
     ),
     ("-n", {"type": parse_lines, "metavar": "LINES", "help": "only the last lines"}),
     ("-f", {"action": "store_true", "help": "go on while it runs"}),
@@ -7454,7 +7469,7 @@ def do_logs(arguments: Arguments) -> None:
     if is_running and is_one and not arguments.f:
         print_notice(f"{'/'.join(ids)} is still running: its log is stored when it ends")
     while is_running and arguments.f:
-        sys.stdout.flush()
+        print(end="", flush=True)
         time.sleep(FOLLOW_SECONDS)
         is_running = goes_on(model, ids)  # first, so that what came before the end is printed
         for line in log_lines_below(model, ids, arguments, printed):
@@ -7462,21 +7477,29 @@ def do_logs(arguments: Arguments) -> None:
 
 
 def require_attempt(model: Model, task: Ids, asked: int) -> None:
-    """ServiceError where a task has no such attempt; `asked`: from 1."""
+    """ServiceError where a task has no such attempt."""
     count = len(model.attempts(task, model.clock()))
-    if not 1 <= asked <= count:
+    if asked >= count:
         raise ServiceError(f"There is no attempt {asked} of {'/'.join(task)}: it has had {count}.")
 
 
 def goes_on(model: Model, ids: Ids) -> bool:
-    """Whether a run goes on, or a task of it or of a step."""
+    """Whether there may be more in the logs of a run, or of a step or task of it."""
     run = model.run(ids[:2])
+    attempts = [model.attempts(task, model.clock())[:1] for task in tasks_below(model, ids)]
+    newest = list(itertools.chain.from_iterable(attempts))
+    if any(awaits_log(model, row) for row in newest):
+        return True
     if run is None or run["status"] != RUNNING:
         return False
-    if len(ids) == RUN_DEPTH:
-        return True
-    attempts = [model.attempts(task, model.clock())[:1] for task in tasks_below(model, ids)]
-    return any(newest["finished_at"] is None for rows in attempts for newest in rows)
+    return len(ids) == RUN_DEPTH or any(row["finished_at"] is None for row in newest)
+
+
+def awaits_log(model: Model, row: AttemptRow) -> bool:
+    """Whether an attempt has just ended, and its scheduler has yet to store what it wrote."""
+    if row["finished_at"] is None or model.has_log(attempt_row_ids(row), row["attempt_id"]):
+        return False
+    return model.clock() - row["finished_at"] / 1000 < LOG_SECONDS
 
 
 def log_lines_below(
@@ -7487,8 +7510,8 @@ def log_lines_below(
     tasks = tasks_below(model, ids)
     for task in tasks if is_terminal() else track(tasks, "logs read", len(tasks)):
         attempts = model.attempts(task, model.clock())
-        number = len(attempts) - 1 if arguments.attempt is None else arguments.attempt - 1
-        if not 0 <= number < len(attempts):
+        number = len(attempts) - 1 if arguments.attempt is None else arguments.attempt
+        if number >= len(attempts):
             continue
         lines = [
             TaskLine(task, number, stream, line)
@@ -7534,7 +7557,7 @@ def print_task_line(line: TaskLine, is_one: bool, as_json: bool) -> None:
 @subcommand(
     f"{PROGRAM} artifact TrainFlow/latest/train/7/model --raw | gzip -d > model.pickle",
     PATHSPEC,
-    ("--attempt", {"type": parse_lines, "metavar": "N", "help": "of attempt N, from 1"}),
+    ("--attempt", {"type": parse_lines, "metavar": "N", "help": "of attempt N, from 0"}),
     ("--raw", {"action": "store_true", "help": "write the bytes as they are stored to stdout"}),
     JSON_LINES_OPTION,
 )
@@ -7548,8 +7571,7 @@ def do_artifact(arguments: Arguments) -> None:
     ids = resolve_task(model, arguments.pathspec)
     if arguments.attempt is not None:
         require_attempt(model, ids[:TASK_DEPTH], arguments.attempt)
-    attempt = None if arguments.attempt is None else arguments.attempt - 1
-    rows = model.artifacts(ids[:TASK_DEPTH], attempt)
+    rows = model.artifacts(ids[:TASK_DEPTH], arguments.attempt)
     if len(ids) == TASK_DEPTH:
         print_artifacts(model, [r for r in rows if not r["name"].startswith("_")], arguments)
         return
@@ -7590,8 +7612,8 @@ def valued_artifact(model: Model, row: ArtifactRow) -> dict[str, object]:
 def write_stored(model: Model, row: ArtifactRow) -> None:
     """Write the file of an artifact to stdout."""
     try:
-        with open(model.stored_file(row), "rb") as f:
-            shutil.copyfileobj(f, sys.stdout.buffer)
+        with open(model.stored_file(row), "rb") as f, open(1, "wb", closefd=False) as stdout:
+            shutil.copyfileobj(f, stdout)
     except BrokenPipeError:
         raise
     except (OSError, ValueError) as error:
@@ -7627,7 +7649,7 @@ def do_card(arguments: Arguments) -> None:
         if arguments.json:
             print_json({"pathspec": "/".join(task), **card, "path": path})
         else:
-            print(path)
+            print(printable(path) if is_terminal() else path)
     if arguments.open:
         import webbrowser
 

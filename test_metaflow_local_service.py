@@ -2614,6 +2614,8 @@ from metaflow import FlowSpec, Parameter, card, catch, current, retry, step, tim
 HOW = os.environ["HOW"]
 if HOW == "import" and "step" in sys.argv:
     import nothing_of_this_name  # import
+if HOW == "never" and "step" in sys.argv:
+    sys.exit(5)
 
 class CausesFlow(FlowSpec):
     speed = Parameter("speed", default=7)
@@ -2703,6 +2705,7 @@ CAUSES = {
     ),
     "kill": Expected("killed", "start", "1 of 1", None, "signal 9 (SIGKILL)", None),
     "exit": Expected("killed", "start", "1 of 1", None, "exit code 3", None),
+    "never": Expected("never started", "start", "1 of 1", None, "exit code 5", None),
     "pickle": Expected("raised", "start", "1 of 1", None, "unpicklable", None),
     "foreach": Expected(
         "raised", "each", "1 of 1", "json.decoder.JSONDecodeError", "Expecting value", "foreach"
@@ -2818,7 +2821,7 @@ def test_a_run_that_failed_tells_the_task_the_attempt_the_exception_and_the_line
     assert not expected.line or f"causes.py:{cause['line']}" in cause["summary"]
     assert " ".join(expected.message.split()) in cause["summary"]
     assert any("is about to happen" in text for text in cause["stderr"]) == (
-        expected.step == "start" and how != "import"
+        expected.step == "start" and how not in ("import", "never")
     )
 
 
@@ -2856,6 +2859,33 @@ def test_all_but_a_run_that_fell_silent_have_failed_at_once(
     for how in RECORDED[recorder]:
         if CAUSES[how].kind != "scheduler gone":
             assert failure(now, how)["status"] == "failed", how
+
+
+def test_a_run_that_never_came_to_a_task_never_started(store: mls.Store) -> None:
+    ids = new_run(store)
+    run = mls.Model(store, lambda: time.time() + 400).run(ids)
+    assert run and run["cause"]
+    assert (run["status"], run["cause"]["kind"]) == ("failed", "never started")
+    assert run["cause"]["pathspec"] == "/".join(ids)
+
+
+def test_the_first_task_that_failed_is_to_blame_and_not_those_that_fell_with_it() -> None:
+    graph: Any = {"steps": {"s": {"decorators": [{"name": "retry", "attributes": {"times": 1}}]}}}
+
+    def failed(number: int, finished_at: int, attempt: int = 1) -> Any:
+        return {
+            "step_name": "s",
+            "task_id": number,
+            "status": "failed",
+            "finished_at": finished_at,
+            "ts_epoch": 0,
+            "attempt_id": attempt,
+        }
+
+    tasks = [failed(1, 50), failed(2, 10, attempt=0), failed(3, 20), failed(4, 40)]
+    blamed = mls.first_failure(tasks, graph, lambda task: task["task_id"] == 3)
+    assert blamed and blamed["task_id"] == 4  # 2 would have been tried again, 3 was ended
+    assert mls.first_failure([], graph, lambda task: False) is None
 
 
 def test_the_cause_is_judged_once(
@@ -6291,7 +6321,12 @@ def test_two_commands_find_the_line_that_a_run_failed_in(
     line = CAUSES_FLOW.splitlines().index(
         '                raise RuntimeError("two\\nlines") from error  # join'
     )
-    for text in ("RuntimeError", "two\\nlines", f"causes.py:{line + 1}", "attempt    1 of 1"):
+    for text in (
+        "RuntimeError",
+        "two\\nlines",
+        f"causes.py:{line + 1}",
+        "attempt    0 (from 0) of 1",
+    ):
         assert text in shown, shown
 
 
@@ -6329,8 +6364,8 @@ def test_a_run_a_step_and_a_task_are_shown(failures: Callable[[str], Path]) -> N
     for pattern in (r"/\d+  completed\n", r"speed  7\n", r"each .*  3 completed\n"):
         assert re.search(pattern, shown), shown
     shown = tell(folder, "show", f"{run}/retried").stdout
-    assert re.search(r"1 +failed .*ValueError: attempt 0", shown), shown
-    assert re.search(r"2 +completed", shown), shown
+    assert re.search(r"0 +failed .*ValueError: attempt 0", shown), shown
+    assert re.search(r"1 +completed", shown), shown
     (step,) = told_json(folder, "show", f"{run}/each")
     assert [task["status"] for task in step["tasks"]] == ["completed"] * 3
     task_id = step["tasks"][0]["task_id"]
@@ -6429,7 +6464,7 @@ def test_logs_of_a_run_name_their_tasks(failures: Callable[[str], Path]) -> None
     assert start.stdout == "it is about to happen\n"
     out = tell(folder, "logs", f"{run}/start/1", "--stdout").stdout
     assert out == "on stdout\n"
-    first = told_json(folder, "logs", f"{run}/retried", "--attempt", 1, "-n", 4)
+    first = told_json(folder, "logs", f"{run}/retried", "--attempt", 0, "-n", 4)
     assert len(first) == 4
     assert {line["attempt_id"] for line in first} == {0}
     assert any("ValueError: attempt 0" in line["line"] for line in first)
