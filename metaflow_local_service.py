@@ -7800,9 +7800,10 @@ class VersionAction(argparse.Action):
 
 
 def make_parser(words: Sequence[str]) -> Parser:
-    """The parser of the command line, with the options of the subcommand that `words` begin with.
+    """The parser of the command line: with the subcommand that `words` begin with and its options.
 
-    Those of all others would take 2 ms, a twentieth of what `url` takes in all.
+    All others would take 10 ms, an eighth of what `url` takes in all; they are there where none is
+    named, for the help and for what is said of a wrong one.
     """
     parser = Parser(
         prog=PROGRAM,
@@ -7811,7 +7812,9 @@ def make_parser(words: Sequence[str]) -> Parser:
     )
     parser.add_argument("--version", action=VersionAction)
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, declared in COMMANDS.items():
+    named = [name for name in words[:1] if name in COMMANDS]
+    for name in named or COMMANDS:
+        declared = COMMANDS[name]
         lines = [line.strip() for line in (declared.function.__doc__ or "").splitlines()]
         subparser = subparsers.add_parser(
             name,
@@ -7820,7 +7823,7 @@ def make_parser(words: Sequence[str]) -> Parser:
             epilog=f"Example: {declared.example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        if name in words[:1]:
+        if named:
             add_arguments(subparser, declared)
     return parser
 
