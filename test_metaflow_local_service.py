@@ -18,22 +18,27 @@ import hashlib
 import http.client
 import importlib.metadata
 import inspect
+import io
 import itertools
 import json
 import logging
 import os
 import pickle
+import pty
 import random
 import re
+import select
 import shlex
 import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import symtable
 import sys
 import tarfile
+import termios
 import textwrap
 import threading
 import time
@@ -2545,7 +2550,6 @@ def record_flows(folder: Path, home: Path) -> None:
                 )
             )
         wait_for(others, expected=0)
-        (folder / "done").touch()
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(slow.pid, signal.SIGKILL)
@@ -2576,18 +2580,32 @@ def seen_after(cli: Cli, ids: mls.Ids, delay: float) -> Any:
 @pytest.fixture(scope="session")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which flows have run; recorded once, also where tests run in parallel."""
+    folder = session_folder(tmp_path_factory, "recorded")
+    with recording(folder) as is_new:
+        if is_new:
+            record_flows(folder, folder / "home")
+    return folder
+
+
+def session_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
+    """A folder of that name which all workers of a session share."""
     folder = tmp_path_factory.getbasetemp()
     if os.environ.get("PYTEST_XDIST_WORKER"):
         folder = folder.parent
-    folder = folder.resolve() / "recorded"
+    return folder.resolve() / name
+
+
+@contextlib.contextmanager
+def recording(folder: Path) -> Iterator[bool]:
+    """Whether to record in the folder, made anew with a home; done by one worker for all."""
     with open(folder.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "done").exists():
+        is_new = not (folder / "done").exists()
+        if is_new:
             shutil.rmtree(folder, ignore_errors=True)
-            home = folder / "home"
-            home.mkdir(parents=True)
-            record_flows(folder, home)
-    return folder
+            (folder / "home").mkdir(parents=True)
+        yield is_new
+        (folder / "done").touch()
 
 
 @pytest.fixture(scope="session")
@@ -2655,6 +2673,358 @@ def test_a_run_has_failed_as_soon_as_a_task_has_used_up_its_attempts(recorded: P
     broken = attempts_of(now, run, "breaks")
     assert [t["status"] for t in broken] == ["failed", "failed"]
     assert (run["status"], run["finished_at"]) == ("failed", broken[-1]["finished_at"])
+
+
+# -- causes: runs that failed, each in a way of its own, by either recorder ------------------------
+
+CAUSES_FLOW = """
+import os, signal, sys, time
+from metaflow import FlowSpec, Parameter, card, catch, current, retry, step, timeout
+
+HOW = os.environ["HOW"]
+if HOW == "import" and "step" in sys.argv:
+    import nothing_of_this_name  # import
+if HOW == "never" and "step" in sys.argv:
+    sys.exit(5)
+
+class CausesFlow(FlowSpec):
+    speed = Parameter("speed", default=7)
+
+    @step
+    def start(self):
+        print("on stdout")
+        print("\\033[31mit is about to happen\\033[0m", file=sys.stderr)
+        if HOW == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if HOW == "exit":
+            sys.exit(3)
+        if HOW == "pickle":
+            self.unpicklable = (number for number in [1])
+        if HOW in ("interrupt", "both"):
+            time.sleep(100)
+        if HOW == "scheduler":
+            time.sleep(3)
+        self.letters = ["a", "b", "c"]
+        self.next(self.each, foreach="letters")
+
+    @step
+    def each(self):
+        if HOW == "foreach" and self.input == "b":
+            self.reject()
+        self.next(self.join)
+
+    def reject(self):
+        import json
+        json.loads("no \\033[31mJSON")  # foreach
+
+    @step
+    def join(self, inputs):
+        if HOW == "join":
+            try:
+                inputs[7]
+            except IndexError as error:
+                raise RuntimeError("two\\nlines") from error  # join
+        self.next(self.limited)
+
+    @timeout(seconds=1)
+    @step
+    def limited(self):
+        if HOW == "timeout":
+            time.sleep(100)  # timeout
+        self.next(self.retried)
+
+    @retry(times=1, minutes_between_retries=0)
+    @step
+    def retried(self):
+        if HOW == "retry" or current.retry_count == 0:
+            raise ValueError(f"attempt {current.retry_count}")  # retry
+        self.next(self.caught)
+
+    @card(type="blank", id="report")
+    @catch(var="problem", print_exception=False)
+    @step
+    def caught(self):
+        raise LookupError("caught")  # catch
+        self.next(self.end)
+
+    @step
+    def end(self):
+        pass
+
+if __name__ == "__main__":
+    CausesFlow()
+"""
+
+
+class Expected(NamedTuple):
+    """What is to be told of a run that failed."""
+
+    kind: str
+    step: str | None
+    attempt: str | None  # "1 of 2"
+    type: str | None
+    message: str
+    line: str | None  # the comment that stands behind it
+
+
+TIMEOUT_EXCEPTION = "metaflow.plugins.timeout_decorator.TimeoutException"
+
+CAUSES = {
+    "import": Expected(
+        "raised", "start", "1 of 1", "ModuleNotFoundError", "nothing_of_this_name", "import"
+    ),
+    "kill": Expected("killed", "start", "1 of 1", None, "signal 9 (SIGKILL)", None),
+    "exit": Expected("killed", "start", "1 of 1", None, "exit code 3", None),
+    "never": Expected("never started", "start", "1 of 1", None, "exit code 5", None),
+    "pickle": Expected("raised", "start", "1 of 1", None, "unpicklable", None),
+    "foreach": Expected(
+        "raised", "each", "1 of 1", "json.decoder.JSONDecodeError", "Expecting value", "foreach"
+    ),
+    "join": Expected("raised", "join", "1 of 1", "RuntimeError", "two\nlines", "join"),
+    "timeout": Expected(
+        "timed out", "limited", "1 of 1", TIMEOUT_EXCEPTION, "timed out after", "timeout"
+    ),
+    "retry": Expected("raised", "retried", "2 of 2", "ValueError", "attempt 1", "retry"),
+    "interrupt": Expected("killed", "start", "1 of 1", None, "interrupted", None),
+    "scheduler": Expected("scheduler gone", None, None, None, "without a word", None),
+    "both": Expected("scheduler gone", None, None, None, "while start/", None),
+}
+ENDED_BY_HAND = {"interrupt", "scheduler", "both"}
+RECORDED: Mapping[str, Sequence[str]] = {
+    "local": list(CAUSES),
+    "service": ["kill", "foreach", *sorted(ENDED_BY_HAND)],  # of which it has other traces
+}
+
+
+def record_causes(folder: Path, recorder: str) -> None:
+    """Let the flow fail in every way, tagged with it, and once not at all."""
+    cli = Cli(folder, folder / "home")
+    (folder / "causes.py").write_text(CAUSES_FLOW)
+    (folder / ".metaflow").mkdir()
+    flow = (sys.executable, "causes.py", "run", "--max-workers", "1")
+    try:
+        assert cli("start").returncode == 0
+        for how in ("fine", *RECORDED[recorder]):
+            command = [*flow, "--tag", how]
+            started = subprocess.Popen(
+                cli.command("run", *command) if recorder == "service" else command,
+                cwd=folder,
+                env={**cli.environment, "HOW": how, "METAFLOW_DEFAULT_METADATA": "local"},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            if how in ENDED_BY_HAND:
+                end_by_hand(folder, started, how)
+            assert (started.wait(timeout=120) == 0) == (how == "fine"), how
+    finally:
+        cli("stop")
+
+
+def end_by_hand(folder: Path, process: subprocess.Popen[Any], how: str) -> None:
+    """End a run while its first task runs: by Ctrl-C, or without a chance to say a word."""
+    begun = f".metaflow/CausesFlow/*/start/*/{mls.META_DIR}/sysmeta_attempt_[0-9]*"
+    before = len(list(folder.glob(begun)))
+    try:
+        assert eventually(lambda: len(list(folder.glob(begun))) > before, seconds=60)
+        if how == "scheduler":
+            process.kill()
+            tasks = f".metaflow/CausesFlow/*/start/*/{mls.META_DIR}/sysmeta_attempt_ok*"
+            ended = len(list(folder.glob(tasks)))
+            assert eventually(lambda: len(list(folder.glob(tasks))) > ended, seconds=60)
+        elif how == "interrupt":
+            os.killpg(process.pid, signal.SIGINT)
+    finally:
+        if how != "interrupt":
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def failures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Finds the folder in which a recorder has seen the flow fail in every way."""
+
+    def recorded_by(recorder: str) -> Path:
+        folder = session_folder(tmp_path_factory, f"failures-{recorder}")
+        with recording(folder) as is_new:
+            if is_new:
+                record_causes(folder, recorder)
+        return folder
+
+    return recorded_by
+
+
+EVERY_FAILURE = [(recorder, how) for recorder, hows in RECORDED.items() for how in hows]
+
+
+def much_later(folder: Path) -> mls.Model:
+    """Those runs as one sees them when all signs of life have ceased."""
+    return mls.Model(mls.Store(str(folder)), lambda: time.time() + 4000)
+
+
+def failure(model: mls.Model, how: str) -> Any:
+    (run,) = (row for row in model.runs() if how in (row["tags"] or ()))
+    return model.judge(run)
+
+
+@pytest.mark.parametrize(("recorder", "how"), EVERY_FAILURE)
+def test_a_run_that_failed_tells_the_task_the_attempt_the_exception_and_the_line(
+    failures: Callable[[str], Path], recorder: str, how: str
+) -> None:
+    folder, expected = failures(recorder), CAUSES[how]
+    run = failure(much_later(folder), how)
+    cause = run["cause"]
+    assert (run["status"], cause["kind"], cause["step_name"]) == (
+        "failed",
+        expected.kind,
+        expected.step,
+    )
+    of_task = f"/{cause['step_name']}/{cause['task_id']}" if expected.step else ""
+    assert cause["pathspec"] == f"CausesFlow/{run['run']}{of_task}"
+    attempt = f"{cause['attempt_id'] + 1} of {cause['attempts']}" if expected.step else None
+    assert (attempt, cause["type"]) == (expected.attempt, expected.type)
+    assert expected.message in cause["message"]
+    lines = CAUSES_FLOW.splitlines()
+    line = lines[cause["line"] - 1].partition("  # ")[2] if cause["line"] else None
+    assert line == expected.line
+    assert cause["file"] == (str(folder / "causes.py") if line else None)
+    assert not expected.line or f"causes.py:{cause['line']}" in cause["summary"]
+    assert " ".join(expected.message.split()) in cause["summary"]
+    assert any("is about to happen" in text for text in cause["stderr"]) == (
+        expected.step == "start" and how not in ("import", "never")
+    )
+
+
+@pytest.mark.parametrize("recorder", RECORDED)
+def test_what_was_retried_or_caught_is_the_cause_of_an_attempt_and_not_of_its_run(
+    failures: Callable[[str], Path], recorder: str
+) -> None:
+    model = much_later(failures(recorder))
+    run = failure(model, "fine")
+    assert (run["status"], run["cause"]) == ("completed", None)
+    causes = {
+        (t["step_name"], t["attempt_id"], t["status"]): t["cause"]["summary"]
+        for t in model.tasks(mls.run_row_ids(run), model.clock())
+        if t["cause"]
+    }
+    assert sorted(causes) == [("caught", 0, "completed"), ("retried", 0, "failed")]
+    assert "LookupError: caught in caught/" in causes["caught", 0, "completed"]
+    assert "ValueError: attempt 0 in retried/" in causes["retried", 0, "failed"]
+
+
+def test_the_cause_of_a_run_is_that_of_the_attempt(failures: Callable[[str], Path]) -> None:
+    model = much_later(failures("local"))
+    for how, expected in CAUSES.items():
+        if expected.step:
+            run = failure(model, how)
+            ids = (*mls.run_row_ids(run), expected.step, str(run["cause"]["task_id"]))
+            assert model.attempts(ids, model.clock())[0]["cause"] == run["cause"]
+
+
+@pytest.mark.parametrize("recorder", RECORDED)
+def test_all_but_a_run_that_fell_silent_have_failed_at_once(
+    failures: Callable[[str], Path], recorder: str
+) -> None:
+    now = mls.Model(mls.Store(str(failures(recorder))))
+    for how in RECORDED[recorder]:
+        if CAUSES[how].kind != "scheduler gone":
+            assert failure(now, how)["status"] == "failed", how
+
+
+def test_a_run_that_never_came_to_a_task_never_started(store: mls.Store) -> None:
+    ids = new_run(store)
+    run = mls.Model(store, lambda: time.time() + 400).run(ids)
+    assert run and run["cause"]
+    assert (run["status"], run["cause"]["kind"]) == ("failed", "never started")
+    assert run["cause"]["pathspec"] == "/".join(ids)
+
+
+def test_the_first_task_that_failed_is_to_blame_and_not_those_that_fell_with_it() -> None:
+    graph: Any = {"steps": {"s": {"decorators": [{"name": "retry", "attributes": {"times": 1}}]}}}
+
+    def failed(number: int, finished_at: int, attempt: int = 1) -> Any:
+        return {
+            "step_name": "s",
+            "task_id": number,
+            "status": "failed",
+            "finished_at": finished_at,
+            "ts_epoch": 0,
+            "attempt_id": attempt,
+        }
+
+    tasks = [failed(1, 50), failed(2, 10, attempt=0), failed(3, 20), failed(4, 40)]
+    blamed = mls.first_failure(tasks, graph, lambda task: task["task_id"] == 3)
+    assert blamed and blamed["task_id"] == 4  # 2 would have been tried again, 3 was ended
+    assert mls.first_failure([], graph, lambda task: False) is None
+
+
+def test_the_cause_is_judged_once(
+    failures: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = much_later(failures("local"))
+    assert eventually(lambda: model.is_settled(failure(model, "foreach")))
+    monkeypatch.setattr(mls.Model, "_find_cause", None)
+    assert failure(model, "foreach")["cause"]["kind"] == "raised"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("no traceback", None),
+        (
+            'Traceback (most recent call last):\n  File "/a/flow.py", line 3, in f\n    x\nE: m',
+            ("E", "m", "/a/flow.py", 3),
+        ),
+        (
+            'Traceback (most recent call last):\n  File "/a/flow.py", line 3, in f\n    g()\n'
+            '  File "/v/lib/python3.11/site-packages/p/q.py", line 5, in g\n    h()\np.Odd',
+            ("p.Odd", None, "/a/flow.py", 3),
+        ),
+        (
+            'Traceback (most recent call last):\n  File "/a/flow.py", line 9, in <module>\n'
+            '    Flow()\n  File "/src/metaflow/task.py", line 5, in run_step\n    h()\nE: m',
+            ("E", "m", None, None),
+        ),
+        (
+            'Traceback (most recent call last):\n  File "/a/flow.py", line 3, in f\n    x\nE: 1\n\n'
+            "During handling of the above exception, another exception occurred:\n\n"
+            'Traceback (most recent call last):\n  File "/a/flow.py", line 5, in f\n    y\nF: 2',
+            ("F", "2", "/a/flow.py", 5),
+        ),
+        (
+            "  + Exception Group Traceback (most recent call last):\n"
+            '  |   File "/a/flow.py", line 3, in f'
+            "\n  |     x\n  | ExceptionGroup: all (1 sub-exception)\n  +-+---- 1 ----\n"
+            '    | Traceback (most recent call last):\n    |   File "/a/b.py", line 1, in g\n'
+            "    | ValueError: inner\n    +----",
+            ("ExceptionGroup", "all (1 sub-exception)", "/a/flow.py", 3),
+        ),
+        (
+            'Traceback (most recent call last):\n  File "/a/flow.py", line 3, in f\n    import b\n'
+            '  File "/a/b.py", line 1\n    x = = 3\n        ^\nSyntaxError: invalid syntax',
+            ("SyntaxError", "invalid syntax", "/a/b.py", 1),
+        ),
+    ],
+)
+def test_a_traceback_is_read_for_the_innermost_line_of_the_users_own_code(
+    text: str, expected: Any
+) -> None:
+    raised = mls.parse_traceback(text.split("\n"))
+    assert (raised and raised[:4]) == expected
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        (-9, "signal 9 (SIGKILL)"),
+        (-64, "signal 64"),
+        (3, "exit code 3"),
+        (137, "exit code 137 (SIGKILL)"),
+        (None, "no sign of life any more"),
+    ],
+)
+def test_an_end_is_told_by_its_signal_or_exit_code(code: int | None, text: str) -> None:
+    assert mls.describe_end(mls.ProcessEnd(code, False, False, 0)) == text
 
 
 def test_a_failed_task_with_attempts_left_does_not_end_its_run() -> None:
@@ -3227,6 +3597,9 @@ GOLDEN: Mapping[str, Any] = {
 }
 
 
+OUR_FIELDS = {"cause"}
+
+
 @pytest.mark.parametrize("path", GOLDEN)
 def test_rows_have_the_fields_and_types_of_the_real_backend(zoo: Api, path: str) -> None:
     step = re.search("{(.*)}", path)
@@ -3237,7 +3610,8 @@ def test_rows_have_the_fields_and_types_of_the_real_backend(zoo: Api, path: str)
     body = reply.json
     assert (reply.status, body["status"]) == (200, 200)
     row = body["data"][0] if isinstance(body["data"], list) else body["data"]
-    assert kinds(row) == kinds(GOLDEN[next(p for p in GOLDEN if p.endswith(path))])
+    theirs = {name: value for name, value in row.items() if name not in OUR_FIELDS}
+    assert kinds(theirs) == kinds(GOLDEN[next(p for p in GOLDEN if p.endswith(path))])
 
 
 def test_a_list_has_the_envelope_of_the_real_backend(zoo: Api) -> None:
@@ -5568,7 +5942,7 @@ def in_shell(
 
 def without_mention(stderr: str) -> str:
     """What `start` or `run` has said on stderr, but for where runs are shown."""
-    return re.sub(r"^metaflow-local-service: runs are shown at http://\S+\n", "", stderr)
+    return re.sub(r"^metaflow-local-service: runs are shown at http://.+\n", "", stderr)
 
 
 def is_refused(ran: subprocess.CompletedProcess[str], *words: object, code: int = 1) -> bool:
@@ -5979,10 +6353,10 @@ def test_status_says_what_one_wants_to_know(daemon: Api, cli: Cli) -> None:
 
 
 @pytest.mark.parametrize("options", [(), ("--all",)])
-def test_nothing_running_is_1_for_status_and_0_for_stop(cli: Cli, options: Sequence[str]) -> None:
+def test_nothing_running_is_3_for_status_and_0_for_stop(cli: Cli, options: Sequence[str]) -> None:
     told = cli("status", "--json", *options)
-    assert (told.returncode, bool(json.loads(told.stdout))) == (1, False)
-    for command, code in (("status", 1), ("stop", 0)):
+    assert (told.returncode, bool(json.loads(told.stdout))) == (3, False)
+    for command, code in (("status", 3), ("stop", 0)):
         ran = cli(command, *options)
         assert (ran.returncode, ran.stdout[:15], ran.stderr) == (code, "No service runs", "")
     assert all_paths(cli.folder) == []
@@ -6054,7 +6428,376 @@ def test_a_bad_value_in_the_environment_is_one_sentence(cli: Cli, name: str) -> 
 @pytest.mark.parametrize("command", ["start", "status", "stop", "run true", "demo"])
 def test_a_folder_that_is_gone_is_one_sentence(cli: Cli, command: str) -> None:
     script = "mkdir gone && cd gone && rmdir ../gone && PROGRAM"
-    assert is_refused(in_shell(cli, script, *command.split()), "current folder")
+    code = 4 if command == "status" else 1  # as it cannot be told whether a service runs
+    assert is_refused(in_shell(cli, script, *command.split()), "current folder", code=code)
+
+
+def test_a_status_that_cannot_be_told_is_4(daemon: Api, cli: Cli) -> None:
+    written = pidfile(cli.folder).read_text()
+    pidfile(cli.folder).write_text("{}")
+    assert is_refused(cli("status"), "does not say", code=4)
+    pidfile(cli.folder).write_text(written)  # so that it can be stopped
+    assert cli("status").returncode == 0
+
+
+# -- commands that tell ----------------------------------------------------------------------------
+
+
+def tell(folder: Path, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Ask of what is recorded in a folder."""
+    return Cli(folder, folder / "home")(*words, **environment)
+
+
+def told_json(folder: Path, *words: object) -> list[Any]:
+    """The JSON that a command prints, line by line."""
+    told = tell(folder, *words, "--json")
+    assert (told.returncode, told.stderr) == (0, ""), told
+    return [json.loads(line) for line in told.stdout.splitlines()]
+
+
+TELLING = ("runs", "show", "logs", "artifact", "card")
+
+
+@pytest.mark.parametrize("recorder", RECORDED)
+def test_commands_the_api_and_the_model_tell_the_same_cause(
+    failures: Callable[[str], Path], recorder: str
+) -> None:
+    folder = failures(recorder)
+    listed = {run["tags"][0]: run for run in told_json(folder, "runs")}
+    assert set(listed) == {"fine", *RECORDED[recorder]}
+    table = tell(folder, "runs").stdout
+    store = mls.Store(str(folder))
+    with ui_served(store) as api:
+        for how in RECORDED[recorder]:
+            row = listed[how]
+            if row["status"] == "running":  # it fell silent, which takes a while to be sure of
+                assert CAUSES[how].kind == "scheduler gone"
+                continue
+            path = f"/api/flows/CausesFlow/runs/{row['run']}"
+            assert api.get(path).json["data"]["cause"] == row["cause"]
+            (shown,) = told_json(folder, "show", f"CausesFlow/{row['run']}")
+            assert shown["cause"] == row["cause"]
+            assert row["cause"]["summary"] in table
+            text = tell(folder, "show", row["run"]).stdout
+            assert f"cause  {row['cause']['summary']}" in text
+
+
+def test_two_commands_find_the_line_that_a_run_failed_in(
+    failures: Callable[[str], Path],
+) -> None:
+    folder = failures("local")
+    failed = tell(folder, "runs", "CausesFlow", "--status", "failed", "--tag", "join").stdout
+    (pathspec,) = re.findall(r"CausesFlow/\d+", failed)
+    shown = tell(folder, "show", pathspec).stdout
+    line = CAUSES_FLOW.splitlines().index(
+        '                raise RuntimeError("two\\nlines") from error  # join'
+    )
+    for text in (
+        "RuntimeError",
+        "two\\nlines",
+        f"causes.py:{line + 1}",
+        "attempt    0 (from 0) of 1",
+    ):
+        assert text in shown, shown
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("--status completed", {"fine"}),
+        ("--status failed --tag kill", {"kill"}),
+        ("--tag user:tester --tag timeout", {"timeout"}),
+        ("--user nobody", set()),
+        ("CausesFlow --user tester --since 9w", {"fine", *CAUSES}),
+        ("--since 0s", set()),
+        ("--since 2999-01-01", set()),
+    ],
+)
+def test_runs_are_filtered(
+    failures: Callable[[str], Path], options: str, expected: set[str]
+) -> None:
+    runs = told_json(failures("local"), "runs", *options.split())
+    assert {run["tags"][0] for run in runs} == expected
+    assert [run["ts_epoch"] for run in runs] == sorted((r["ts_epoch"] for r in runs), reverse=True)
+
+
+def test_a_limit_is_said_and_can_be_lifted(failures: Callable[[str], Path]) -> None:
+    limited = tell(failures("local"), "runs", "--limit", 2)
+    assert (len(limited.stdout.splitlines()), "--limit 0" in limited.stderr) == (3, True)
+    whole = tell(failures("local"), "runs", "--limit", 0)
+    assert (len(whole.stdout.splitlines()), whole.stderr) == (len(CAUSES) + 2, "")
+
+
+def test_a_run_a_step_and_a_task_are_shown(failures: Callable[[str], Path]) -> None:
+    folder = failures("local")
+    run = failure(much_later(folder), "fine")["run"]
+    shown = tell(folder, "show", run).stdout
+    for pattern in (r"/\d+  completed\n", r"speed  7\n", r"each .*  3 completed\n"):
+        assert re.search(pattern, shown), shown
+    shown = tell(folder, "show", f"{run}/retried").stdout
+    assert re.search(r"0 +failed .*ValueError: attempt 0", shown), shown
+    assert re.search(r"1 +completed", shown), shown
+    (step,) = told_json(folder, "show", f"{run}/each")
+    assert [task["status"] for task in step["tasks"]] == ["completed"] * 3
+    task_id = step["tasks"][0]["task_id"]
+    shown = tell(folder, "show", f"{run}/each/{task_id}").stdout
+    for text in ("letters", "['a', 'b', 'c']", "ds-type", "local"):
+        assert text in shown, shown
+    (task,) = told_json(folder, "show", f"{run}/each/{task_id}")
+    assert {"letters", "speed"} <= {row["name"] for row in task["artifacts"]}
+
+
+def test_a_part_of_a_pathspec_is_enough(failures: Callable[[str], Path]) -> None:
+    model = mls.Model(mls.Store(str(failures("local"))))
+    runs = [mls.run_row_ids(row) for row in model.runs()]
+    newest, fine = runs[0], mls.run_row_ids(failure(model, "fine"))
+    unique = next(n for n in range(1, 17) if sum(r[1][:n] == fine[1][:n] for r in runs) == 1)
+    beginning = fine[1][:unique]
+    task = model.store.task_ids((*fine, "start"))[0]
+    failed = next(r for r in runs if (model.run(r) or {})["status"] == "failed")
+    for pathspec, ids in {
+        None: newest,
+        "CausesFlow": newest,
+        "latest": newest,
+        "CausesFlow/latest": newest,
+        "CausesFlow/latest-failed": failed,
+        "/".join(fine): fine,
+        beginning: fine,
+        f"CausesFlow/{beginning}/end": (*fine, "end"),
+        "start": (*newest, "start"),
+        "CausesFlow/start": (*newest, "start"),
+        f"{beginning}/start/{task[3]}": task,
+        f"CausesFlow/{fine[1]}/start/{task[3]}/letters": (*task, "letters"),
+    }.items():
+        assert mls.resolve_pathspec(model, pathspec) == ids, pathspec
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ("show NoFlow", 1, "NoFlow"),
+        ("show CausesFlow/12", 1, "12"),
+        ("show start/999", 1, "999"),
+        ("show ../x", 1, "'..'"),
+        ("show 1", 2, " or "),
+        ("show a//b", 2, "a//b"),
+        ("show a/b/c/d/e/f", 2, "pathspec"),
+        ("logs latest/start/999/x/y/z", 2, "pathspec"),
+        ("artifact CausesFlow", 2, "name a task"),
+        ("artifact {fine}/start/nothing", 1, "nothing"),
+        ("artifact {fine}/each", 2, " or "),
+        ("logs {fine}/{start} --attempt 7", 1, "attempt 7"),
+        ("card {fine}/start", 1, "card"),
+        ("runs NoFlow", 1, "NoFlow"),
+        ("runs --since yesterday", 2, "yesterday"),
+        ("runs --status odd", 2, "odd"),
+    ],
+)
+def test_what_is_not_there_or_ambiguous_is_one_sentence(
+    failures: Callable[[str], Path], words: str, code: int, said: str
+) -> None:
+    folder = failures("local")
+    model = much_later(folder)
+    run = mls.run_row_ids(failure(model, "fine"))
+    start = "/".join(model.store.task_ids((*run, "start"))[0][2:])
+    told = tell(folder, *words.format(fine="/".join(run), start=start).split())
+    assert is_refused(told, said, code=code)
+
+
+@pytest.mark.parametrize("command", TELLING)
+def test_a_folder_without_records_is_one_sentence(cli: Cli, command: str) -> None:
+    assert is_refused(cli(command), "Nothing is recorded", cli.folder)
+    assert all_paths(cli.folder) == []
+
+
+@pytest.mark.parametrize("command", TELLING)
+def test_to_tell_takes_neither_metaflow_nor_a_service(
+    failures: Callable[[str], Path], command: str
+) -> None:
+    folder = failures("local")
+    before = all_paths(folder)
+    run = failure(much_later(folder), "fine")["run"]
+    words = {"runs": [], "logs": [run]}.get(command, [f"{run}/caught"])
+    told = Cli(folder, folder / "home").execute(
+        [sys.executable, "-S", MODULE, command, *words, "--json"]  # -S: without site-packages
+    )
+    assert (told.returncode, told.stderr) == (0, "") and told.stdout
+    assert all_paths(folder) == before
+
+
+def test_logs_of_a_run_name_their_tasks(failures: Callable[[str], Path]) -> None:
+    folder = failures("local")
+    run = failure(much_later(folder), "fine")["run"]
+    lines = tell(folder, "logs", run).stdout.splitlines()
+    assert all(re.match(r"\[(start|retried|caught)/\d+\] ", line + " ") for line in lines), lines
+    assert sum("on stdout" in line for line in lines) == 1
+    start = tell(folder, "logs", f"{run}/start/1", "--stderr")
+    assert start.stdout == "it is about to happen\n"
+    out = tell(folder, "logs", f"{run}/start/1", "--stdout").stdout
+    assert out == "on stdout\n"
+    first = told_json(folder, "logs", f"{run}/retried", "--attempt", 0, "-n", 4)
+    assert len(first) == 4
+    assert {line["attempt_id"] for line in first} == {0}
+    assert any("ValueError: attempt 0" in line["line"] for line in first)
+
+
+def test_logs_are_followed_until_the_run_has_ended(cli: Cli) -> None:
+    (cli.folder / "causes.py").write_text(CAUSES_FLOW)
+    (cli.folder / ".metaflow").mkdir()
+    environment = {**cli.environment, "HOW": "timeout", "METAFLOW_DEFAULT_METADATA": "local"}
+    with subprocess.Popen(
+        [sys.executable, "causes.py", "run"],
+        cwd=cli.folder,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ):
+        assert eventually(lambda: list(cli.folder.glob(".metaflow/CausesFlow/*/start")), 60)
+        followed = cli("logs", "CausesFlow", "-f").stdout.splitlines()
+    assert sum("it is about to happen" in line for line in followed) == 1
+    assert any(re.match(r"\[limited/\d+\] .*timed out", line) for line in followed), followed
+
+
+def test_an_artifact_is_text_json_or_the_bytes_that_are_stored(
+    failures: Callable[[str], Path],
+) -> None:
+    folder = failures("local")
+    start = f"{failure(much_later(folder), 'fine')['run']}/start/1"
+    assert tell(folder, "artifact", f"{start}/letters").stdout == "['a', 'b', 'c']\n"
+    (letters,) = told_json(folder, "artifact", f"{start}/letters")
+    assert (letters["name"], letters["value"]) == ("letters", ["a", "b", "c"])
+    assert {row["name"] for row in told_json(folder, "artifact", start)} >= {"letters", "speed"}
+    cli = Cli(folder, folder / "home")
+    raw = subprocess.run(
+        cli.command("artifact", f"{start}/letters", "--raw"),
+        cwd=folder,
+        env=cli.environment,
+        capture_output=True,
+        check=True,
+    )
+    assert pickle.loads(gzip.decompress(raw.stdout)) == ["a", "b", "c"]
+
+
+def test_a_card_is_a_file_that_a_browser_opens(
+    failures: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = failures("local")
+    run = failure(much_later(folder), "fine")["run"]
+    (path,) = tell(folder, "card", run).stdout.splitlines()
+    assert Path(path).suffix == ".html" and "<html" in Path(path).read_text().lower()
+    browser = tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\necho "$1" > {tmp_path}/opened\n')
+    browser.chmod(0o755)
+    told = tell(folder, "card", f"{run}/caught", "--open", BROWSER=f"{browser} %s")
+    assert (told.returncode, told.stdout) == (0, path + "\n")
+    assert (tmp_path / "opened").read_text() == f"file://{path}\n"
+
+
+@contextlib.contextmanager
+def terminal(width: int) -> Iterator[tuple[int, Callable[[], str]]]:
+    """The descriptor of a terminal, and what was written to it so far."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+    attributes = termios.tcgetattr(theirs)
+    attributes[1] &= ~termios.OPOST  # a line ends as it was written
+    termios.tcsetattr(theirs, termios.TCSANOW, attributes)
+
+    def written() -> str:
+        content = b""
+        while select.select([ours], [], [], 0)[0]:
+            content += os.read(ours, 65536)
+        return content.decode()
+
+    try:
+        yield theirs, written
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+@pytest.mark.parametrize(("variables", "is_colored"), [({}, True), ({"NO_COLOR": "1"}, False)])
+def test_a_table_fits_the_terminal_and_cuts_no_id(
+    failures: Callable[[str], Path], variables: Mapping[str, str], is_colored: bool
+) -> None:
+    folder = failures("local")
+    cli = Cli(folder, folder / "home")
+    with terminal(100) as (descriptor, written):
+        subprocess.run(
+            cli.command("runs"),
+            cwd=folder,
+            env={**cli.environment, "TERM": "xterm", **variables},
+            stdout=descriptor,
+            check=True,
+        )
+        text = written()
+    assert ("\x1b[31mfailed\x1b[0m" in text) == is_colored
+    lines = re.sub(r"\x1b\[\d*m", "", text).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert len([line for line in lines if re.search(r"  CausesFlow/\d{16}  ", line)]) > len(CAUSES)
+    assert any(re.search(r"\S\.\.\S", line) for line in lines)
+
+
+def test_what_a_flow_writes_sends_no_escape_sequence(failures: Callable[[str], Path]) -> None:
+    folder = failures("local")
+    for how in ("foreach", "kill"):
+        run = failure(much_later(folder), how)["run"]
+        for command in ("show", "logs"):
+            told = tell(folder, command, run).stdout
+            assert told and not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", told)
+
+
+@given(st.text())
+def test_what_is_printed_is_one_line_without_control_characters(text: str) -> None:
+    assert not re.search("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", mls.printable(text))
+
+
+@given(st.text(), st.integers(8, 60))
+def test_a_text_is_shortened_to_the_width_that_there_is(text: str, width: int) -> None:
+    plain = mls.printable(text)
+    short = mls.shorten(plain, width)
+    assert mls.text_width(short) <= width
+    assert short == plain or ".." in short
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "text"),
+    [
+        (None, "-"),
+        (1, "0.0s"),
+        (59_949, "59.9s"),
+        (65_000, "1m 05s"),
+        (7_380_000, "2h 03m"),
+        (93_600_000, "1d 2h"),
+    ],
+)
+def test_a_duration_is_told_in_its_largest_units(milliseconds: int | None, text: str) -> None:
+    assert mls.format_duration(milliseconds) == text
+
+
+@pytest.mark.parametrize(("seconds", "is_told"), [(0, True), (100, False)])
+def test_what_takes_long_says_on_a_terminal_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, is_told: bool
+) -> None:
+    said = io.StringIO()
+    monkeypatch.setattr(said, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stderr", said)
+    monkeypatch.setattr(mls, "PROGRESS_SECONDS", seconds)
+    monkeypatch.setattr(mls, "PROGRESS_RATE", 1_000_000)
+    assert list(mls.track("abc", "letters read", 3)) == ["a", "b", "c"]
+    assert ("2 of 3 letters read" in said.getvalue()) == is_told
+    assert said.getvalue()[-4:] == ("\r\x1b[K" if is_told else "")
+
+
+def test_what_takes_long_says_nothing_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(mls, "PROGRESS_SECONDS", 0)
+    assert list(mls.track("abc", "letters read", 3)) == ["a", "b", "c"]
+    assert capsys.readouterr().err == ""
+
+
+def test_run_names_the_command_that_shows_what_it_does(daemon: Api, cli: Cli) -> None:
+    assert "`metaflow-local-service show`" in cli("run", "true").stderr
 
 
 def test_the_help_of_every_subcommand_has_an_example(cli: Cli) -> None:
