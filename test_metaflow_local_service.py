@@ -3463,7 +3463,7 @@ def test_what_a_scheduler_left_is_believed_only_where_it_makes_sense(
 def ui_served(store: mls.Store, key: str | None = None, **options: Any) -> Iterator[Api]:
     """Serve a store and its UI from this process."""
     server = mls.Server("127.0.0.1", 0, key)
-    service = mls.UiService(store, key=key, **options)
+    service = mls.UiService(store, credentials=server.access.credentials, **options)
     thread = threading.Thread(target=server.serve, args=(service, lambda idle: True))
     mls.TICK_SECONDS = 0.01  # stops at once
     thread.start()
@@ -4408,6 +4408,52 @@ def test_with_a_key_only_the_page_and_the_login_are_open(store: mls.Store) -> No
         stranger.close()
 
 
+def logged_in(api: Api, key: str) -> str:
+    """The cookie that the login sets."""
+    cookie: str = api.post("/api/login", {"key": key}).headers["set-cookie"].partition(";")[0]
+    return cookie
+
+
+def test_a_cookie_is_of_one_service_alone_and_does_not_hold_the_key(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    key = "one-key-of-two-services"
+    stores = [new_store(tmp_path_factory) for _ in range(2)]
+    with ui_served(stores[0], key=key) as one, ui_served(stores[1], key=key) as other:
+        cookies = logged_in(one, key), logged_in(other, key)
+        names = [cookie.partition("=")[0] for cookie in cookies]
+        assert names == [f"{mls.PROGRAM}-{api.port}" for api in (one, other)]
+        assert not [cookie for cookie in cookies if key in cookie]
+        stranger = Api(one.url)
+        assert stranger.get("/flows", cookie="; ".join(cookies)).status == 200
+        forged = f"{names[0]}={cookies[1].partition('=')[2]}"
+        assert stranger.get("/flows", cookie=forged).status == 401
+        stranger.close()
+
+
+def test_the_login_takes_few_bytes_and_few_guesses_and_shuts_nobody_out(store: mls.Store) -> None:
+    with ui_served(store, key="the-key-of-the-service") as api:
+        stranger = Api(api.url)
+        large = stranger.request("POST", "/api/login", b'{"key": "%s"}' % (b"x" * 5000))
+        assert large.status == 413
+        guesses = [stranger.post("/api/login", {"key": "wrong"}).status for _ in range(20)]
+        assert guesses[0] == 401
+        assert 429 in guesses
+        assert guesses.count(401) < 10
+        assert api.get("/ping").status == 200
+        login = {"key": "the-key-of-the-service"}
+        assert eventually(lambda: stranger.post("/api/login", login).status == 204)
+        stranger.close()
+
+
+def test_a_limit_of_guesses_is_made_up_for_by_time() -> None:
+    now = [0.0]
+    limit = mls.GuessLimit(5, clock=lambda: now[0])
+    assert [limit.allow() for _ in range(6)] == [True] * 5 + [False]
+    now[0] = 0.4
+    assert [limit.allow() for _ in range(3)] == [True, True, False]
+
+
 @pytest.fixture
 def build(tmp_path: Path) -> Path:
     """A build of a UI."""
@@ -4459,6 +4505,56 @@ def test_with_a_build_and_a_key_our_page_asks_for_it(store: mls.Store, build: Pa
         assert api.get("/MyFlow/1").content == b"<html>official"
         assert stranger.get("/flows").status == 401
         stranger.close()
+
+
+@pytest.fixture
+def card_url(store: mls.Store) -> str:
+    """The path of a card of a task."""
+    with ui_served(store) as api:
+        task, ids = make_running_task(api, store.folder)
+    folder = Path(store.folder, "mf.cards", *place_of_cards(ids), "cards")
+    folder.mkdir(parents=True)
+    (folder / "blank-abc.html").write_text("<p>a card")
+    return f"/api{task}/cards/abc"
+
+
+def place_of_cards(ids: Sequence[str]) -> Sequence[str]:
+    flow, run, step, task = ids
+    return (flow, "runs", run, "steps", step, "tasks", task)
+
+
+def test_a_card_in_a_tab_of_its_own_is_in_a_sandbox(
+    store: mls.Store, build: Path, card_url: str
+) -> None:
+    for options in ({}, {"ui_folder": str(build)}):
+        with ui_served(store, **options) as api:
+            for headers in ({}, {"Sec-Fetch-Dest": "document"}):
+                reply = api.request("GET", card_url, headers=headers)
+                assert "sandbox" in reply.headers["content-security-policy"]
+
+
+def test_a_card_in_a_frame_of_the_official_ui_reaches_nothing(
+    store: mls.Store, build: Path, card_url: str
+) -> None:
+    with ui_served(store, ui_folder=str(build)) as api:
+        reply = api.request("GET", card_url, headers={"Sec-Fetch-Dest": "iframe"})
+        policy = reply.headers["content-security-policy"]
+        assert "sandbox" not in policy  # the official UI's scripts look into it
+        for directive in ("connect-src 'none'", "form-action 'none'", "frame-src 'none'"):
+            assert directive in policy
+
+
+@pytest.mark.parametrize(
+    "headers", [{"Origin": "http://{host}"}, {"Sec-Fetch-Site": "same-origin"}]
+)
+def test_beside_the_official_ui_no_page_of_a_browser_writes(
+    store: mls.Store, build: Path, headers: dict[str, str]
+) -> None:
+    with ui_served(store, ui_folder=str(build)) as api:
+        sent = {k: v.format(host=f"{api.host}:{api.port}") for k, v in headers.items()}
+        assert api.request("POST", "/flows/ByCard", {}, sent).status == 403
+        assert api.request("GET", "/flows", headers=sent).json == []
+        assert api.post("/flows/ByClient").status == 200
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "not json", '{"a":' * 900 + "1" + "}" * 900])
@@ -4667,6 +4763,31 @@ def test_a_body_that_is_too_large_is_told_the_limit(
     assert reply is not None and reply.status == 413
     assert "1000 bytes" in reply.json["message"]
     assert answer_to(api, "POST /flows/Flow", body=b"{}".ljust(1000)).status == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"[" + b"[]," * 1_000_000 + b"[]]", 413),
+        (b'{"tags": [' + b'"a",' * 1_000_000 + b'""]}', 413),
+        (b"{" * 2_000_000, 413),
+        (b"[" * 100_000, 400),
+        (b'{"user_name": "' + b"a,[{" * 1_000_000 + b'"}', 200),  # commas of a text count for one
+    ],
+    ids=["lists", "texts", "open", "deep", "text"],
+)
+def test_a_body_of_too_many_values_is_refused_before_it_is_parsed(
+    api: Api, body: bytes, status: int
+) -> None:
+    assert api.request("POST", "/flows/Flow", body).status == status
+
+
+def test_what_metaflow_sends_at_most_is_taken(api: Api) -> None:
+    task = api.new_task_of_its_own()
+    many = api.post(f"{task}/artifact", [artifact(f"a{n}") for n in range(3000)])
+    assert many.json == {"artifacts_created": 3000}
+    large = api.post(f"{task}/metadata", [metadatum("text", "one, two\n" * 2_000_000)])
+    assert large.json == {"metadata_created": 1}
 
 
 def test_a_post_without_a_length_is_told_that_it_needs_one(api: Api) -> None:
@@ -5286,6 +5407,129 @@ def test_connections_beyond_the_limit_are_told_so(
         assert (reply.status, reply.headers["connection"]) == (503, "close")
         assert "too many connections" in reply.json["message"]
     assert eventually(lambda: answer_to(api, "GET /ping").status == 200)
+
+
+# -- other users of this machine -------------------------------------------------------------------
+
+
+AS_ANOTHER_USER = ("setpriv", "--reuid=1000", "--regid=1000", "--clear-groups")
+
+needs_other_users = pytest.mark.skipif(
+    os.geteuid() != 0 or not shutil.which("setpriv") or not sys.platform.startswith("linux"),
+    reason="only root of a Linux with setpriv can be another user",
+)
+
+CLIENT = "import sys, http.client as h; c = h.HTTPConnection(*sys.argv[1:3]); "
+CLIENT += "c.request(*sys.argv[3:5], '{}'); r = c.getresponse(); print(r.status, r.read().decode())"
+
+
+def status_for_another_user(api: Api, method: str, path: str) -> tuple[int, str]:
+    """What another user of this machine is answered."""
+    command = [*AS_ANOTHER_USER, "/usr/bin/env", "python3", "-c", CLIENT]
+    command += [str(api.host), str(api.port), method, path]
+    path_of_python = {"PATH": "/usr/bin:/bin:/usr/local/bin"}
+    ran = subprocess.run(command, capture_output=True, text=True, cwd="/", env=path_of_python)
+    if not ran.stdout:
+        pytest.skip(f"there is no Python that another user may run: {ran.stderr}")
+    status, _, content = ran.stdout.partition(" ")
+    return int(status), content
+
+
+@needs_other_users
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_another_user_of_this_machine_gets_nothing_but_the_way_to_get_it(
+    store: mls.Store, host: str
+) -> None:
+    with served(store, host=host) as api:
+        for method, path in (("POST", "/flows/ByOther"), ("GET", "/flows"), ("GET", "/")):
+            status, content = status_for_another_user(api, method, path)
+            assert status == 403
+            assert "--generate-key" in content
+        assert api.get("/flows").json == []
+
+
+@needs_other_users
+def test_another_user_who_has_the_key_is_answered_as_any(store: mls.Store) -> None:
+    with served(store, key="a-key-that-others-have") as api:
+        assert status_for_another_user(api, "GET", "/flows")[0] == 401
+
+
+@contextlib.contextmanager
+def connected(family: str = "127.0.0.1") -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Both ends of a connection over loopback: the one of the server first."""
+    with socket.create_server(
+        (family, 0), family=socket.AF_INET6 if ":" in family else 2
+    ) as server:
+        client = socket.create_connection(server.getsockname()[:2])
+        ours, _ = server.accept()
+        with ours, client:
+            yield ours, client
+
+
+linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux")
+
+
+@linux_only
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+@pytest.mark.parametrize("way", ["ask_kernel_for_owner", "read_owner_from_proc"])
+def test_the_owner_of_a_connection_is_found_both_ways(host: str, way: str) -> None:
+    with connected(host) as (ours, client):
+        inode = os.fstat(client.fileno()).st_ino
+        ends = client.getsockname()[:2], ours.getsockname()[:2]
+        assert getattr(mls, way)(*ends) == (os.geteuid(), inode)
+        assert getattr(mls, way)((host, 1), ends[1]) is None
+
+
+@linux_only
+def test_an_ipv4_client_of_an_ipv6_service_is_found() -> None:
+    with contextlib.ExitStack() as sockets:
+        server = socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+        sockets.enter_context(server)
+        address = ("127.0.0.1", server.getsockname()[1])
+        sockets.enter_context(socket.create_connection(address))
+        ours = sockets.enter_context(server.accept()[0])
+        assert not mls.is_foreign(ours)
+
+
+@linux_only
+def test_an_end_that_nobody_holds_any_more_proves_nothing() -> None:
+    with connected() as (ours, client):
+        assert not mls.is_foreign(ours)
+        client.close()
+        assert mls.is_foreign(ours)
+
+
+@linux_only
+def test_without_netlink_the_kernel_is_asked_by_proc_and_without_both_not_at_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unavailable(*_: object) -> None:
+        raise OSError(errno.EPROTONOSUPPORT, "no netlink here")
+
+    monkeypatch.setattr(mls, "ask_kernel_for_owner", unavailable)
+    with connected() as (ours, client):
+        assert not mls.is_foreign(ours)
+        monkeypatch.setattr(mls.os, "geteuid", lambda: 12345)
+        assert mls.is_foreign(ours) == (os.fstat(client.fileno()).st_uid != 0)
+        monkeypatch.setattr(mls, "read_owner_from_proc", lambda *_: None)
+        assert not mls.is_foreign(ours)
+
+
+def test_the_log_has_no_character_that_a_terminal_takes_for_a_command() -> None:
+    formatter = mls.OneLineFormatter("%(message)s")
+    record = logging.makeLogRecord({"msg": "flow \x1b[31mred\nforged \x9b2J"})
+    assert formatter.format(record) == "flow \\x1b[31mred\\nforged \\x9b2J"
+
+
+def test_connections_that_have_asked_for_nothing_make_room_for_others(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mls, "MOST_CONNECTIONS", 3)
+    with contextlib.ExitStack() as clients:
+        for half in (b"", b"POST /flows/F HTTP/1.1\r\n", http_request("GET /ping")[:-2]):
+            clients.enter_context(Wire(api)).send(half)
+        for _ in range(5):
+            assert eventually(lambda: answer_to(api, "GET /ping").status == 200)
 
 
 def test_a_regular_expression_that_never_ends_holds_up_nobody(daemon: Api, cli: Cli) -> None:
