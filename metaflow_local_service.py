@@ -4188,406 +4188,2865 @@ class BrokenService:
 # Page: the page of our own, one document that needs nothing but the UI API
 # ==================================================================================================
 
-PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Metaflow runs</title><link rel="icon" href="data:,"><style>
-:root { color-scheme: light dark; --mono: ui-monospace, Menlo, Consolas, monospace; --edge: 1px solid var(--line); --bg: #f6f6f3;
-  --wire: 1.5px solid var(--idle); --card: #fff; --ink: #1d2025; --dim: #646a73; --line: #e3e3de; --hover: #f1f3f8; --accent: #3556c9;
-  --ok: #3da263; --failed: #d8434b; --running: #3f7df0; --idle: #a9aeb6; }
-@media (prefers-color-scheme: dark) { :root { --bg: #14161a; --card: #1b1e23; --ink: #e6e8eb; --dim: #9aa1ab; --line: #2c3038;
-  --hover: #242933; --accent: #8fabff; --ok: #46b877; --failed: #f2666c; --running: #639aff; --idle: #666d78; } }
-* { box-sizing: border-box; } [hidden], body > form { display: none !important; } ::placeholder { color: var(--dim); opacity: 1; }
-body { margin: 0; background: var(--bg); color: var(--ink); font: 14px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
-a { color: inherit; text-decoration: none; } a:hover { text-decoration: underline; } button:hover { background: var(--hover); }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 4px; } main:focus { outline: none; }
-header { position: sticky; top: 0; z-index: 5; background: var(--card); border-bottom: var(--edge); } #filter { width: min(380px, 42vw); }
-header > div, main { max-width: 1240px; margin: 0 auto; padding: 10px 24px; } main { padding-top: 24px; padding-bottom: 64px; }
-header > div, #crumbs, .title, .attempts { display: flex; gap: 8px 16px; align-items: baseline; flex-wrap: wrap; }
-h1, h2, h3 { margin: 0; font-size: 13px; } h1 { font-size: 22px; margin-bottom: 12px; overflow-wrap: anywhere; }
-input, button { font: inherit; color: inherit; background: var(--bg); border: var(--edge); border-radius: 7px; padding: 5px 11px; }
-code, pre, .log { font: 12.5px/1.55 var(--mono); overflow-wrap: anywhere; white-space: pre-wrap; margin: 0; }
-dl { display: flex; flex-wrap: wrap; gap: 12px 36px; margin: 0 0 22px; } dt { color: var(--dim); font-size: 12px; } dd { margin: 0; }
-table { width: 100%; border-collapse: collapse; } td:has(code) { width: 0; } th { font-size: 12px; font-weight: 500; color: var(--dim); }
-th, td { padding: 8px 16px; border-bottom: var(--edge); vertical-align: top; text-align: left; overflow-wrap: anywhere; }
-tbody tr:last-child td { border-bottom: 0; } td pre { max-height: 240px; overflow: auto; } td code { display: block; width: 240px; }
-iframe { display: block; width: 100%; height: 480px; border: 0; background: #fff; resize: vertical; } .note { color: var(--dim); }
-#crumbs { flex: 1; min-width: 0; flex-wrap: nowrap; gap: 8px; } #crumbs a { overflow: hidden; text-overflow: ellipsis; }
-#crumbs a:first-child { flex: none; font-weight: 650; } #crumbs a + a::before { content: "/"; color: var(--dim); margin-right: 8px; }
-#live, .dim, .title a { color: var(--dim); font-size: 12px; white-space: nowrap; } .nav { scroll-margin: 110px 0 60px; }
-.badge::before, #live::before { content: ""; display: inline-block; width: 8px; height: 8px; border-radius: 50%; margin-right: 7px;
-  background: var(--c, var(--idle)); } .number, #crumbs { white-space: nowrap; font-variant-numeric: tabular-nums; }
-.s-completed, [data-state=live] { --c: var(--ok); } .s-failed, [data-state=reconnecting] { --c: var(--failed); }
-.s-running { --c: var(--running); } .s-pending, .s-unknown { --c: var(--idle); } .more { display: block; margin: 16px auto; }
-.panel, .attempts a { background: var(--card); border: var(--edge); border-radius: 10px; } .panel { margin: 0 0 20px; overflow: hidden; }
-.title { padding: 11px 16px; border-bottom: var(--edge); } .title > h2 { flex: 1; } .note, .panel > dl { margin: 0; padding: 14px 16px; }
-.tag { position: relative; z-index: 1; padding: 0 8px; margin: 0 4px 2px 0; color: var(--dim); font-size: 12px; max-width: 240px;
-  overflow: hidden; text-overflow: ellipsis; white-space: nowrap; vertical-align: middle; }
-#runs tr { position: relative; } #runs .nav::after { content: ""; position: absolute; inset: 0; /* A link covers its whole row. */ }
-#runs tbody tr:hover, .row.nav:hover { background: var(--hover); text-decoration: none; } #runs .nav:focus { outline: none; }
-#runs .nav:focus-visible::after, .row:focus-visible { outline: 2px solid var(--accent); outline-offset: -2px; }
-.dag { overflow-x: auto; padding: 18px; } .sequence { display: flex; align-items: center; width: max-content; }
-.node { min-width: 116px; padding: 4px 12px; text-align: left; line-height: 1.35; background: var(--card); white-space: nowrap;
-  border-left: 4px solid var(--c); } .node, .branches { position: relative; } .node + .node { margin-left: 36px; }
-.branches { margin: 0 20px; border: var(--wire); border-width: 0 1.5px; border-radius: 14px; }
-.branch { display: flex; align-items: center; padding: 5px 0; } .branch::after { flex: 1 0 20px; } .branch::before { flex: none; }
-:is(.branch, .branches)::before, :is(.branch, .branches)::after, .node + .node::before { content: ""; border-top: var(--wire); width: 20px }
-.node + .node::before, .branches::before, .branches::after { position: absolute; top: 50%; } .branches::before { left: -21px; }
-.branches::after { right: -21px; } .node + .node::before { left: -41px; width: 36px; }
-.timeline { padding: 8px 0; } .fold { margin: 4px 0 8px 32px; } .sub { padding-left: 16px; } .row > :last-child { text-align: right; }
-.row { display: grid; grid-template-columns: 200px 1fr 110px; gap: 14px; padding: 3px 16px; } /* Places are seconds. */
+PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Metaflow runs</title>
+<link id="icon" rel="icon" href="data:,">
+<style>
+/* Colours and measures. A status gives its colour to --c of whatever bears its class. */
+:root {
+  color-scheme: light dark;
+  --bg: #f6f6f4;
+  --card: #ffffff;
+  --raised: #fbfbfa;
+  --hover: #f1f3f9;
+  --ink: #191b20;
+  --dim: #5d646f;
+  --line: #e5e5e0;
+  --strong-line: #8b9099;
+  --accent: #3651c5;
+  --completed: #24935a;
+  --failed: #d13438;
+  --running: #2f6fe4;
+  --idle: #868d97;
+  --mark: #ffe58a;
+  --shadow: 0 1px 2px rgb(0 0 0 / 4%), 0 8px 28px rgb(0 0 0 / 10%);
+  --mono: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  --sans: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
+  --edge: 1px solid var(--line);
+  --side: 28px;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --bg: #121417;
+    --card: #191c20;
+    --raised: #1e2126;
+    --hover: #22272f;
+    --ink: #e7e9ec;
+    --dim: #a0a7b1;
+    --line: #2b2f36;
+    --strong-line: #6c737e;
+    --accent: #93abff;
+    --completed: #4cc38a;
+    --failed: #ff6b6f;
+    --running: #6aa2ff;
+    --idle: #8a919c;
+    --mark: #6b5310;
+    --shadow: 0 1px 2px rgb(0 0 0 / 30%), 0 8px 28px rgb(0 0 0 / 45%);
+  }
+}
+.s-completed, [data-state="live"] { --c: var(--completed); }
+.s-failed, [data-state="reconnecting"] { --c: var(--failed); }
+.s-running { --c: var(--running); }
+.s-pending, .s-unknown { --c: var(--idle); }
+
+/* Elements. */
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
+html { scrollbar-gutter: stable; }
+body {
+  margin: 0;
+  background: var(--bg);
+  color: var(--ink);
+  font: 14px/1.5 var(--sans);
+}
+a { color: inherit; text-decoration: none; }
+a:hover { text-decoration: underline; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 5px; }
+main:focus { outline: none; }
+::placeholder { color: var(--dim); opacity: 1; }
+h1, h2, h3 { margin: 0; font-size: 13px; font-weight: 600; }
+h1 { font-size: 20px; line-height: 1.3; letter-spacing: -0.01em; overflow-wrap: anywhere; }
+p { margin: 0; }
+input, button, select {
+  font: inherit;
+  color: inherit;
+  background: var(--card);
+  border: var(--edge);
+  border-radius: 7px;
+  padding: 4px 10px;
+}
+button, select, summary, [type="checkbox"] { cursor: pointer; }
+button:hover, select:hover { background: var(--hover); }
+[type="checkbox"] { accent-color: var(--accent); width: 15px; height: 15px; margin: 0; }
+code, pre { font: 12.5px/1.55 var(--mono); margin: 0; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+table { width: 100%; border-collapse: collapse; }
+th, td { padding: 8px 12px; text-align: left; vertical-align: top; border-bottom: var(--edge); }
+th { font-size: 12px; font-weight: 500; color: var(--dim); }
+tbody tr:last-child > * { border-bottom: 0; }
+.dim { color: var(--dim); font-size: 12px; font-weight: 400; }
+.number { white-space: nowrap; font-variant-numeric: tabular-nums; }
+.hidden-text {
+  position: absolute;
+  width: 1px;
+  height: 1px;
+  overflow: hidden;
+  clip-path: inset(50%);
+}
+.note { padding: 14px 18px; color: var(--dim); }
+.link { color: var(--accent); }
+.bare { border: 0; background: none; padding: 0 4px; color: var(--dim); font-size: 12px; }
+.bare:hover { color: var(--accent); background: none; text-decoration: underline; }
+.primary { background: var(--accent); border-color: var(--accent); color: var(--card); }
+.primary:hover { background: color-mix(in srgb, var(--accent) 85%, var(--ink)); }
+.danger { color: var(--failed); }
+
+/* The header: where one is, the filter, other projects, whether the page is live. */
+header {
+  position: sticky;
+  top: 0;
+  z-index: 5;
+  display: flex;
+  align-items: center;
+  gap: 10px 16px;
+  padding: 9px var(--side);
+  background: var(--card);
+  border-bottom: var(--edge);
+}
+main { padding: 22px var(--side) 72px; }
+#crumbs { flex: 1; display: flex; gap: 8px; min-width: 0; white-space: nowrap; }
+#crumbs a { overflow: hidden; text-overflow: ellipsis; }
+#crumbs a:first-child { flex: none; font-weight: 650; }
+#crumbs a + a::before { content: "/"; color: var(--dim); margin-right: 8px; }
+#live { color: var(--dim); font-size: 12px; white-space: nowrap; }
+#live::before {
+  content: "";
+  display: inline-block;
+  width: 8px;
+  height: 8px;
+  margin-right: 7px;
+  border-radius: 50%;
+  background: var(--c, var(--idle));
+}
+.search { position: relative; flex: 0 1 440px; }
+#filter { width: 100%; background: var(--bg); padding: 6px 12px; }
+#suggestions {
+  position: absolute;
+  inset: calc(100% + 5px) 0 auto;
+  max-height: 330px;
+  overflow: auto;
+  margin: 0;
+  padding: 5px;
+  list-style: none;
+  background: var(--card);
+  border: var(--edge);
+  border-radius: 9px;
+  box-shadow: var(--shadow);
+}
+#suggestions li {
+  display: flex;
+  justify-content: space-between;
+  gap: 14px;
+  padding: 4px 10px;
+  border-radius: 6px;
+  cursor: pointer;
+  overflow-wrap: anywhere;
+}
+#suggestions [aria-selected="true"], #suggestions li:hover { background: var(--hover); }
+.menu { position: relative; }
+.menu > summary {
+  list-style: none;
+  padding: 4px 10px;
+  border: var(--edge);
+  border-radius: 7px;
+  white-space: nowrap;
+}
+.menu > summary::-webkit-details-marker { display: none; }
+.menu > summary:hover { background: var(--hover); }
+.menu > summary::after { content: " \25be"; color: var(--dim); }
+.menu > div {
+  position: absolute;
+  right: 0;
+  top: calc(100% + 5px);
+  z-index: 6;
+  min-width: 240px;
+  max-width: min(460px, 92vw);
+  padding: 5px;
+  background: var(--card);
+  border: var(--edge);
+  border-radius: 9px;
+  box-shadow: var(--shadow);
+}
+.menu > div > * {
+  display: block;
+  width: 100%;
+  padding: 6px 10px;
+  border: 0;
+  border-radius: 6px;
+  background: none;
+  text-align: left;
+}
+.menu > div > :is(a, button, label):hover { background: var(--hover); text-decoration: none; }
+.menu label [type="checkbox"] { margin-right: 9px; vertical-align: -2px; }
+
+/* Statuses, tags, panels, facts. */
+.badge { --tint: 13%; white-space: nowrap; font-weight: 550; font-size: 12.5px; }
+.badge {
+  display: inline-block;
+  padding: 0 9px;
+  border-radius: 99px;
+  color: color-mix(in srgb, var(--c, var(--idle)) 62%, var(--ink));
+  background: color-mix(in srgb, var(--c, var(--idle)) 13%, var(--card));
+}
+.badge::before {
+  content: "";
+  display: inline-block;
+  width: 7px;
+  height: 7px;
+  margin-right: 6px;
+  border-radius: 50%;
+  background: var(--c, var(--idle));
+}
+.s-running.badge::before { animation: pulse 1.6s ease-in-out infinite; }
+@keyframes pulse { 50% { opacity: 0.25; } }
+.tags { display: flex; flex-wrap: wrap; gap: 4px; align-items: center; }
+.tag {
+  display: inline-flex;
+  position: relative;
+  z-index: 1;
+  max-width: 220px;
+  border: var(--edge);
+  border-radius: 6px;
+  background: var(--raised);
+  color: var(--dim);
+  font-size: 12px;
+}
+.tag > button { border: 0; background: none; padding: 0 7px; font-size: 12px; color: inherit; }
+.tag > button:first-child {
+  overflow: hidden;
+  text-overflow: ellipsis;
+  white-space: nowrap;
+}
+.tag > button:hover { color: var(--accent); }
+.tag > button + button { padding-left: 0; }
+.panel {
+  margin: 0 0 18px;
+  background: var(--card);
+  border: var(--edge);
+  border-radius: 11px;
+  overflow: clip;
+}
+.title {
+  display: flex;
+  flex-wrap: wrap;
+  align-items: center;
+  gap: 6px 14px;
+  min-height: 43px;
+  padding: 6px 18px;
+}
+.title > h2, .title > h3 { margin-right: auto; }
+.title input:not([type="checkbox"]), .title select { padding: 2px 9px; font-size: 13px; }
+.title label { font-size: 13px; display: flex; align-items: center; gap: 6px; }
+.panel > .title + * { border-top: var(--edge); }
+details.panel > summary {
+  padding: 10px 18px;
+  font-size: 13px;
+  font-weight: 600;
+  list-style-position: inside;
+}
+details.panel > summary:hover { background: var(--hover); }
+details.panel[open] > summary { border-bottom: var(--edge); }
+summary h2 { display: inline; }
+.facts { display: flex; flex-wrap: wrap; gap: 10px 34px; margin: 14px 0 20px; }
+.facts > div { min-width: 0; }
+.facts dt { color: var(--dim); font-size: 12px; }
+.facts dd { margin: 0; }
+.head { display: flex; flex-wrap: wrap; align-items: center; gap: 8px 12px; }
+.head h1 { margin-right: auto; }
+.one-line {
+  display: flex;
+  gap: 10px;
+  margin: 0 0 18px;
+  padding: 7px 18px;
+  border: 1px dashed var(--line);
+  border-radius: 11px;
+  color: var(--dim);
+}
+.one-line h2 { font-size: 13px; line-height: 1.6; }
+.names td:first-child { width: 1%; white-space: nowrap; max-width: 340px; }
+.names td:first-child code { overflow: hidden; text-overflow: ellipsis; }
+.names pre { max-height: 260px; overflow: auto; }
+.names img { display: block; max-width: 100%; max-height: 420px; }
+.snippets {
+  display: grid;
+  grid-template-columns: auto 1fr auto;
+  gap: 8px 16px;
+  padding: 14px 18px;
+}
+.snippets > * { align-self: start; }
+
+/* The cause of a failure. */
+.cause { border-color: color-mix(in srgb, var(--failed) 45%, var(--line)); --c: var(--failed); }
+.cause { border-left: 4px solid var(--failed); }
+.cause .title { background: color-mix(in srgb, var(--failed) 7%, var(--card)); }
+.cause h2 { color: color-mix(in srgb, var(--failed) 70%, var(--ink)); font-size: 14px; }
+.cause h2 { overflow-wrap: anywhere; }
+.cause .facts { margin: 0; padding: 11px 18px; }
+.cause pre { max-height: 300px; overflow: auto; padding: 11px 18px; border-top: var(--edge); }
+
+/* The list of runs. */
+.toolbar { display: flex; flex-wrap: wrap; align-items: center; gap: 8px; margin: 0 0 14px; }
+.toolbar h1 { margin-right: 12px; }
+.toolbar .space { flex: 1; }
+.chip[aria-pressed="true"] { border-color: var(--accent); color: var(--accent); }
+.scrolled { overflow-x: auto; }
+#runs td, #runs th { white-space: nowrap; }
+#runs thead th { padding: 4px 4px; }
+#runs thead button { border: 0; background: none; color: inherit; padding: 3px 8px; }
+#runs thead button:hover { color: var(--ink); background: var(--hover); }
+#runs [aria-sort="ascending"] button::after { content: " \2191"; }
+#runs [aria-sort="descending"] button::after { content: " \2193"; }
+#runs tbody tr { position: relative; }
+#runs tbody tr:not(.group):hover { background: var(--hover); }
+#runs .nav::after { content: ""; position: absolute; inset: 0; }
+#runs .nav:focus-visible { outline: none; }
+#runs .nav:focus-visible::after { outline: 2px solid var(--accent); outline-offset: -2px; }
+#runs .mark { width: 1%; padding-right: 0; }
+#runs .mark label { position: relative; z-index: 1; display: block; padding: 3px 5px; }
+#runs .details { width: 100%; max-width: 0; min-width: 200px; }
+#runs .value { max-width: 220px; overflow: hidden; text-overflow: ellipsis; }
+#runs .details .tags { flex-wrap: nowrap; overflow: hidden; }
+#runs .why {
+  overflow: hidden;
+  text-overflow: ellipsis;
+  color: color-mix(in srgb, var(--failed) 75%, var(--ink));
+}
+#runs .group th { padding-top: 18px; background: var(--raised); color: var(--ink); }
+#runs .group b { margin-right: 12px; font-size: 14px; }
+#runs .flow { font-weight: 600; }
+.more { display: block; margin: 16px auto; }
+.narrow { display: none; }
+#marked {
+  position: fixed;
+  inset: auto 0 18px;
+  z-index: 5;
+  display: flex;
+  align-items: center;
+  gap: 12px;
+  width: max-content;
+  max-width: 94vw;
+  margin: 0 auto;
+  padding: 9px 14px;
+  background: var(--card);
+  border: var(--edge);
+  border-radius: 11px;
+  box-shadow: var(--shadow);
+}
+
+/* The graph: steps over a drawing of their edges. */
+.graph { position: relative; overflow-x: auto; }
+.graph > div { position: relative; margin: 0 auto; }
+.graph svg { position: absolute; inset: 0; overflow: visible; pointer-events: none; }
+.graph path { fill: none; stroke: var(--strong-line); stroke-width: 1.5px; }
+.graph marker path { fill: var(--strong-line); stroke: none; }
+.graph .back { stroke-dasharray: 4 3; }
+.graph .not-taken { opacity: 0.45; }
+.graph text { fill: var(--dim); font: 11px var(--sans); }
+.graph .hint {
+  position: sticky;
+  left: 0;
+  width: max-content;
+  padding: 0 18px 8px;
+}
+.node {
+  position: absolute;
+  display: block;
+  overflow: hidden;
+  padding: 5px 12px 4px;
+  border: 1px solid var(--line);
+  border-left: 4px solid var(--c, var(--idle));
+  border-radius: 8px;
+  background: var(--card);
+  line-height: 1.35;
+  white-space: nowrap;
+}
+.node > * { display: block; overflow: hidden; text-overflow: ellipsis; }
+.node[href]:hover { background: var(--hover); text-decoration: none; }
+.node.many {
+  box-shadow: 3px 3px 0 -1px var(--card), 3px 3px 0 0 var(--strong-line),
+    6px 6px 0 -1px var(--card), 6px 6px 0 0 var(--strong-line);
+}
+.node.unreached { border-style: dashed; background: var(--bg); color: var(--dim); }
+.node.cloned { border-right-style: dotted; border-block-style: dotted; }
+
+/* The timeline: a row a task, a bar an attempt. Places are seconds since the run's start. */
+.timeline { position: relative; padding: 0 0 8px; --name: 250px; --time: 150px; }
+.row {
+  display: grid;
+  grid-template-columns: var(--name) 1fr var(--time);
+  gap: 16px;
+  padding: 3px 18px;
+}
 .row > :not(.lane) { min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.lane { position: relative; min-height: 18px; } .tick { padding-left: 4px; border-left: var(--edge); }
-.bar, .tick { position: absolute; left: calc(100% * var(--from) / var(--span)); } .bar { inset-block: 3px; border-radius: 3px;
-  min-width: 3px; background: var(--c); width: calc(100% * (var(--to) - var(--from)) / var(--span)); }
-.attempts:not(:empty) { margin: 0 0 18px; } .attempts a { padding: 5px 14px; } .attempts [aria-current] { border-color: var(--accent); }
-.log { max-height: 460px; overflow: auto; padding: 10px 16px; display: flex; flex-direction: column-reverse; /* Stays at its end. */ }
-.line { padding-left: 80px; } .line::before { content: attr(data-time); float: left; margin-left: -80px; color: var(--dim); }
-@media (max-width: 720px) { #crumbs { flex: 1 0 100%; flex-wrap: wrap; } #filter { flex: 1; } #runs thead, #runs td:empty { display: none; }
-  main, header > div { padding-left: 14px; padding-right: 14px; } td code { width: 120px; }
-  .row { grid-template-columns: 88px 1fr 106px; gap: 8px; }
-  #runs tr { display: flex; flex-wrap: wrap; gap: 2px 14px; padding: 10px 14px; border-bottom: var(--edge); }
-  #runs td { padding: 0; border: 0; } #runs td:nth-child(2) { order: -1; flex: 1 0 60%; } .tick:nth-child(even) { display: none; } }</style>
-<header><div><nav id="crumbs" aria-label="Where you are"></nav>
-  <input id="filter" type="search" placeholder="Filter: any text, status:failed, flow:, user:, tag:" aria-label="Filter runs">
-  <span id="live" role="status">connecting</span><button id="help" aria-label="Keyboard shortcuts">?</button>
-  <span id="keys" class="dim" role="status" hidden>/ filter, j k or arrows: next and previous, Enter: open, Esc: go up</span></div></header>
-<form id="login"><h1>Log in</h1><input id="key" type="password" aria-label="Key" autocomplete="current-password" required>
-  <button>Log in</button><p id="said" class="dim" role="alert">This service asks for its key once.</p></form>
-<main id="main" tabindex="-1"></main><script type="module">
-const FOLDED = 12, SETTLING = 10000, COLOURS = /\x1b\[[\d;]*[A-Za-z]/g, STATUSES = ["failed", "running", "pending", "completed"];
-const LATER = "Nothing yet. Metaflow stores what a task on this machine writes when the task ends.";
-const TICKS = [.1, .2, .5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400];
-const byId = id => document.getElementById(id), main = byId("main"), filter = byId("filter"), login = byId("login");
-// ---- Making the page. Text from flows passes through h() alone, which knows no markup: strings become text nodes. ----
+.row > :last-child { text-align: right; }
+.row.nav:hover { background: var(--hover); text-decoration: none; }
+.row.nav:focus-visible { outline-offset: -2px; }
+.row.nav { scroll-margin: 110px 0 60px; }
+.step-head { font-weight: 600; padding-top: 8px; scroll-margin-top: 110px; }
+.step-head .bar { opacity: 0.4; inset-block: 6px; }
+.under { padding-left: 16px; }
+.lane { position: relative; min-height: 20px; }
+.axis { padding-top: 6px; height: 30px; }
+.grid { position: absolute; inset: 0; pointer-events: none; }
+.grid > .row { height: 100%; }
+.tick { position: absolute; inset-block: 0; border-left: 1px solid var(--line); }
+.axis .tick { border: 0; transform: translateX(-50%); }
+.axis .tick:first-child { transform: none; }
+.tick, .bar { left: calc(100% * var(--from) / var(--span)); }
+.bar {
+  position: absolute;
+  inset-block: 4px;
+  width: calc(100% * (var(--to) - var(--from)) / var(--span));
+  min-width: 3px;
+  border-radius: 3px;
+  background: var(--c, var(--idle));
+}
+.bar.cloned {
+  background: repeating-linear-gradient(
+    -45deg, var(--c) 0 4px, color-mix(in srgb, var(--c) 35%, var(--card)) 4px 8px
+  );
+}
+.fold { margin: 4px 0 8px 34px; }
+
+/* Attempts, logs and cards of a task. */
+.attempts { display: flex; flex-wrap: wrap; gap: 8px; margin: 12px 0 0; }
+.attempts a { padding: 4px 10px; border: var(--edge); border-radius: 8px; background: var(--card); }
+.attempts [aria-current] { border-color: var(--accent); box-shadow: 0 0 0 1px var(--accent); }
+.log {
+  max-height: 480px;
+  overflow: auto;
+  overflow-anchor: none;
+  padding: 8px 0;
+  font: 12.5px/1.55 var(--mono);
+}
+.line { display: flex; gap: 14px; padding: 0 18px; }
+.line:hover { background: var(--hover); }
+.line > span { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 0; }
+.line > a { color: var(--dim); flex: none; user-select: none; }
+.line > a::before { content: attr(data-row); }
+.line > a { min-width: 3.5ch; text-align: right; }
+.line > time { color: var(--dim); flex: none; user-select: none; }
+.line.hit { background: color-mix(in srgb, var(--mark) 45%, transparent); }
+.line.target { background: var(--mark); }
+.line.target > a, .line.target > time { color: var(--ink); }
+.earlier { display: flex; justify-content: center; gap: 10px; padding: 4px 0 10px; }
+.c0 { color: var(--dim); }
+.c1 { color: color-mix(in srgb, #e03131 70%, var(--ink)); }
+.c2 { color: color-mix(in srgb, #2f9e44 70%, var(--ink)); }
+.c3 { color: color-mix(in srgb, #d9a300 62%, var(--ink)); }
+.c4 { color: color-mix(in srgb, #3b73f0 72%, var(--ink)); }
+.c5 { color: color-mix(in srgb, #b144d0 72%, var(--ink)); }
+.c6 { color: color-mix(in srgb, #0c96a8 70%, var(--ink)); }
+.bold { font-weight: 700; }
+.card { position: relative; overflow: hidden; }
+.card iframe {
+  display: block;
+  width: 100%;
+  height: 1px;
+  border: 0;
+  opacity: 0;
+  background: #fff;
+  color-scheme: light;
+}
+.card iframe.ready { opacity: 1; }
+.card iframe + iframe { position: absolute; inset: 0 0 auto; }
+
+/* Differences between runs, the dialogs and the login. */
+.differences th:first-child, .differences td:first-child { white-space: nowrap; }
+.differences td { min-width: 120px; }
+.differences pre { max-height: 180px; overflow: auto; }
+dialog {
+  max-width: min(560px, 92vw);
+  padding: 20px 24px;
+  border: var(--edge);
+  border-radius: 13px;
+  background: var(--card);
+  color: var(--ink);
+  box-shadow: var(--shadow);
+}
+dialog::backdrop { background: rgb(0 0 0 / 40%); }
+dialog h2 { font-size: 16px; margin-bottom: 10px; }
+dialog .buttons { display: flex; justify-content: flex-end; gap: 10px; margin-top: 18px; }
+dialog dl { display: grid; grid-template-columns: auto 1fr; gap: 6px 20px; margin: 0; }
+dialog dd { margin: 0; }
+kbd {
+  padding: 1px 7px;
+  border: var(--edge);
+  border-bottom-width: 2px;
+  border-radius: 5px;
+  font: 12px var(--mono);
+}
+#login { max-width: 360px; margin: 12vh auto; padding: 26px; }
+#login > * { display: block; width: 100%; margin: 0 0 12px; }
+
+@media (max-width: 900px) {
+  :root { --side: 14px; }
+  header { flex-wrap: wrap; }
+  #crumbs { order: -2; flex: 1 0 60%; }
+  #live { order: -1; }
+  .search { flex: 1 1 200px; }
+  .timeline { --name: 110px; --time: 86px; }
+  .row { gap: 8px; padding-inline: 12px; }
+  .tick:nth-child(even) { display: none; }
+  .narrow { display: inline-block; }
+  #runs thead { display: none; }
+  #runs tbody tr {
+    display: flex;
+    flex-wrap: wrap;
+    align-items: center;
+    gap: 3px 12px;
+    padding: 10px 12px;
+    border-bottom: var(--edge);
+  }
+  #runs td, #runs th { padding: 0; border: 0; }
+  #runs td:empty, #runs .empty { display: none; }
+  #runs .mark { width: auto; }
+  #runs .details { flex: 1 0 100%; width: 100%; max-width: 100%; }
+  #runs .details .tags { flex-wrap: wrap; }
+  .line > time { display: none; }
+  .names td:first-child { max-width: 130px; white-space: normal; overflow-wrap: anywhere; }
+  .snippets { grid-template-columns: 1fr auto; }
+  .snippets > .dim { grid-column: 1 / -1; }
+}
+@media (prefers-reduced-motion: reduce) {
+  * { animation: none !important; }
+}
+</style>
+<header>
+  <nav id="crumbs" aria-label="Where you are"></nav>
+  <div class="search">
+    <input id="filter" type="search" role="combobox" aria-label="Filter runs" autocomplete="off"
+      aria-controls="suggestions" aria-expanded="false" aria-autocomplete="list" spellcheck="false"
+      placeholder="Filter: any text, status:failed, since:2d, -tag:nightly">
+    <ul id="suggestions" role="listbox" aria-label="Suggestions" hidden></ul>
+  </div>
+  <details id="services" class="menu" hidden></details>
+  <span id="live" role="status">connecting</span>
+  <button id="help" aria-label="? Keyboard shortcuts">?</button>
+</header>
+<form id="login" class="panel" hidden>
+  <h1>Log in</h1>
+  <input id="key" type="password" aria-label="Key" autocomplete="current-password" required>
+  <button class="primary">Log in</button>
+  <p id="said" class="dim" role="alert">This service asks for its key once.</p>
+</form>
+<main id="main" tabindex="-1"></main>
+<div id="marked" role="region" aria-label="Marked runs" hidden></div>
+<script type="module">
+// ---- Helpers: making the page, texts, and asking the service ----
+
+const byId = (id) => document.getElementById(id);
+const main = byId("main");
+const filter = byId("filter");
+const SVG = "http://www.w3.org/2000/svg";
+const API = location.pathname.endsWith("/") ? location.pathname.slice(0, -1) : "";
+
+/** An element. Text from flows passes through here alone: strings become text nodes, no markup. */
 function h(tag, props, ...children) {
-  const node = document.createElement(tag), {onclick = null, ...attributes} = props || {};
-  for (const [name, value] of Object.entries(attributes)) if (![null, undefined, false].includes(value)) node.setAttribute(name, value);
-  node.append(...children.flat()); return Object.assign(node, {onclick});
+  return furnish(document.createElement(tag), props, children);
 }
-function sync(parent, nodes) {  // Moves only what must move, so that focus, selection and scrolling outlive a redraw.
-  const keep = new Set(nodes);
-  for (const child of [...parent.children]) if (!keep.has(child)) child.remove(); let at = parent.firstElementChild;
-  for (const node of nodes) if (node === at) at = at.nextElementSibling; else parent.insertBefore(node, at);
+
+/** The same for what a drawing is made of. */
+function draw(tag, props, ...children) {
+  return furnish(document.createElementNS(SVG, tag), props, children);
 }
-const path = (...segments) => segments.map(segment => "/" + encodeURIComponent(segment)).join("");
-const link = (...segments) => "#" + path(...segments), listLink = query => "#/" + (query ? "?q=" + encodeURIComponent(query) : "");
-const colour = status => "s-" + (STATUSES.includes(status) ? status : "unknown"), grouped = number => number.toLocaleString("en");
-const badge = (status, text) => h("span", {class: "number badge " + colour(status)}, text || status || "unknown");
-const note = (...content) => h("p", {class: "note"}, ...content), code = text => h("code", null, text);
+
+function furnish(node, props, children) {
+  for (const [name, value] of Object.entries(props || {})) {
+    if (value === null || value === undefined || value === false) continue;
+    if (typeof value === "function" || name === "checked") node[name] = value;
+    else node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  return node;
+}
+
+/** Makes a parent's children these nodes; moves only what must, so that focus and scroll stay. */
+function sync(parent, nodes) {
+  const wanted = new Set(nodes);
+  for (const child of [...parent.childNodes]) {
+    if (!wanted.has(child)) child.remove();
+  }
+  let at = parent.firstChild;
+  for (const node of nodes) {
+    if (node === at) at = at.nextSibling;
+    else parent.insertBefore(node, at);
+  }
+}
+
+const HANDLERS = ["onclick", "onchange", "oninput", "onkeydown", "onsubmit"];
+
+/** Makes an element like another by changing only what differs: focus, selection, scroll stay. */
+function patch(node, fresh) {
+  if (node.nodeName !== fresh.nodeName) {
+    node.replaceWith(fresh);
+    return fresh;
+  }
+  if (node.nodeType === Node.TEXT_NODE) {
+    if (node.data !== fresh.data) node.data = fresh.data;
+    return node;
+  }
+  for (const {name} of [...node.attributes]) {
+    if (!fresh.hasAttribute(name) && name !== "open") node.removeAttribute(name);
+  }
+  for (const {name, value} of fresh.attributes) {
+    if (node.getAttribute(name) !== value) node.setAttribute(name, value);
+  }
+  for (const handler of HANDLERS) node[handler] = fresh[handler];
+  if (node.type === "checkbox") node.checked = fresh.checked;
+  const children = [...node.childNodes];
+  const others = [...fresh.childNodes];
+  others.forEach((other, at) => {
+    if (at < children.length) patch(children[at], other);
+    else node.append(other);
+  });
+  children.slice(others.length).forEach((child) => child.remove());
+  return node;
+}
+
+/** Replaces what an element holds, by changing only what differs. */
+function fill(node, ...children) {
+  const fresh = node.cloneNode(false);
+  for (const handler of HANDLERS) fresh[handler] = node[handler];
+  fresh.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  patch(node, fresh);
+}
+
+const STATUSES = ["failed", "running", "pending", "completed"];
+const colour = (status) => "s-" + (STATUSES.includes(status) ? status : "unknown");
+const note = (...content) => h("p", {class: "note"}, ...content);
+const code = (text) => h("code", null, text);
+const badge = (status, text) =>
+  h("span", {class: "badge " + colour(status)}, text || status || "unknown");
 const titled = (title, ...more) => h("div", {class: "title"}, h("h2", null, title), ...more);
-const panel = (id, title, ...body) => h("section", {class: "panel", id, "aria-label": title}, ...body);
-const facts = pairs => h("dl", null, pairs.map(([name, value]) => h("div", null, h("dt", null, name), h("dd", null, value))));
-const row = (cells, props) => h("tr", props, cells.map(cell => h("td", null, cell)));
-const table = (heads, body) => h("table", null, h("thead", null, h("tr", null, heads.map(head => h("th", {scope: "col"}, head)))), body);
-const tags = names => names.map(name => h("button", {class: "tag", title: "Only runs tagged " + name,
-  onclick: () => { location.hash = listLink(`tag:"${name}"`); }}, name));
-const clock = ms => ms ? new Date(ms).toLocaleTimeString("en-GB") : "\u2013";
-const day = ms => new Date(ms).toLocaleDateString("en", {month: "short", day: "numeric"}) + ", ";
-const time = ms => h("span", {class: "number"}, (ms && day(ms) !== day(Date.now()) ? day(ms) : "") + clock(ms));
+const panel = (id, title, ...body) =>
+  h("section", {class: "panel", id, "aria-label": title}, ...body);
+const folded = (id, title, ...body) =>
+  h("details", {class: "panel", id}, h("summary", null, h("h2", null, title)), ...body);
+const facts = (pairs) => h("dl", {class: "facts"}, pairs
+  .filter((pair) => pair && pair[1])
+  .map(([name, value]) => h("div", null, h("dt", null, name), h("dd", null, value))));
+const cell = (content, props) => h("td", props, content);
+const tableOf = (className, heads, rows) => h("table", {class: className},
+  h("thead", null, h("tr", null, heads.map((head) => h("th", {scope: "col"}, head)))),
+  h("tbody", null, rows));
+const wrapTable = (title, table) =>
+  h("div", {class: "scrolled", tabindex: 0, role: "group", "aria-label": title}, table);
+
+/** What is empty takes one line. */
+const emptyLine = (id, title, text) =>
+  h("section", {class: "one-line", id, "aria-label": title}, h("h2", null, title), text);
+
+/** Lets what scrolls be reached by the keyboard. */
+function reachScrolled(root) {
+  for (const node of root.querySelectorAll("pre")) {
+    if (node.scrollHeight > node.clientHeight) node.tabIndex = 0;
+  }
+}
+
+const grouped = (number) => number.toLocaleString("en");
+const plural = (number, word) => `${grouped(number)} ${word}${number === 1 ? "" : "s"}`;
+
 function duration(ms) {
-  const seconds = Math.max(0, ms) / 1000, minutes = Math.floor(seconds / 60), hours = Math.floor(minutes / 60);
-  if (seconds < 60) return (seconds < 10 ? Math.round(seconds * 10) / 10 : Math.floor(seconds)) + " s";
-  if (minutes < 60) return `${minutes}m ${Math.floor(seconds % 60)}s`;
-  return hours < 48 ? `${hours}h ${minutes % 60}m` : Math.floor(hours / 24) + " days";
+  const seconds = Math.max(0, ms) / 1000;
+  const minutes = Math.floor(seconds / 60);
+  const hours = Math.floor(minutes / 60);
+  if (seconds < 10) return `${Math.round(seconds * 10) / 10} s`;
+  if (minutes < 1) return `${Math.floor(seconds)} s`;
+  if (hours < 1) return `${minutes}m ${Math.floor(seconds % 60)}s`;
+  return hours < 48 ? `${hours}h ${minutes % 60}m` : `${Math.floor(hours / 24)} days`;
 }
-function elapsed(row) {  // Of what runs the page counts itself: the service's duration would be old at once.
-  const from = row.started_at || row.ts_epoch, running = row.status === "running", to = running ? Date.now() : row.finished_at;
-  const ms = to ? to - from : row.duration, known = typeof ms === "number" && row.status !== "pending";
-  return h("span", {class: "number", "data-since": running && from}, known ? duration(ms) : "\u2013");
+
+function ago(ms) {
+  const past = Date.now() - ms;
+  return past < 5000 ? "just now" : `${duration(past).replace(/ (?:\d+s|\d+m)$/, "")} ago`;
 }
-function fillHead(head, title, row, more, below) {
-  const known = [["Status", badge(row.status)], ["Started", time(row.started_at || row.ts_epoch)], ["Finished", time(row.finished_at)]];
-  head.dataset.status = row.status || "";
-  head.replaceChildren(h("h1", null, title), below, row.status ? facts([...known, ["Duration", elapsed(row)], ...more])
-    : note("Not there yet. It appears here when it starts."));
+
+const DATE = {year: "numeric", month: "short", day: "numeric"};
+const CLOCK = {hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23"};
+const clock = (ms) => new Date(ms).toLocaleTimeString("en", CLOCK);
+const day = (ms) => new Date(ms).toLocaleDateString("en", DATE);
+const fullTime = (ms) =>
+  new Date(ms).toLocaleString("en", {...DATE, ...CLOCK, timeZoneName: "short"});
+
+/** A time in few words; its date, zone and distance are in the tooltip. */
+function time(ms) {
+  if (!ms) return h("span", {class: "dim"}, "\u2013");
+  const isToday = day(ms) === day(Date.now());
+  const text = isToday ? clock(ms) : day(ms).replace(/, \d+$/, "") + ", " + clock(ms).slice(0, 5);
+  const iso = new Date(ms).toISOString();
+  return h("time", {class: "number", datetime: iso, "data-ms": ms}, text);
 }
-// ---- Asking the service. What is asked belongs to the view that is shown, and is given up with it. ----
-async function get(url) {
-  const silence = problem => { throw problem.name === "AbortError" ? problem : new Error("The service does not answer."); };
-  const answer = await fetch("/api" + url, {signal: view.signal}).catch(silence); if (answer.ok) return answer.json();
-  if (answer.status === 401) { view.abort(); main.replaceChildren(login); byId("key").focus(); }
-  const {detail = `The service answered ${answer.status}.`} = await answer.json().catch(() => ({}));
-  throw Object.assign(new Error(detail), {status: answer.status});
+
+/** A time with its date and zone in place. */
+const longTime = (ms) => ms && h("time", {class: "number", "data-ms": ms}, fullTime(ms), " ",
+  h("span", {class: "dim", "data-ago": ms}, ago(ms)));
+
+/** How long something takes; of what runs the page counts itself. */
+function elapsed(row) {
+  const from = row.started_at || row.ts_epoch;
+  const isRunning = row.status === "running";
+  const to = isRunning ? Date.now() : row.finished_at;
+  const ms = to ? to - from : row.duration;
+  const isKnown = typeof ms === "number" && row.status !== "pending";
+  return h("span", {class: "number", "data-since": isRunning && from},
+    isKnown ? duration(ms) : "\u2013");
 }
-const getIfAny = (url, none) => get(url).catch(problem => problem.status === 404 ? {data: none} : Promise.reject(problem));
-async function getAll(url, rows = []) {
-  const {data, links} = await getIfAny(url, []), next = links && links.next && new URL(links.next, location.href);
-  rows.push(...data);  // The next page is asked for without its host: a proxy may have hidden ours from the service.
-  return next ? getAll(next.pathname.replace(/^.*?\/api\//, "/") + next.search, rows) : rows;
+
+/** Copies text; where the page is not served securely, the old way. */
+async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    const area = h("textarea", null, text);
+    document.body.append(area);
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+  }
 }
-login.onsubmit = async event => {
-  event.preventDefault();
-  const body = JSON.stringify({key: byId("key").value}), sent = {method: "POST", headers: {"Content-Type": "application/json"}, body};
-  const {status} = await fetch("/api/login", {...sent, credentials: "same-origin"}).catch(() => ({}));
-  if (status === 204) location.reload(); else byId("said").textContent = status === 401 ? "This key is wrong." : "Failed. Try again.";
-};
-// ---- One socket for the page. A subscription ends with the view that made it, and its rows redraw that view. ----
-const live = {subscriptions: new Map(), made: 0, delay: 1000, heard: 0, socket: null, redraw: 0};
-const say = message => { if (live.socket.readyState === WebSocket.OPEN) live.socket.send(JSON.stringify(message)); };
-const showLive = state => { byId("live").dataset.state = byId("live").textContent = state; };
-const drawSoon = () => { live.redraw = live.redraw || setTimeout(() => { live.redraw = 0; view.draw(); }, 200); };  // Once for many.
-function connect() {
-  const socket = live.socket = new WebSocket(location.origin.replace(/^http/, "ws") + "/api/ws"); let unanswered = 0, pinging = 0;
-  const ping = () => { if (unanswered) lost(); else { unanswered = 1; socket.send("__ping__"); } };
-  const lost = socket.onclose = () => {  // A silent peer is given up without waiting for onclose, which would take a minute.
-    clearInterval(pinging); socket.onclose = null; socket.close(); showLive("reconnecting");
-    setTimeout(connect, live.delay); live.delay = Math.min(live.delay * 1.5, 5000);
+
+function copyButton(text, name) {
+  const button = h("button", {class: "bare", "aria-label": `Copy ${name}`}, "Copy");
+  button.onclick = async () => {
+    await copy(text);
+    button.textContent = "Copied";
+    setTimeout(() => { button.textContent = "Copy"; }, 1500);
   };
+  return button;
+}
+
+const shellQuote = (text) =>
+  /^[\w./:=@%+-]+$/.test(text) ? text : `'${text.replace(/'/g, "'\\''")}'`;
+
+/** The ways from the page to code: names, and lines to copy. */
+function codePanel(snippets) {
+  const lines = snippets.filter(Boolean).map(([name, text]) =>
+    [h("span", {class: "dim"}, name), h("pre", null, text), copyButton(text, name)]);
+  return folded("code", "Use it in code", h("div", {class: "snippets"}, lines));
+}
+
+/** Asks something in a dialog; true where the answer is yes. */
+function ask(title, text, yes) {
+  const dialog = h("dialog", {"aria-label": title}, h("h2", null, title), h("p", null, text));
+  const answer = (value) => h("button", {value, onclick: () => dialog.close(value)},
+    value || "Cancel");
+  dialog.append(h("div", {class: "buttons"}, answer(""), answer(yes)));
+  document.body.append(dialog);
+  dialog.showModal();
+  return new Promise((resolve) => {
+    dialog.onclose = () => {
+      dialog.remove();
+      resolve(dialog.returnValue === yes);
+    };
+  });
+}
+
+/** Says something in a dialog. */
+function tell(title, ...content) {
+  const dialog = h("dialog", {"aria-label": title}, h("h2", null, title), ...content);
+  dialog.append(h("div", {class: "buttons"},
+    h("button", {class: "primary", onclick: () => dialog.close()}, "Close")));
+  dialog.onclose = () => dialog.remove();
+  document.body.append(dialog);
+  dialog.showModal();
+}
+
+// Addresses: of the service, and of views of the page.
+
+const path = (...segments) => segments.map((segment) => "/" + encodeURIComponent(segment)).join("");
+const link = (...segments) => "#" + path(...segments);
+const runPath = (flow, run) => path("flows", flow, "runs", run);
+
+/** The address of the list, with a filter and other choices. */
+function listLink(query, choices = {}) {
+  const pairs = Object.entries({q: query, ...choices}).filter(([, value]) => value);
+  return "#/" + (pairs.length ? "?" + new URLSearchParams(pairs) : "");
+}
+
+/** Asks the service; what is asked belongs to the view that is shown, and is given up with it. */
+async function get(url) {
+  const options = {signal: view.signal};
+  const answer = await fetch(API + "/api" + url, options).catch((problem) => {
+    throw problem.name === "AbortError" ? problem : new Error("The service does not answer.");
+  });
+  if (answer.ok) return answer.json();
+  if (answer.status === 401) askForKey();
+  throw await refusal(answer);
+}
+
+async function refusal(answer) {
+  const {message, detail} = await answer.json().catch(() => ({}));
+  const text = message || detail || `The service answered ${answer.status}.`;
+  return Object.assign(new Error(text), {status: answer.status});
+}
+
+/** Asks for what may not be there. */
+async function getIfAny(url, none) {
+  try {
+    return await get(url);
+  } catch (problem) {
+    if (problem.status === 404) return {data: none};
+    throw problem;
+  }
+}
+
+/** All pages of a list. The next is asked for without host and prefix: a proxy may hide them. */
+async function getAll(url) {
+  const rows = [];
+  for (let next = url; next;) {
+    const {data, links} = await getIfAny(next, []);
+    rows.push(...data);
+    const following = links && links.next && new URL(links.next, location.href);
+    next = following && following.pathname.replace(/^.*?\/api\//, "/") + following.search;
+  }
+  return rows;
+}
+
+/** Changes something; the reason, where the service refuses. */
+async function change(method, url, body) {
+  const answer = await fetch(API + url, {
+    method,
+    headers: {"Content-Type": "application/json"},
+    body: body && JSON.stringify(body),
+  }).catch(() => { throw new Error("The service does not answer."); });
+  if (!answer.ok) throw await refusal(answer);
+}
+
+function askForKey() {
+  view.abort();
+  main.replaceChildren(byId("login"));
+  byId("login").hidden = false;
+  byId("key").focus();
+}
+
+byId("login").onsubmit = async (event) => {
+  event.preventDefault();
+  try {
+    await change("POST", "/api/login", {key: byId("key").value});
+    location.reload();
+  } catch (problem) {
+    byId("said").textContent = problem.status === 401 ? "This key is wrong." : problem.message;
+  }
+};
+
+// ---- Socket: one for the page; a subscription ends with the view that made it ----
+
+const live = {
+  socket: null,
+  subscriptions: new Map(),
+  made: 0,
+  delay: 1000, // until it is tried again
+  heard: 0,
+  redraw: 0,
+};
+
+function say(message) {
+  if (live.socket.readyState === WebSocket.OPEN) live.socket.send(JSON.stringify(message));
+}
+
+function showLive(state) {
+  byId("live").dataset.state = byId("live").textContent = state;
+}
+
+/** Draws once for many frames; at once where nobody looks, since browsers then slow timers. */
+function drawSoon() {
+  if (document.hidden) view.draw();
+  else if (!live.redraw) live.redraw = setTimeout(drawNow, 200);
+}
+
+function drawNow() {
+  live.redraw = 0;
+  view.draw();
+}
+
+function connect() {
+  const socket = new WebSocket(location.origin.replace(/^http/, "ws") + API + "/api/ws");
+  let isAnswered = true;
+  let pinging = 0;
+  live.socket = socket;
+  /** A silent peer is given up without waiting for the close, which would take a minute. */
+  function lose() {
+    clearInterval(pinging);
+    socket.onclose = null;
+    socket.close();
+    showLive("reconnecting");
+    setTimeout(connect, live.delay);
+    live.delay = Math.min(live.delay * 1.5, 5000);
+  }
+  function ping() {
+    if (!isAnswered) {
+      lose();
+      return;
+    }
+    isAnswered = false;
+    socket.send("__ping__");
+  }
+  socket.onclose = lose;
   socket.onopen = () => {
-    pinging = setInterval(ping, 5000); live.delay = 1000; showLive("live");
-    for (const {announce, opened} of live.subscriptions.values()) announce(Math.max(opened, live.heard));
+    pinging = setInterval(ping, 5000);
+    live.delay = 1000;
+    showLive("live");
+    for (const {announce, opened} of live.subscriptions.values()) {
+      announce(Math.max(opened, live.heard));
+    }
     if (byId("problem")) route();
   };
   socket.onmessage = ({data}) => {
-    unanswered = 0; live.heard = Date.now();
-    const frame = data === "__pong__" ? {} : JSON.parse(data), subscription = live.subscriptions.get(frame.uuid);
-    if (subscription) { subscription.keep(frame.data); drawSoon(); }
+    isAnswered = true;
+    live.heard = Date.now();
+    const frame = data === "__pong__" ? {} : JSON.parse(data);
+    const subscription = live.subscriptions.get(frame.uuid);
+    if (!subscription) return;
+    subscription.keep(frame.data);
+    drawSoon();
   };
 }
-function subscribe(view, resource, keep) {
-  const uuid = "page-" + ++live.made, announce = since => say({type: "SUBSCRIBE", uuid, resource, since: Math.floor(since / 1000) - 2});
-  live.subscriptions.set(uuid, {announce, keep, opened: view.opened});
-  view.signal.addEventListener("abort", () => { live.subscriptions.delete(uuid); say({type: "UNSUBSCRIBE", uuid}); });
-  if (live.socket) announce(view.opened); else connect();  // What changed since the view opened is sent again: it may have missed it.
+
+/** Hears of a resource. What changed since the view opened is sent again: it may be missed. */
+function subscribe(owner, resource, keep) {
+  const uuid = "page-" + (live.made += 1);
+  const announce = (since) =>
+    say({type: "SUBSCRIBE", uuid, resource, since: Math.floor(since / 1000) - 2});
+  live.subscriptions.set(uuid, {announce, keep, opened: owner.opened});
+  owner.signal.addEventListener("abort", () => {
+    live.subscriptions.delete(uuid);
+    say({type: "UNSUBSCRIBE", uuid});
+  });
+  if (live.socket) announce(owner.opened);
+  else connect();
 }
-// ---- All runs. `runs` holds every run seen; the filter decides which are shown, and spares the service from sending others. ----
-const runs = new Map(), QUERY = {status: "status", flow: "flow_id:co", user: "user:co", tag: "_tags"};
-const runId = run => String(run.run || run.run_id || run.run_number), taskId = task => String(task.task_name || task.task_id);
-const tagsOf = ({tags: names = []}) => names.length ? [["Tags", tags(names)]] : [];
-const userOf = run => run.user || run.user_name || "", keepRun = run => runs.set(run.flow_id + "/" + run.run_number, {run});
-const parseFilter = text => [...text.matchAll(/(?:(status|flow|user|tag):)?("[^"]*"?|\S*)/g)]
-  .map(([, field, value]) => ({field, value: value.replace(/"/g, "")})).filter(term => term.value);
-function matches(run, {field, value}) {
-  if (field === "tag") return [...run.tags, ...run.system_tags || []].includes(value);
-  const one = {status: run.status, flow: run.flow_id, user: userOf(run)}, all = [...Object.values(one), runId(run), ...run.tags];
-  return (field ? [one[field]] : all).some(text => String(text).toLowerCase().includes(value.toLowerCase()));
+
+// The tab: an icon in the colour of what is shown, and the status in the title.
+
+const SIGNS = {failed: "\u2715", running: "\u25b6", completed: "\u2713"};
+
+function showInTab(status, title) {
+  document.title = [SIGNS[status], title].filter(Boolean).join(" ");
+  const style = getComputedStyle(document.documentElement);
+  const fillColour = style.getPropertyValue(SIGNS[status] ? "--" + status : "--idle");
+  const icon = `<svg xmlns="${SVG}" viewBox="0 0 16 16"><circle cx="8" cy="8" r="7" ` +
+    `fill="${fillColour}"/></svg>`;
+  const href = "data:image/svg+xml," + encodeURIComponent(icon);
+  if (byId("icon").href !== href) byId("icon").href = href;
 }
-const runRow = run => row([badge(run.status), h("b", null, run.flow_id),
-  h("a", {class: "nav", href: link(run.flow_id, runId(run)), "aria-label": `${run.flow_id} ${runId(run)}`}, runId(run)),
-  time(run.ts_epoch), elapsed(run), userOf(run), tags(run.tags)], {"data-status": run.status});
-async function listView(view, query) {
-  const terms = parseFilter(query), asked = {_limit: terms.length ? 1000 : 100, _order: "-ts_epoch", _page: 0}, body = h("tbody");
-  const canAsk = ({field, value}) => field && !value.includes(",") && (field !== "status" || STATUSES.includes(value));
-  for (const {field, value} of terms.filter(canAsk)) asked[QUERY[field]] = value;
-  const start = [" Start one: ", code("metaflow-local-service run python flow.py run"), " and it appears here."];
-  const none = terms.length ? note("No run matches the filter.") : note("No runs yet.", ...start);
-  const more = h("button", {class: "more", onclick: () => load().catch(fail)}, "Load older runs");
-  view.draw = () => {
-    const shown = [...runs.values()].filter(({run}) => terms.every(term => matches(run, term)));
-    shown.sort((one, other) => other.run.ts_epoch - one.run.ts_epoch);
-    sync(body, shown.map(entry => entry.row = entry.row || runRow(entry.run))); none.hidden = shown.length || !asked._page;
+
+// ---- List: all runs that were seen, and those of them that the filter shows ----
+
+const runs = new Map(); // by flow and number: {run, row, parameters}
+const runId = (run) => String(run.run || run.run_id || run.run_number);
+const userOf = (run) => run.user || run.user_name || "";
+const runKey = (run) => run.flow_id + "/" + runId(run);
+
+/** The value of a system tag like project:NAME. */
+function systemTag(run, name) {
+  const tag = (run.system_tags || []).find((text) => text.startsWith(name + ":"));
+  return tag ? tag.slice(name.length + 1) : "";
+}
+
+function keepRun(run) {
+  const entry = runs.get(runKey(run)) || {parameters: null, row: null};
+  noticeEnd(entry.run, run);
+  runs.set(runKey(run), Object.assign(entry, {run, isStale: true}));
+}
+
+/** A run that ends while nobody looks is told of by the tab. */
+const unseen = {run: null};
+
+function noticeEnd(before, run) {
+  const hasEnded = before && before.status === "running" && run.status !== "running";
+  if (hasEnded && document.hidden) unseen.run = run;
+}
+
+document.addEventListener("visibilitychange", () => {
+  if (document.hidden) return;
+  unseen.run = null;
+  drawNow();
+});
+
+// The filter: parts match, case does not matter, - excludes, commas are alternatives.
+
+const FIELDS = {
+  status: (run) => [run.status],
+  flow: (run) => [run.flow_id],
+  user: (run) => [userOf(run)],
+  tag: (run) => [...run.tags, ...(run.system_tags || [])],
+  project: (run) => [systemTag(run, "project")],
+  branch: (run) => [systemTag(run, "project_branch")],
+  id: (run) => [runId(run)],
+};
+const ANY_FIELD = (run) => [run.status, run.flow_id, userOf(run), runId(run), ...run.tags,
+  systemTag(run, "project"), systemTag(run, "project_branch")];
+const MOMENTS = {
+  since: (run, moment) => run.ts_epoch >= moment,
+  before: (run, moment) => run.ts_epoch < moment,
+};
+const FIELD_NAMES = [...Object.keys(FIELDS), ...Object.keys(MOMENTS)];
+const UNITS = {m: 6e4, min: 6e4, h: 36e5, d: 864e5, w: 6048e5};
+
+/** The time that words like 2h, yesterday or 2026-11-25 mean; NaN where they mean none. */
+function parseMoment(text) {
+  const midnight = new Date().setHours(0, 0, 0, 0);
+  const [, count, unit] = /^(\d+(?:\.\d+)?)\s*(min|[mhdw])$/i.exec(text) || [];
+  if (unit) return Date.now() - count * UNITS[unit.toLowerCase()];
+  if (text === "today") return midnight;
+  if (text === "yesterday") return midnight - UNITS.d;
+  return /^\d{4}-/.test(text) ? new Date(text.length === 10 ? text + "T00:00" : text) - 0 : NaN;
+}
+
+/** The terms of a filter, and a sentence on what is not understood. */
+function parseFilter(text) {
+  const terms = [];
+  let problem = "";
+  for (const word of text.match(/(?:"[^"]*"?|[^\s"])+/g) || []) {
+    const [, minus, name, rest] = /^(-?)(?:([a-z_]+):)?(.*)$/is.exec(word);
+    const field = name && name.toLowerCase();
+    const values = (rest.match(/(?:"[^"]*"?|[^,"])+/g) || [])
+      .map((value) => value.replace(/"/g, "").toLowerCase())
+      .filter(Boolean);
+    if (field && !FIELD_NAMES.includes(field)) {
+      problem = `There is no field "${name}". There are ${FIELD_NAMES.join(", ")}; ` +
+        "text in quotes may have a colon in it.";
+    } else if (MOMENTS[field] && values.some((value) => Number.isNaN(parseMoment(value)))) {
+      problem = `"${rest}" is no time: "${field}" takes 30min, 2h, 3d, 1w, today, yesterday or a ` +
+        "date like 2026-11-25.";
+    } else if (values.length) {
+      terms.push({field, values, isExcluded: minus === "-"});
+    }
+  }
+  return {terms, problem};
+}
+
+function matches(run, {field, values, isExcluded}) {
+  const texts = MOMENTS[field] ? [] : (FIELDS[field] || ANY_FIELD)(run);
+  const found = values.some((value) => MOMENTS[field]
+    ? MOMENTS[field](run, parseMoment(value))
+    : texts.some((text) => String(text).toLowerCase().includes(value)));
+  return found !== isExcluded;
+}
+
+/** What the service can leave out: it knows fewer rules, so that only some terms are for it. */
+function serverFilter(terms) {
+  const asked = {};
+  for (const {field, values: [value, other], isExcluded} of terms) {
+    if (other || isExcluded) continue;
+    if (field === "flow") asked["flow_id:co"] = value;
+    if (field === "status" && STATUSES.includes(value)) asked.status = value;
+    if (field === "since") asked["ts_epoch:ge"] = Math.floor(parseMoment(value));
+    if (field === "before") asked["ts_epoch:lt"] = Math.floor(parseMoment(value));
+  }
+  return asked;
+}
+
+// Suggestions for the word that is being typed.
+
+const suggestions = byId("suggestions");
+
+const FIELD_HINTS = {
+  status: "failed, running, completed",
+  flow: "a flow's name",
+  user: "who ran it",
+  tag: "a tag",
+  project: "of @project",
+  branch: "of @project",
+  id: "a run's id",
+  since: "2h, 3d, 1w, today, 2026-11-25",
+  before: "2h, 3d, 1w, today, 2026-11-25",
+};
+
+function suggestedWords(word) {
+  const [, minus, name, rest] = /^(-?)(?:([a-z]+):)?(.*)$/is.exec(word);
+  const typed = rest.replace(/"/g, "").toLowerCase();
+  if (!name) {
+    return FIELD_NAMES.filter((field) => field.startsWith(typed))
+      .map((field) => ({text: `${minus}${field}:`, hint: FIELD_HINTS[field]}));
+  }
+  const field = FIELDS[name.toLowerCase()];
+  const counts = new Map();
+  for (const {run} of field ? runs.values() : []) {
+    for (const value of new Set(field(run))) {
+      if (value && String(value).toLowerCase().includes(typed)) {
+        counts.set(value, (counts.get(value) || 0) + 1);
+      }
+    }
+  }
+  const quoted = (value) => /[\s,"]/.test(value) ? `"${value.replace(/"/g, "")}"` : value;
+  return [...counts].sort(([, one], [, other]) => other - one).slice(0, 9)
+    .filter(([value]) => value.toLowerCase() !== typed)
+    .map(([value, count]) =>
+      ({text: `${minus}${name}:${quoted(value)} `, hint: plural(count, "run")}));
+}
+
+function lastWord() {
+  return /(?:"[^"]*"?|[^\s"])*$/.exec(filter.value.slice(0, filter.selectionStart))[0];
+}
+
+function suggest() {
+  const words = document.activeElement === filter ? suggestedWords(lastWord()) : [];
+  suggestions.replaceChildren(...words.map(({text, hint}, at) =>
+    h("li", {
+      role: "option",
+      id: "suggestion-" + at,
+      "aria-selected": "false",
+      "data-text": text,
+      onmousedown: (event) => {
+        event.preventDefault();
+        takeSuggestion(event.currentTarget);
+      },
+    }, h("span", null, text), h("span", {class: "dim"}, hint))));
+  showSuggestions(words.length > 0);
+}
+
+function showSuggestions(isShown) {
+  suggestions.hidden = !isShown;
+  filter.setAttribute("aria-expanded", String(isShown));
+  filter.removeAttribute("aria-activedescendant");
+}
+
+const chosenSuggestion = () =>
+  suggestions.hidden ? null : suggestions.querySelector("[aria-selected=true]");
+
+function chooseSuggestion(by) {
+  const options = [...suggestions.children];
+  const at = options.indexOf(chosenSuggestion()) + by;
+  const chosen = options[(at + options.length) % options.length];
+  options.forEach((option) => option.setAttribute("aria-selected", String(option === chosen)));
+  filter.setAttribute("aria-activedescendant", chosen.id);
+  chosen.scrollIntoView({block: "nearest"});
+}
+
+function takeSuggestion(option) {
+  const word = lastWord();
+  const before = filter.value.slice(0, filter.selectionStart - word.length) + option.dataset.text;
+  filter.value = before + filter.value.slice(filter.selectionStart).trimStart();
+  filter.setSelectionRange(before.length, before.length);
+  searchNow();
+  suggest();
+}
+
+// Columns: what a run shows, and by what it is sorted.
+
+const COLUMNS = [
+  {name: "status", title: "Status", of: (run) => run.status},
+  {name: "flow_id", title: "Flow", of: (run) => run.flow_id.toLowerCase()},
+  {name: "run_number", title: "Run", of: (run) => run.run_number},
+  {name: "ts_epoch", title: "Started", of: (run) => run.ts_epoch},
+  {name: "finished_at", title: "Finished", of: (run) => run.finished_at || Infinity},
+  {name: "duration", title: "Duration", of: (run) => runningTime(run)},
+  {name: "user", title: "User", of: (run) => userOf(run).toLowerCase()},
+  {name: "project", title: "Project", of: (run) => projectOf(run)},
+  {name: "details", title: "Cause and tags", of: (run) => run.tags.join(" ")},
+];
+const runningTime = (run) =>
+  run.status === "running" ? Date.now() - run.ts_epoch : run.duration || 0;
+const projectOf = (run) =>
+  [systemTag(run, "project"), systemTag(run, "project_branch")].filter(Boolean).join(" / ");
+
+/** The choices that the address of the list holds. */
+function listChoices() {
+  const choices = new URLSearchParams(location.hash.split("?")[1] || "");
+  return {
+    sort: choices.get("sort") || "",
+    group: choices.get("group") || "",
+    columns: choices.get("columns") || "",
+  };
+}
+
+function chooseInList(choice) {
+  location.hash = listLink(listed, {...listChoices(), ...choice});
+}
+
+const filterByTag = (name) => {
+  location.hash = listLink(`tag:"${name}"`);
+};
+
+/** A run's first tags, and how many more there are. */
+function shortTags(tags) {
+  const shown = tags.slice(0, 3).map((name) => h("span", {class: "tag"},
+    h("button", {title: "Only runs tagged " + name, onclick: () => filterByTag(name)}, name)));
+  const rest = tags.slice(3);
+  return h("div", {class: "tags"}, shown, rest.length
+    ? h("span", {class: "dim", title: rest.join("\n")}, `+${rest.length}`) : null);
+}
+
+const marked = new Set(); // keys of the runs to compare
+
+function markBox(run) {
+  const key = runKey(run);
+  const onchange = (event) => {
+    if (event.target.checked) marked.add(key);
+    else marked.delete(key);
+    showMarked();
+  };
+  return h("label", null, h("input",
+    {type: "checkbox", "aria-label": "Mark " + key, checked: marked.has(key), onchange}));
+}
+
+const MOST_COMPARED = 5;
+
+function showMarked() {
+  const isShown = marked.size > 0 && isList();
+  const canCompare = marked.size >= 2 && marked.size <= MOST_COMPARED;
+  byId("marked").hidden = !isShown;
+  fill(byId("marked"),
+    h("span", {role: "status"}, plural(marked.size, "run") + " marked" +
+      (marked.size > MOST_COMPARED ? `, at most ${MOST_COMPARED} can be compared` : "")),
+    h("button", {
+      class: "primary",
+      disabled: !canCompare,
+      onclick: () => { location.hash = compareLink([...marked]); },
+    }, "Compare"),
+    h("button", {onclick: clearMarks}, "Clear"));
+}
+
+function clearMarks() {
+  marked.clear();
+  for (const entry of runs.values()) entry.isStale = true;
+  view.draw();
+}
+
+function parameterCell(entry, name) {
+  const known = entry.parameters && entry.parameters[name];
+  const text = known ? JSON.stringify(known.value) : "";
+  return cell(text ? code(text) : "", {class: "value", title: text});
+}
+
+function runRow(entry, columns) {
+  const {run} = entry;
+  const id = runId(run);
+  const opened = h("a", {
+    class: "nav flow",
+    href: link(run.flow_id, id),
+    "aria-label": `${run.flow_id} ${id}: ${run.status}`,
+  }, run.flow_id);
+  const why = run.cause && run.cause.summary;
+  return h("tr", {"data-status": run.status, "data-run": runKey(run)},
+    cell(markBox(run), {class: "mark"}),
+    cell(badge(run.status)),
+    cell(opened),
+    cell(h("span", {class: "number"}, id)),
+    cell(time(run.ts_epoch)),
+    cell(time(run.finished_at), run.finished_at ? null : {class: "empty"}),
+    cell(elapsed(run)),
+    cell(userOf(run)),
+    cell(projectOf(run)),
+    columns.map((name) => parameterCell(entry, name)),
+    cell([why ? h("div", {class: "why", title: why}, why) : null,
+      run.tags.length ? shortTags(run.tags) : null],
+    {class: why || run.tags.length ? "details" : "details empty"}));
+}
+
+function sortHead(column, sort) {
+  const isSorted = sort.name === column.name;
+  const other = isSorted && sort.isDescending ? "" : "-";
+  const direction = sort.isDescending ? "descending" : "ascending";
+  return h("th", {scope: "col", "aria-sort": isSorted ? direction : null},
+    h("button", {onclick: () => chooseInList({sort: other + column.name})}, column.title));
+}
+
+function parseSort(text) {
+  const name = text.replace(/^-/, "") || "ts_epoch";
+  const column = COLUMNS.find((one) => one.name === name) || COLUMNS[3];
+  return {name: column.name, of: column.of, isDescending: !text || text.startsWith("-")};
+}
+
+function compareRuns(sort) {
+  const order = (one, other) => (one < other ? -1 : Number(one > other));
+  return ({run: one}, {run: other}) =>
+    (order(sort.of(one), sort.of(other)) || order(one.ts_epoch, other.ts_epoch)) *
+    (sort.isDescending ? -1 : 1);
+}
+
+function flowHead(flow, entries, width) {
+  const counts = STATUSES.map((status) =>
+    [status, entries.filter(({run}) => run.status === status).length]);
+  const told = counts.filter(([, count]) => count)
+    .map(([status, count]) => `${grouped(count)} ${status}`);
+  return h("tr", {class: "group"}, h("th", {colspan: width, scope: "colgroup"},
+    h("b", null, flow), h("span", {class: "dim"}, told.join(", "))));
+}
+
+/** A menu with the parameters that can be columns. */
+function columnsMenu(chosen, known) {
+  const choose = (name) => {
+    const others = chosen.filter((other) => other !== name);
+    const columns = others.length < chosen.length ? others : [...chosen, name];
+    chooseInList({columns: columns.join(",")});
+  };
+  const boxes = known.map((name) => h("label", null,
+    h("input", {type: "checkbox", checked: chosen.includes(name), onchange: () => choose(name)}),
+    name));
+  return [h("summary", null, "Columns"), h("div", null, boxes.length ? boxes
+    : h("span", {class: "dim"}, "No parameters are known yet."))];
+}
+
+/** Fetches the parameters of runs that do not have them yet, some at a time. */
+async function fetchParameters(entries) {
+  const waiting = entries.filter((entry) => !entry.parameters);
+  const work = async () => {
+    for (let entry = waiting.shift(); entry; entry = waiting.shift()) {
+      const {flow_id: flow} = entry.run;
+      const {data} = await getIfAny(runPath(flow, runId(entry.run)) + "/parameters", {});
+      Object.assign(entry, {parameters: data, isStale: true});
+    }
+  };
+  await Promise.all([work(), work(), work(), work()]);
+}
+
+async function listView(mine, query) {
+  const {terms, problem} = parseFilter(query);
+  const choices = listChoices();
+  const columns = choices.columns.split(",").filter(Boolean);
+  const sort = parseSort(choices.sort);
+  const width = 1 + COLUMNS.length + columns.length;
+  const asked = {
+    _limit: terms.length || choices.group ? 1000 : 100,
+    _order: (sort.isDescending ? "-" : "+") + sort.name,
+    ...serverFilter(terms),
+  };
+  const body = h("tbody");
+  const heads = new Map();
+  let page = 0;
+  let drawn = {};
+
+  const rowOf = (entry) => {
+    const isSame = entry.columns === choices.columns && !entry.isStale;
+    if (entry.row && isSame) return entry.row;
+    const fresh = runRow(entry, columns);
+    entry.row = entry.row ? patch(entry.row, fresh) : fresh;
+    Object.assign(entry, {isStale: false, columns: choices.columns});
+    return entry.row;
+  };
+  const headOf = (flow, entries) => {
+    const fresh = flowHead(flow, entries, width);
+    heads.set(flow, heads.has(flow) ? patch(heads.get(flow), fresh) : fresh);
+    return heads.get(flow);
+  };
+  const groupsOf = (entries) => {
+    const flows = new Map();
+    for (const entry of entries) {
+      const {flow_id: flow} = entry.run;
+      flows.set(flow, [...(flows.get(flow) || []), entry]);
+    }
+    return [...flows].sort(([one], [other]) => one.localeCompare(other));
+  };
+
+  const menu = h("details", {class: "menu"});
+  const none = h("div");
+  const more = h("button", {class: "more", onclick: () => load().catch(fail)}, "Load more runs");
+  const chips = h("div", {class: "tags", role: "group", "aria-label": "Status"});
+  const isOnly = (status) => terms.length > 0 && terms.some(({field, values, isExcluded}) =>
+    field === "status" && !isExcluded && values.length === 1 && values[0] === status);
+  const others = () => query.replace(/(?:^|\s)status:\S*/gi, "").trim();
+  const chip = (status) => h("button", {
+    class: "chip",
+    "aria-pressed": String(isOnly(status)),
+    onclick: () => {
+      const only = isOnly(status) ? others() : `${others()} status:${status}`.trim();
+      location.hash = listLink(only, choices);
+    },
+  }, status);
+  const sortChoice = h("select", {
+    class: "narrow",
+    "aria-label": "Sort by",
+    onchange: (event) => chooseInList({sort: event.target.value}),
+  }, COLUMNS.map(({name, title}) =>
+    h("option", {value: "-" + name, selected: name === sort.name}, "By " + title.toLowerCase())));
+  const toolbar = h("div", {class: "toolbar"}, h("h1", null, "Runs"), chips,
+    h("span", {class: "space"}), sortChoice,
+    h("button", {
+      class: "chip",
+      "aria-pressed": String(choices.group === "flow"),
+      onclick: () => chooseInList({group: choices.group ? "" : "flow"}),
+    }, "Group by flow"), menu);
+  chips.append(...["failed", "running", "completed"].map(chip));
+
+  mine.draw = () => {
+    const shown = [...runs.values()].filter(({run}) => terms.every((term) => matches(run, term)));
+    shown.sort(compareRuns(sort));
+    const nodes = choices.group
+      ? groupsOf(shown).flatMap(([flow, entries]) => [headOf(flow, entries), ...entries.map(rowOf)])
+      : shown.map(rowOf);
+    sync(body, nodes);
+    const names = [...runs.values()].flatMap(({parameters}) => Object.keys(parameters || {}));
+    fill(menu, ...columnsMenu(columns, [...new Set([...columns, ...names])].sort()));
+    fill(none, ...emptyList(shown.length, page, problem, terms));
+    showMarked();
+    const running = shown.filter(({run}) => run.status === "running").length;
+    const newest = shown.reduce((one, {run}) =>
+      (one && one.ts_epoch > run.ts_epoch ? one : run), null);
+    drawn = {running, newest};
+    mine.showTab();
+  };
+  mine.showTab = () => {
+    const {running, newest} = drawn;
+    if (unseen.run) showInTab(unseen.run.status, `${unseen.run.status}: ${unseen.run.flow_id}`);
+    else if (running) showInTab("running", `${running} running \u00b7 Metaflow runs`);
+    else showInTab(newest && newest.status, "Metaflow runs");
   };
   async function load() {
-    more.hidden = true;  // So that it comes in sight anew.
-    const {data, pages} = await get("/runs?" + new URLSearchParams({...asked, _page: asked._page += 1}));
-    data.forEach(keepRun); more.hidden = !data.length || !pages || !pages.next; view.draw();
+    more.hidden = true; // so that it comes in sight anew
+    page += 1;
+    const {data, pages} = await get("/runs?" + new URLSearchParams({...asked, _page: page}));
+    data.forEach(keepRun);
+    mine.draw();
+    more.hidden = !data.length || !pages || !pages.next;
+    if (columns.length) {
+      await fetchParameters([...runs.values()]);
+      mine.draw();
+    }
   }
-  view.draw();
-  main.replaceChildren(panel("runs", "Runs", table(["Status", "Flow", "Run", "Started", "Duration", "User", "Tags"], body), none), more);
+  /** Which parameters there are is found out from the newest run of each flow. */
+  menu.ontoggle = async () => {
+    if (!menu.open) return;
+    const newest = groupsOf([...runs.values()].sort(compareRuns(parseSort(""))));
+    await fetchParameters(newest.map(([, [entry]]) => entry)).catch(fail);
+    mine.draw();
+  };
+
+  const head = h("thead", null, h("tr", null,
+    h("th", {scope: "col"}, h("span", {class: "dim", title: "Mark runs to compare"}, "")),
+    COLUMNS.slice(0, -1).map((column) => sortHead(column, sort)),
+    columns.map((name) => h("th", {scope: "col"}, name)),
+    COLUMNS.slice(-1).map((column) => sortHead(column, sort))));
+  head.querySelector("th").append(h("span", {class: "dim"}, "Mark"));
+  const table = wrapTable("Runs", h("table", null, head, body));
+  mine.draw();
+  main.replaceChildren(toolbar, panel("runs", "Runs", table, none), more);
   await load();
-  const scrolled = new IntersectionObserver(seen => { if (seen.at(-1).isIntersecting) load().catch(fail); }); scrolled.observe(more);
-  view.signal.addEventListener("abort", () => scrolled.disconnect()); subscribe(view, "/runs", keepRun);
+  const scrolled = new IntersectionObserver((seen) => {
+    if (seen.at(-1).isIntersecting) load().catch(fail);
+  });
+  scrolled.observe(more);
+  mine.signal.addEventListener("abort", () => scrolled.disconnect());
+  subscribe(mine, "/runs", keepRun);
 }
-// ---- One run: its facts, its graph, and a timeline with a row per task and a bar per attempt. ----
-const newest = task => task.attempts.at(-1), isHidden = row => row.step_name.startsWith("_");
-function graphBoxes(sequence, node) {  // A list in a sequence holds branches that run beside each other; each is a sequence again.
-  return h("div", {class: "sequence"}, [].concat(sequence).map(item => !Array.isArray(item) ? node(item)
-    : h("div", {class: "branches"}, item.map(branch => h("div", {class: "branch"}, graphBoxes(branch, node))))));
+
+function emptyList(count, page, problem, terms) {
+  if (problem) return [h("p", {class: "note danger", role: "alert"}, problem)];
+  if (count || !page) return [];
+  if (terms.length) return [note("No run matches the filter.")];
+  return [note("No runs yet. Start one: ", code("metaflow-local-service run python flow.py run"),
+    " and it appears here.")];
 }
+
+// ---- Run: its facts, why it failed, its graph, and a timeline with a bar for each attempt ----
+
+const FOLDED = 12;
+const TICKS = [0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800,
+  21600, 43200, 86400];
+const newest = (task) => task.attempts.at(-1);
+const taskId = (row) => String(row.task_name || row.task_id);
+const isHidden = (row) => row.step_name.startsWith("_");
+const pathspecLink = (pathspec) => link(...pathspec.split("/"));
+
+/** Why a run or an attempt failed: which task, what was raised where, and its last words. */
+function causePanel(cause) {
+  if (!cause) return [];
+  const headline = cause.type ? [cause.type, cause.message].filter(Boolean).join(": ")
+    : cause.message ? `${capital(cause.kind)}: ${cause.message}` : cause.summary || cause.kind;
+  const isOfTask = cause.task_id !== null && cause.task_id !== undefined;
+  const attempt = Number.isInteger(cause.attempt_id) && `${cause.attempt_id + 1}` +
+    (cause.attempts ? ` of ${cause.attempts}` : "");
+  const opened = isOfTask && pathspecLink(cause.pathspec);
+  const place = cause.file && (cause.line ? `${cause.file}:${cause.line}` : cause.file);
+  const words = (cause.stderr || []).join("\n");
+  return [panel("cause", "Why it failed",
+    titled(headline, opened ? h("a", {class: "link", href: opened}, "Open the task") : null),
+    facts([
+      isOfTask ? ["Task", code(cause.pathspec)] : null,
+      ["Attempt", attempt],
+      ["Line", place && code(place)],
+      ["What happened", cause.kind],
+    ]),
+    words ? h("pre", {tabindex: 0, "aria-label": "Last lines of standard error"}, words) : null)];
+}
+
+const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
+
+/** The tags of a run; each filters the list, and can be removed; a field adds one. */
+function tagEditor(flow, id, changed) {
+  const list = h("div", {class: "tags"});
+  const field = h("input", {"aria-label": "New tag", placeholder: "New tag", size: 14});
+  const said = h("span", {class: "danger", role: "alert"});
+  const form = h("form", {hidden: true}, field);
+  const opener = h("button", {class: "bare", onclick: () => openField(true)}, "Add a tag");
+  const mutate = async (tags) => {
+    said.textContent = "";
+    try {
+      await change("PATCH", `${runPath(flow, id)}/tag/mutate`, tags);
+      await changed();
+    } catch (problem) {
+      said.textContent = problem.message;
+    }
+  };
+  const openField = (isOpen) => {
+    form.hidden = !isOpen;
+    opener.hidden = isOpen;
+    (isOpen ? field : opener).focus();
+  };
+  field.onkeydown = (event) => {
+    if (event.key !== "Escape") return;
+    event.stopPropagation();
+    openField(false);
+  };
+  form.onsubmit = (event) => {
+    event.preventDefault();
+    const name = field.value.trim();
+    field.value = "";
+    if (name) mutate({tags_to_add: [name]});
+    else openField(false);
+  };
+  const show = (tags) => fill(list, tags.map((name) => h("span", {class: "tag"},
+    h("button", {title: "Only runs tagged " + name, onclick: () => filterByTag(name)}, name),
+    h("button", {
+      "aria-label": "Remove the tag " + name,
+      onclick: () => mutate({tags_to_remove: [name]}),
+    }, "\u00d7"))));
+  return {node: h("div", {class: "tags"}, list, opener, form, said), show};
+}
+
+async function deleteRun(flow, id) {
+  const text = `${flow}/${id} is deleted with what only it has stored: records, artifacts, logs ` +
+    "and cards. This cannot be undone.";
+  if (!await ask("Delete this run?", text, "Delete")) return;
+  try {
+    await change("DELETE", runPath(flow, id));
+    runs.delete(`${flow}/${id}`);
+    location.hash = listLink(listed);
+  } catch (problem) {
+    const isUnknown = [404, 405].includes(problem.status);
+    tell("The run was not deleted", h("p", null, isUnknown
+      ? "This service cannot delete runs, or the run is gone already." : problem.message));
+  }
+}
+
+// The graph. Steps stand in layers, by the longest way to them; edges that go back are loops.
+
+/** The steps in order, and the edges that go back in it. */
+function orderSteps(steps, start) {
+  const states = new Map();
+  const back = new Set();
+  const order = [];
+  const visit = (name) => {
+    states.set(name, "open");
+    for (const next of [...(steps[name].next || [])].reverse()) {
+      if (!steps[next]) continue;
+      if (states.get(next) === "open") back.add(name + ">" + next);
+      else if (!states.has(next)) visit(next);
+    }
+    states.set(name, "done");
+    order.unshift(name);
+  };
+  for (const name of [start, ...Object.keys(steps)]) {
+    if (steps[name] && !states.has(name)) visit(name);
+  }
+  return {order, isBack: (from, to) => back.has(from + ">" + to)};
+}
+
+/** How many foreach splits each step is within. */
+function foreachDepths(steps) {
+  const depths = new Map();
+  const enter = (name, end, seen) => {
+    if (name === end || seen.has(name) || !steps[name]) return;
+    seen.add(name);
+    depths.set(name, (depths.get(name) || 0) + 1);
+    (steps[name].next || []).forEach((next) => enter(next, end, seen));
+  };
+  for (const {type, next, matching_join: end} of Object.values(steps)) {
+    if (!/^split-(foreach|parallel)$/.test(type)) continue;
+    const seen = new Set();
+    (next || []).forEach((name) => enter(name, end, seen));
+  }
+  return depths;
+}
+
+/** What a graph is drawn of: nodes in layers, and edges as chains of them. */
+function layOut(graph) {
+  const {steps} = graph;
+  const start = [].concat(graph.graph_structure || []).find((item) => steps[item]) || "start";
+  const {order, isBack} = orderSteps(steps, start);
+  const depths = foreachDepths(steps);
+  const nodes = new Map(order.map((name) => [name,
+    {name, layer: 0, row: 0, before: [], depth: depths.get(name) || 0, info: steps[name]}]));
+  const pairs = order.flatMap((from) => [...new Set(steps[from].next || [])]
+    .filter((to) => nodes.has(to)).map((to) => [nodes.get(from), nodes.get(to)]));
+  const forward = pairs.filter(([from, to]) => !isBack(from.name, to.name));
+  for (const [from, to] of forward) to.layer = Math.max(to.layer, from.layer + 1);
+  const layers = [];
+  const put = (node) => (layers[node.layer] = layers[node.layer] || []).push(node);
+  nodes.forEach(put);
+  const edges = forward.map(([from, to]) => {
+    const chain = [from];
+    for (let layer = from.layer + 1; layer < to.layer; layer += 1) {
+      chain.push({name: null, layer, row: 0, before: [chain.at(-1)]});
+      put(chain.at(-1));
+    }
+    to.before.push(chain.at(-1));
+    return [...chain, to];
+  });
+  for (const layer of layers) placeInLayer(layer);
+  const loops = pairs.filter(([from, to]) => isBack(from.name, to.name));
+  return {nodes, layers, edges, loops, order};
+}
+
+/** Gives the nodes of a layer their rows: in the order of what they come from, around zero. */
+function placeInLayer(layer) {
+  const middle = ({before}) => before.reduce((sum, {row}) => sum + row, 0) / (before.length || 1);
+  const middles = new Map(layer.map((node) => [node, middle(node)]));
+  layer.sort((one, other) => middles.get(one) - middles.get(other));
+  layer.forEach((node, at) => { node.row = at - (layer.length - 1) / 2; });
+}
+
+/** The case in which a switch goes to a step. */
+function caseOf(from, to) {
+  const cases = Object.entries(from.info.switch_cases || {});
+  return cases.filter(([, step]) => step === to.name).map(([value]) => value).join(", ");
+}
+
+const ROW_HEIGHT = 74;
+const NODE_HEIGHT = 48;
+
+function graphView(graph, newNode) {
+  const {nodes, layers, edges, loops, order} = layOut(graph);
+  const rows = nodes.size && layers.map((layer) => layer.length);
+  const height = Math.max(...rows) * ROW_HEIGHT + 24 + (loops.length ? 20 : 0);
+  const picture = draw("svg", {"aria-hidden": "true"});
+  const boxes = new Map(order.map((name) => [name, newNode(name)]));
+  const canvas = h("div", null, picture, ...boxes.values());
+  const hint = h("div", {class: "hint dim", hidden: true}, "Scroll sideways for the rest \u2192");
+  const box = h("div", {class: "graph", tabindex: 0, role: "group", "aria-label": "Graph"},
+    canvas, hint);
+  const middle = Math.max(...rows) * ROW_HEIGHT / 2 + 12;
+  const place = (column) => (node) => ({
+    x: 20 + node.layer * column,
+    y: middle + node.row * ROW_HEIGHT,
+  });
+  function arrange() {
+    const room = box.clientWidth - 40;
+    const column = Math.min(300, Math.max(152, (room + 48) / layers.length));
+    const width = column - 52;
+    const at = place(column);
+    const total = layers.length * column - 52 + 40;
+    canvas.style = `width:${total}px;height:${height}px`;
+    picture.setAttribute("viewBox", `0 0 ${total} ${height}`);
+    for (const [name, node] of boxes) {
+      const {x, y} = at(nodes.get(name));
+      node.style = `left:${x}px;top:${y - NODE_HEIGHT / 2}px;width:${width}px;` +
+        `height:${NODE_HEIGHT}px`;
+    }
+    const head = draw("marker", {id: "arrow", viewBox: "0 0 8 8", refX: 7, refY: 4,
+      markerWidth: 7, markerHeight: 7, orient: "auto"}, draw("path", {d: "M0 0L8 4L0 8z"}));
+    sync(picture, [head, ...edges.flatMap((chain) => drawEdge(chain, at, width)),
+      ...loops.map(([from, to]) => drawLoop(at(from), at(to), width))]);
+    hint.hidden = total <= box.clientWidth + 1;
+  }
+  new ResizeObserver(arrange).observe(box);
+  return {box, boxes, nodes, edges: picture, order};
+}
+
+function drawEdge(chain, at, width) {
+  const points = chain.map(at);
+  const line = points.slice(1).map((to, index) => {
+    const from = points[index];
+    const x = from.x + width;
+    const end = index === points.length - 2 ? to.x - 2 : to.x;
+    const middle = (x + end) / 2;
+    const through = index === points.length - 2 ? "" : `H${to.x + width}`;
+    return `C${middle} ${from.y} ${middle} ${to.y} ${end} ${to.y}${through}`;
+  });
+  const [first] = points;
+  const last = points.at(-1);
+  const label = caseOf(chain[0], chain.at(-1));
+  const props = {"data-to": chain.at(-1).name, "marker-end": "url(#arrow)"};
+  return [
+    draw("path", {...props, d: `M${first.x + width} ${first.y}${line.join("")}`}),
+    ...label ? [draw("text", {"data-to": chain.at(-1).name, x: last.x - 10, y: last.y - 7,
+      "text-anchor": "end"}, label)] : [],
+  ];
+}
+
+function drawLoop(from, to, width) {
+  const below = NODE_HEIGHT / 2;
+  const depth = from.x === to.x ? 22 : 30;
+  const start = from.x + width * 0.7;
+  const end = to.x + width * 0.3;
+  const bottom = Math.max(from.y, to.y) + below + depth;
+  return draw("path", {
+    class: "back",
+    "marker-end": "url(#arrow)",
+    d: `M${start} ${from.y + below}C${start} ${bottom} ${end} ${bottom} ${end} ${to.y + below + 2}`,
+  });
+}
+
+/** Whether a switch went elsewhere than to a step, or to what leads to it. */
+function wasNotTaken(name, nodes, steps, known = new Map()) {
+  if (known.has(name)) return known.get(name);
+  known.set(name, false);
+  const isDone = (from) => [...steps.get(from).tasks.values()]
+    .every((task) => newest(task).status === "completed");
+  const isPassed = ({name: from, info}) => {
+    if (!steps.has(from)) return wasNotTaken(from, nodes, steps, known);
+    return info.type === "split-switch" && isDone(from) &&
+      info.next.some((next) => next !== name && next !== from && steps.has(next));
+  };
+  const before = [...nodes.values()].filter(({info}) => (info.next || []).includes(name));
+  const isTrue = before.length > 0 && before.every(isPassed);
+  known.set(name, isTrue);
+  return isTrue;
+}
+
 function summary({tasks}) {
-  const counts = {}, total = grouped(tasks.size) + (tasks.size === 1 ? " task" : " tasks");
-  for (const task of tasks.values()) counts[newest(task).status] = (counts[newest(task).status] || 0) + 1;
-  const others = Object.keys(counts).filter(name => name !== "completed").map(name => grouped(counts[name]) + " " + name);
-  return {status: STATUSES.find(name => counts[name]), text: [total, ...others].join(", ")};
+  const all = [...tasks.values()].map(newest);
+  const counts = {};
+  for (const {status} of all) counts[status] = (counts[status] || 0) + 1;
+  const status = STATUSES.find((name) => counts[name]);
+  const others = STATUSES.filter((name) => counts[name] && name !== "completed")
+    .map((name) => `${grouped(counts[name])} ${name}`);
+  const isCloned = all.length > 0 && all.every((row) => row.origin_pathspec);
+  return {status, all, counts, others, isCloned};
 }
-function taskRow(run, task, single) {
-  const last = newest(task), tries = task.attempts.length, seconds = ms => Math.max(0, ms - run.ts_epoch) / 1000;
-  const place = ({status, started_at: from, finished_at: to}) => `--from:${seconds(from)};--to:`
-    + (status === "running" ? "var(--now)" : seconds(to || from));
-  const bar = row => h("span", {class: "bar " + colour(row.status), style: place(row), title: `attempt ${row.attempt_id}: ${row.status}`});
-  return h("a", {class: "row nav", "data-status": last.status, href: link(run.flow_id, runId(run), last.step_name, taskId(last)),
-    "aria-label": `${last.step_name}, task ${taskId(last)}: ${last.status}, attempts: ${tries}`},
-    h("span", {class: single ? "" : "dim sub"}, single ? last.step_name : last.foreach_label || taskId(last)),
-    h("span", {class: "lane"}, task.attempts.filter(row => row.started_at).map(bar)),
-    h("span", {class: "number"}, tries > 1 ? `${tries} tries, ` : "", elapsed(last)));
+
+function stepTime({all}) {
+  const starts = all.map((row) => row.started_at || row.ts_epoch);
+  const ends = all.map((row) => (row.status === "running" ? Date.now() : row.finished_at || 0));
+  return {from: Math.min(...starts), to: Math.max(...ends)};
 }
-function stepRows(run, step) {  // A long foreach shows its first tasks and the first of the rest that failed.
-  const all = [...step.tasks.values()], single = all.length === 1, failed = task => newest(task).status === "failed";
-  const shown = step.open ? all : [...all.slice(0, FOLDED), ...all.slice(FOLDED).filter(failed).slice(0, FOLDED)];
-  for (const task of shown) if (task.single !== single) Object.assign(task, {single, row: taskRow(run, task, single)});
-  const head = h("h3", {class: "row"}, h("span", null, step.name), h("span", {class: "dim"}, summary(step).text), h("span"));
-  step.fold.textContent = step.open ? "Show fewer" : "Show all " + grouped(all.length);
-  step.fold.onclick = () => { step.open = !step.open; view.draw(); };
-  return [...single ? [] : [head], ...shown.map(task => task.row), ...all.length > FOLDED ? [step.fold] : []];
+
+/** What a step shows in the graph. */
+function nodeContent(name, step) {
+  const told = summary(step);
+  const {from, to} = stepTime(told);
+  const took = told.isCloned ? "cloned" : duration(to - from);
+  const text = told.all.length === 1 ? [told.status, took]
+    : [plural(told.all.length, "task"), ...told.others, took];
+  return {status: told.status, isCloned: told.isCloned, text: text.join(" \u00b7 ")};
 }
-async function runView(view, flow, id) {
-  const base = path("flows", flow, "runs", id), steps = new Map(), nodes = new Map(), head = h("div", {id: "head"}), details = h("div");
-  const rows = h("div"), ticks = h("span", {class: "lane"}), axis = h("div", {class: "row dim"}, h("span"), ticks, h("span"));
-  const lanes = h("div", {class: "timeline"}, axis, rows), timeline = panel("timeline", "Timeline", titled("Timeline"), lanes);
-  let run = {}, end = 0, detailed = null;
-  const keep = row => fillHead(head, flow + "/" + id, run = row, [["User", userOf(row)], ...tagsOf(row)], "");
-  const newStep = name => steps.set(name, {name, tasks: new Map(), node: h("div"), fold: h("button", {class: "fold"})}).get(name);
+
+/** What a step that has no tasks is. */
+function absence(name, run, nodes, steps) {
+  if (run.status === "completed" || wasNotTaken(name, nodes, steps)) return "not taken";
+  return run.status === "failed" ? "not reached" : "not started";
+}
+
+// The timeline.
+
+function taskRow(run, task, isSingle) {
+  const last = newest(task);
+  const tries = task.attempts.filter(Boolean).length;
+  const seconds = (ms) => Math.max(0, ms - run.ts_epoch) / 1000;
+  const place = ({status, started_at: from, finished_at: to}) => `--from:${seconds(from)};--to:` +
+    (status === "running" ? "var(--now)" : seconds(to || from));
+  const bar = (row) => h("span", {
+    class: `bar ${colour(row.status)}${row.origin_pathspec ? " cloned" : ""}`,
+    style: place(row),
+    title: `attempt ${row.attempt_id}: ${row.status}` +
+      (row.origin_pathspec ? `, cloned from ${row.origin_pathspec}` : ""),
+  });
+  const id = taskId(last);
+  const label = isSingle ? last.step_name : last.foreach_label || id;
+  const shown = [label, isSingle || label === id ? "" : " " + id].join("");
+  const more = [last.status, tries > 1 ? plural(tries, "attempt") : "",
+    last.origin_pathspec ? "cloned" : ""].filter(Boolean).join(", ");
+  return h("a", {
+    class: "row nav",
+    "data-status": last.status,
+    "data-task": `${last.step_name}/${id}`,
+    href: link(run.flow_id, runId(run), last.step_name, id),
+    title: shown,
+  },
+  h("span", {class: isSingle ? "" : "under"}, label,
+    shown === label ? null : h("span", {class: "dim"}, " " + id),
+    h("span", {class: "hidden-text"}, ` in ${last.step_name}: ${more}`)),
+  h("span", {class: "lane"}, task.attempts.filter((row) => row && row.started_at).map(bar)),
+  h("span", {class: "number"}, tries > 1 ? h("span", {class: "dim"}, `${tries} tries `) : null,
+    last.origin_pathspec ? h("span", {class: "dim"}, "cloned ") : null, elapsed(last)));
+}
+
+function stepHead(run, step) {
+  const told = summary(step);
+  const {from, to} = stepTime(told);
+  const seconds = (ms) => Math.max(0, ms - run.ts_epoch) / 1000;
+  const end = told.counts.running ? "var(--now)" : seconds(to);
+  const counts = [plural(told.all.length, "task"), ...told.others].join(", ");
+  const pathspec = `${run.flow_id}/${runId(run)}/${step.name}`;
+  return h("div", {class: "row step-head", tabindex: -1},
+    h("span", null, step.name, " ", h("span", {class: "dim"}, counts, " "),
+      copyButton(pathspec, pathspec)),
+    h("span", {class: "lane"}, h("span", {
+      class: "bar " + colour(told.status),
+      style: `--from:${seconds(from)};--to:${end}`,
+    })),
+    h("span", {class: "number", "data-since": told.counts.running && from},
+      duration(to - from)));
+}
+
+const TASK_ORDERS = {
+  begin: ["As they began", () => 0],
+  longest: ["Longest first", (one, other) => taskTime(other) - taskTime(one)],
+  value: ["By value", (one, other) => labelOf(one).localeCompare(labelOf(other), "en",
+    {numeric: true})],
+};
+const labelOf = (task) => newest(task).foreach_label || taskId(newest(task));
+
+function taskTime(task) {
+  const {status, started_at: from, finished_at: to, ts_epoch: made} = newest(task);
+  return (status === "running" ? Date.now() : to || made) - (from || made);
+}
+
+/** What the timeline shows of tasks, and its controls. */
+function timelineControls(flow, id, changed) {
+  const state = {text: "", order: "begin", onlyFailed: false, found: null};
+  const said = h("span", {class: "dim", role: "status"});
+  let typed = 0;
+  let asked = null;
+  const search = () => {
+    if (asked) asked.close();
+    asked = null;
+    state.found = null;
+    said.textContent = "";
+    const [, key, value] = /^(\w+):(.*)$/.exec(state.text) || [];
+    if (key) {
+      asked = searchArtifacts(flow, id, key, value, ({matches: found = [], message}) => {
+        state.found = new Set(found.map((task) => `${task.step_name}/${task.task_id}`));
+        said.textContent = message || plural(found.length, "task");
+        changed();
+      });
+    }
+    changed();
+  };
+  const box = h("input", {
+    type: "search",
+    placeholder: "Value, id, or artifact:value",
+    "aria-label": "Search tasks by value, id, or artifact:value",
+    oninput: (event) => {
+      state.text = event.target.value.trim();
+      clearTimeout(typed);
+      typed = setTimeout(search, 250);
+    },
+  });
+  const order = h("select", {
+    "aria-label": "Order of tasks",
+    onchange: (event) => {
+      state.order = event.target.value;
+      changed();
+    },
+  }, Object.entries(TASK_ORDERS).map(([value, [title]]) => h("option", {value}, title)));
+  const failed = h("label", null, h("input", {
+    type: "checkbox",
+    onchange: (event) => {
+      state.onlyFailed = event.target.checked;
+      changed();
+    },
+  }), "Only failed");
+  return {state, nodes: [said, box, order, failed]};
+}
+
+/** Asks which tasks have an artifact, or a foreach variable, of a value. */
+function searchArtifacts(flow, id, key, value, answer) {
+  const query = new URLSearchParams({key, value, scope: "ARTIFACT,FOREACH_VARIABLE"});
+  const base = location.origin.replace(/^http/, "ws") + API;
+  const socket = new WebSocket(`${base}/api/search${runPath(flow, id)}?${query}`);
+  socket.onmessage = ({data}) => {
+    const {event} = JSON.parse(data);
+    if (event.type === "result" || event.type === "error") answer(event);
+  };
+  return socket;
+}
+
+/** Whether the controls of the timeline let a task be shown. */
+function isShownTask(task, {text, onlyFailed, found}) {
+  const last = newest(task);
+  if (onlyFailed && !task.attempts.some((row) => row && row.status === "failed")) return false;
+  if (!text) return true;
+  const names = [last.step_name, last.foreach_label || "", taskId(last)];
+  const isNamed = names.some((name) => name.toLowerCase().includes(text.toLowerCase()));
+  return isNamed || (found !== null && found.has(`${last.step_name}/${last.task_id}`));
+}
+
+/** The rows of a step. A long foreach shows its first tasks, and the first that failed. */
+function stepRows(run, step, state, redraw) {
+  const all = [...step.tasks.values()];
+  const isSingle = all.length === 1;
+  const wanted = all.filter((task) => isShownTask(task, state)).sort(TASK_ORDERS[state.order][1]);
+  const isFailed = (task) => newest(task).status === "failed";
+  const rest = wanted.slice(FOLDED);
+  const shown = step.open ? wanted
+    : [...wanted.slice(0, FOLDED), ...rest.filter(isFailed).slice(0, FOLDED)];
+  for (const task of shown) {
+    if (!task.isStale && task.isSingle === isSingle) continue;
+    const fresh = taskRow(run, task, isSingle);
+    task.row = task.row ? patch(task.row, fresh) : fresh;
+    Object.assign(task, {isSingle, isStale: false});
+  }
+  if (!isSingle && wanted.length) patch(step.head, stepHead(run, step));
+  step.fold.textContent = step.open ? "Show fewer" : `Show all ${grouped(wanted.length)}`;
+  step.fold.onclick = () => {
+    step.open = !step.open;
+    redraw();
+  };
+  return [...(isSingle || !wanted.length ? [] : [step.head]), ...shown.map((task) => task.row),
+    ...(rest.length ? [step.fold] : [])];
+}
+
+function newStep(name) {
+  return {
+    name,
+    tasks: new Map(),
+    node: h("div"),
+    head: h("div"),
+    fold: h("button", {class: "fold"}),
+    open: false,
+  };
+}
+
+function runSnippets(flow, id, run) {
+  const file = (run.cause && run.cause.file) || "flow.py";
+  return [
+    ["Pathspec", `${flow}/${id}`],
+    ["Python", `from metaflow import Run\nrun = Run(${JSON.stringify(`${flow}/${id}`)})`],
+    ["What it did", `metaflow-local-service show ${shellQuote(`${flow}/${id}`)}`],
+    ["Its logs", `metaflow-local-service logs -f ${shellQuote(`${flow}/${id}`)}`],
+    ["Go on from it", `metaflow-local-service run python ${shellQuote(file)} resume ` +
+      `--origin-run-id ${shellQuote(id)}`],
+  ];
+}
+
+function parametersPanel(parameters) {
+  const named = Object.entries(parameters);
+  if (!named.length) return [];
+  const rows = named.map(([name, {value}]) =>
+    h("tr", null, cell(code(name)), cell(h("pre", null, JSON.stringify(value)))));
+  const table = wrapTable("Parameters", tableOf("names", ["Name", "Value"], rows));
+  const isLong = named.length > 8 || JSON.stringify(parameters).length > 600;
+  return [isLong ? folded("parameters", `Parameters (${named.length})`, table)
+    : panel("parameters", "Parameters", titled("Parameters"), table)];
+}
+
+async function runView(mine, flow, id) {
+  const base = runPath(flow, id);
+  const steps = new Map();
+  const head = h("div", {id: "head"});
+  const why = h("div");
+  const details = h("div");
+  const changes = h("div");
+  const rows = h("div");
+  const axis = h("span", {class: "lane"});
+  const grid = h("span", {class: "lane"});
+  const tags = tagEditor(flow, id, async () => keep((await get(base)).data));
+  const controls = timelineControls(flow, id, () => mine.draw());
+  const gridRow = () => h("div", {class: "row"}, h("span"), grid, h("span"));
+  const lanes = h("div", {class: "timeline"}, h("div", {class: "grid"}, gridRow()),
+    h("div", {class: "row dim axis", "aria-hidden": "true"}, h("span"), axis, h("span")), rows);
+  const timeline = panel("timeline", "Timeline", titled("Timeline", ...controls.nodes), lanes);
+  const use = h("div");
+  let run = {};
+  let end = 0;
+  let graph = null;
+  let detailed = null;
+
+  function keep(row) {
+    run = row;
+    if (row.status) keepRun(row);
+  }
   function keepTask(row) {
     if (row.finished_at || !isHidden(row)) detailed = detailed || showDetails().catch(fail);
     if (isHidden(row)) return;
-    const {tasks} = steps.get(row.step_name) || newStep(row.step_name), {attempts} = tasks.get(taskId(row)) || {attempts: []};
-    attempts[row.attempt_id || 0] = row; tasks.set(taskId(row), {attempts});  // A new object has no row: it is drawn again.
+    const step = steps.get(row.step_name) || newStep(row.step_name);
+    steps.set(row.step_name, step);
+    const task = step.tasks.get(taskId(row)) || {attempts: [], row: null};
+    task.attempts[row.attempt_id || 0] = row;
+    step.tasks.set(taskId(row), Object.assign(task, {isStale: true}));
     end = Math.max(end, row.finished_at || row.started_at || 0);
   }
-  async function showDetails() {  // Asked for when the run has begun: before, the service knows neither graph nor parameters.
-    const [{data: graph}, {data: parameters}] = await Promise.all([getIfAny(base + "/dag", {}), getIfAny(base + "/parameters", {})]);
-    const toStep = name => { if (steps.has(name)) steps.get(name).node.querySelector("a").focus(); };
-    const node = name => nodes.set(name, h("button", {class: "node", onclick: () => toStep(name)})).get(name);
-    const boxes = h("div", {class: "dag"}, graphBoxes(graph.graph_structure || [], node));
-    const named = Object.entries(parameters).map(([name, {value}]) => [name, code(JSON.stringify(value))]);
-    if (graph.steps) details.append(panel("dag", "Graph", titled("Graph"), boxes));
-    if (named.length) details.append(panel("parameters", "Parameters", titled("Parameters"), facts(named))); view.draw();
-  }
-  view.draw = () => {
-    if (timeline.hidden = !run.status) return;
-    for (const [name, box] of nodes) {
-      const {status, text} = steps.has(name) ? summary(steps.get(name)) : {text: "not started"};
-      box.className = "node " + colour(status); box.replaceChildren(name, h("br"), h("span", {class: "dim"}, text));
+  /** Asked for when the run has begun: before, the service knows neither graph nor parameters. */
+  async function showDetails() {
+    const [{data: known}, {data: parameters}] = await Promise.all(
+      [getIfAny(base + "/dag", {}), getIfAny(base + "/parameters", {})]);
+    if (known.steps) {
+      graph = graphView(known, (name) => h("a", {class: "node", "data-step": name}));
+      details.append(panel("dag", "Graph", titled("Graph"), graph.box));
     }
-    for (const step of steps.values()) sync(step.node, stepRows(run, step));
-    sync(rows, steps.size ? [...steps.values()].map(step => step.node) : [note("No step has started yet.")]); view.tick();
+    details.append(...parametersPanel(parameters));
+    mine.draw();
+    const {data: found} = await getIfAny(base + "/changes", null);
+    if (found) changes.replaceChildren(changesPanel(found));
+  }
+  /** A step that failed, or has one task, leads there; others to their rows in the timeline. */
+  function drawNode(name, node) {
+    const step = steps.get(name);
+    const info = graph.nodes.get(name);
+    const {status, isCloned, text} = step ? nodeContent(name, step)
+      : {text: absence(name, run, graph.nodes, steps)};
+    const tasks = step ? [...step.tasks.values()] : [];
+    const target = tasks.find((task) => newest(task).status === "failed") || tasks[0];
+    const isMany = info.depth > 0;
+    const classes = ["node", colour(status), isMany && "many", isCloned && "cloned",
+      !step && "unreached"];
+    const toTimeline = (event) => {
+      if (tasks.length < 2 || status === "failed") return;
+      event.preventDefault();
+      step.head.scrollIntoView({block: "start"});
+      step.head.focus({preventScroll: true});
+    };
+    patch(node, h("a", {
+      class: classes.filter(Boolean).join(" "),
+      style: node.getAttribute("style"),
+      "data-step": name,
+      title: [info.info.doc, isMany ? "in a foreach" : ""].filter(Boolean).join("\n"),
+      href: target && link(flow, id, name, taskId(newest(target))),
+      onclick: toTimeline,
+    }, h("span", null, name), h("span", {class: "dim"}, text)));
+    for (const edge of graph.edges.querySelectorAll(`[data-to="${CSS.escape(name)}"]`)) {
+      edge.classList.toggle("not-taken", text === "not taken");
+    }
+  }
+  function drawHead() {
+    const menu = h("details", {class: "menu"}, h("summary", null, "More"), h("div", null,
+      h("button", {class: "danger", onclick: () => deleteRun(flow, id)}, "Delete this run")));
+    head.dataset.status = run.status || "";
+    const known = run.status ? [badge(run.status), copyButton(`${flow}/${id}`, "pathspec"), menu]
+      : [];
+    fill(head, h("div", {class: "head"}, h("h1", null, `${flow}/${id}`), ...known),
+      run.status ? facts([
+        ["Started", longTime(run.ts_epoch)],
+        ["Finished", longTime(run.finished_at)],
+        ["Duration", elapsed(run)],
+        ["User", userOf(run)],
+        ["Project", systemTag(run, "project")],
+        ["Branch", systemTag(run, "project_branch")],
+        ["Resumed from", run.origin_run_id && h("a",
+          {class: "link", href: link(flow, run.origin_run_id)}, run.origin_run_id)],
+      ]) : note("Not there yet. It appears here when it starts."));
+  }
+  mine.draw = () => {
+    drawHead();
+    tags.node.hidden = timeline.hidden = !run.status;
+    mine.showTab();
+    if (!run.status) return;
+    tags.show(run.tags);
+    fill(why, ...causePanel(run.cause));
+    if (!use.firstChild) use.append(codePanel(runSnippets(flow, id, run)));
+    if (graph) {
+      for (const [name, node] of graph.boxes) drawNode(name, node);
+    }
+    const order = graph ? graph.order : [];
+    const place = (name) => (order.includes(name) ? order.indexOf(name) : order.length);
+    const sorted = [...steps.values()].sort((one, other) => place(one.name) - place(other.name));
+    const shown = sorted.map((step) => {
+      const nodes = stepRows(run, step, controls.state, mine.draw);
+      sync(step.node, nodes);
+      return nodes.length ? step.node : null;
+    });
+    const empty = note(steps.size ? "No task matches." : "No step has started yet.");
+    const wanted = shown.filter(Boolean);
+    sync(rows, wanted.length ? wanted : [empty]);
+    mine.tick();
   };
-  view.tick = () => {
-    const running = run.status === "running", last = running ? Date.now() : Math.max(end, run.finished_at);
-    const now = Math.max(100, last - run.ts_epoch) / 1000, tick = TICKS.find(size => now / size <= 6) || now / 5;
-    const span = running ? Math.ceil(now / tick) * tick : now * 1.01, marks = Array.from({length: Math.ceil(span / tick - .3)});
+  mine.showTab = () => showInTab(run.status, `${flow}/${id}`);
+  /** Places along the timeline: a running run grows by ticks, so that bars rarely move. */
+  mine.tick = () => {
+    const isRunning = run.status === "running";
+    const last = isRunning ? Date.now() : Math.max(end, run.finished_at);
+    const now = Math.max(100, last - run.ts_epoch) / 1000;
+    const most = lanes.clientWidth > 900 ? 10 : 5;
+    const tick = TICKS.find((size) => now / size <= most) || now / 5;
+    const span = isRunning ? Math.ceil(now / tick) * tick : now * 1.01;
+    const marks = Array.from({length: Math.ceil(span / tick - 0.3)}, (_, at) => at * tick);
+    const mark = (at, text) => h("span", {class: "tick", style: `--from:${at}`}, text);
     lanes.style = `--now:${now};--span:${span}`;
-    ticks.replaceChildren(...marks.map((_, at) => h("span", {class: "tick", style: "--from:" + at * tick}, duration(at * tick * 1000))));
+    fill(axis, marks.map((at) => mark(at, duration(at * 1000))));
+    fill(grid, marks.map((at) => mark(at, "")));
   };
+
   keep((await getIfAny(base, {})).data);
-  (await getAll(base + "/tasks?_order=%2Bts_epoch&_limit=1000&postprocess=false")).forEach(keepTask);
-  main.replaceChildren(head, details, timeline); view.draw();
-  subscribe(view, base, keep); subscribe(view, base + "/tasks", keepTask);
+  const query = "?_order=%2Bts_epoch&_limit=1000&postprocess=false";
+  (await getAll(base + "/tasks" + query)).forEach(keepTask);
+  main.replaceChildren(head, tags.node, why, changes, details, timeline, use);
+  mine.draw();
+  subscribe(mine, base, keep);
+  subscribe(mine, base + "/tasks", keepTask);
 }
-// ---- One task: the logs, cards, artifacts and metadata of an attempt. ----
-function section(id, title, moving, fill, ...extra) {  // moving: worth asking for again and again while the attempt runs.
-  const body = h("div", null, note("Loading ...")), unread = problem => [note("This cannot be read. " + problem.message)];
-  const load = afresh => fill(afresh).catch(unread).then(nodes => sync(body, nodes));
-  return {node: panel(id, title, titled(title, ...extra), body), moving, load};
+
+// ---- Task: the logs, cards, artifacts and metadata of an attempt ----
+
+const SETTLING = 10000; // where the service does not say whether the log is stored
+const LONGEST_SETTLING = 600000;
+const POLL = {first: 500, longest: 5000};
+const LOG_PAGE = 1000;
+const FEW_LINES = 200;
+
+/** Whether an attempt goes on, has ended but may store something still, or is settled. */
+function phase(row) {
+  const {status, finished_at: end, is_log_stored: isStored} = row;
+  if (!end && ["running", "pending"].includes(status)) return "going";
+  const past = Date.now() - end;
+  if (typeof isStored === "boolean") {
+    return isStored || past > LONGEST_SETTLING ? "settled" : "ended";
+  }
+  return past > SETTLING ? "settled" : "ended";
 }
-function logSection(stream, title, base, attempt, isOpen) {
-  const inner = h("div"), box = h("div", {class: "log", tabindex: 0, role: "group", "aria-label": title}, inner), known = new Map();
-  const url = `${base}/logs/${stream}`, download = h("a", {href: `/api${url}/download?attempt_id=${attempt}`, download: ""}, "Download");
-  const earlier = h("button", {class: "more", onclick: () => { wanted += 1; part.load(); }}, "Load earlier lines");
-  const newLine = ({timestamp, line}) => h("div", {class: "line", "data-time": clock(timestamp)}, line.replace(COLOURS, "") + "\n");
-  let wanted = 1; const lineNode = (line, key) => known.get(key) || known.set(key, newLine(line)).get(key);
-  const part = section("log-" + stream, title, true, async () => {
-    let rows = [];  // Pages come from the end of the log backwards. The last may be short: then the one before it comes along.
-    for (let page = 1; page <= wanted || rows.length && rows.length < 200 && rows[0].row; page += 1) {
-      rows = [...(await getIfAny(`${url}?attempt_id=${attempt}&_limit=1000&_order=-row&_page=${page}`, [])).data.reverse(), ...rows];
+
+const NOT_YET = {
+  going: "Nothing yet. Metaflow stores what a task on this machine writes when the task ends.",
+  ended: "Not stored yet. The task has ended; what it wrote comes when its process is gone.",
+  settled: "Nothing was written.",
+};
+
+/** A part of the page of a task; its load gives the node that is shown. */
+function newPart(id, title, load) {
+  const node = h("div", null, emptyLine(id, title, "Loading \u2026"));
+  const show = (shown) => sync(node, [shown].flat());
+  const unread = (problem) => show(emptyLine(id, title, "It cannot be read. " + problem.message));
+  return {node, load: (isAfresh) => load(isAfresh).then(show, unread)};
+}
+
+/** What a terminal shows of a line: \r and \b move back, colours are classes. */
+function terminalNodes(line) {
+  if (!/[\x1b\r\b]/.test(line)) return [line];
+  const cells = [];
+  let style = "";
+  let at = 0;
+  for (const [token, codes, kind] of line.matchAll(TERMINAL_TOKENS)) {
+    if (kind === "m") style = nextStyle(style, codes);
+    else if (kind === "K") cells.length = Math.min(cells.length, at);
+    else if (token === "\r") at = 0;
+    else if (token === "\b") at = Math.max(0, at - 1);
+    else if (token[0] !== "\x1b") cells[at++] = [token, style];
+  }
+  const nodes = [];
+  for (let from = 0; from < cells.length;) {
+    let to = from;
+    while (to < cells.length && cellStyle(cells[to]) === cellStyle(cells[from])) to += 1;
+    const text = cells.slice(from, to).map((one) => (one ? one[0] : " ")).join("");
+    const className = cellStyle(cells[from]);
+    nodes.push(className ? h("span", {class: className}, text) : text);
+    from = to;
+  }
+  return nodes;
+}
+
+const TERMINAL_TOKENS = /\x1b\[([\d;?]*)([A-Za-z])|\x1b\][^\x07]*\x07?|\x1b.?|[^]/gu;
+const cellStyle = (one) => (one ? one[1] : "");
+
+/** The classes of text after the codes of a colour sequence. */
+function nextStyle(style, codes) {
+  let classes = new Set(style.split(" ").filter(Boolean));
+  for (const number of codes.split(";").map(Number)) {
+    const shade = number % 10;
+    const isColour = (number >= 30 && number <= 37) || (number >= 90 && number <= 97);
+    if (number === 0) classes = new Set();
+    if (number === 1) classes.add("bold");
+    if (number === 22) classes.delete("bold");
+    if (isColour || number === 39) {
+      classes = new Set([...classes].filter((name) => name === "bold"));
     }
-    sync(inner, [...rows.length && rows[0].row ? [earlier] : [], ...rows.map(line => lineNode(line, line.row + line.line))]);
-    return rows.length ? [box] : [note(isOpen() ? LATER : "Nothing was written.")];
-  }, download);
-  return part;
+    if (isColour && shade < 7) classes.add("c" + shade);
+  }
+  return [...classes].join(" ");
 }
-function cardSection(base) {
-  let shown = [];
-  const nodes = ({hash, type, id}) => {  // Its scripts run, but without allow-same-origin not as this page: the API is out of reach.
-    const url = `/api${base}/cards/${encodeURIComponent(hash)}`, name = [type, id].filter(Boolean).join(" \u00b7 ");
-    return [titled(name, h("a", {href: url, target: "_blank", rel: "noopener"}, "Open in a new tab")),
-      h("iframe", {sandbox: "allow-scripts", title: "Card " + name, src: url + "?embed=true&follow=true"})];
-  };
-  return section("cards", "Cards", true, async afresh => {
-    const {data} = await getIfAny(base + "/cards?data=true", []), isNew = afresh || shown.length !== 2 * data.length;
-    if (isNew) shown = data.flatMap(nodes);  // Else each is told what it has itself written meanwhile.
-    else data.forEach((card, at) => card.data && shown[2 * at + 1].contentWindow.postMessage(card.data, "*"));
-    return data.length ? shown : [note("No cards.")];
-  });
-}
-function valueSection(id, title, urls, name, value) {  // What a flow has for itself, with a name like _this, stays hidden.
-  return section(id, title, false, async () => {
-    const items = (await Promise.all(urls.map(url => getAll(url)))).flat().filter(item => !item[name].startsWith("_"));
-    const once = new Map(items.map(item => [item[name] + "=" + value(item), item]));  // Metaflow records some metadata twice.
-    const rows = [...once.values()].map(item => row([code(item[name]), h("pre", null, value(item))]));
-    return [rows.length ? table(["Name", "Value"], h("tbody", null, rows)) : note("None.")];
-  });
-}
-function sections(base, attempt, isOpen) {
-  const artifacts = `${base}/artifacts?_limit=50&postprocess=true&attempt_id=`, metadata = `${base}/metadata?_limit=100&attempt_id`;
-  const content = ({content, postprocess_error: problem}) => problem ? `(${problem.detail || "cannot be shown"})` : String(content);
-  return [logSection("out", "Standard output", base, attempt, isOpen), logSection("err", "Standard error", base, attempt, isOpen),
-    cardSection(base), valueSection("artifacts", "Artifacts", [artifacts + attempt], "name", content),
-    valueSection("metadata", "Metadata", [`${metadata}=${attempt}`, metadata + ":is=null"], "field_name", ({value}) => String(value))];
-}
-const phase = ({status, finished_at}) => !finished_at && ["running", "pending"].includes(status) ? "going"
-  : Date.now() - finished_at > SETTLING ? "settled" : "ended";  // Logs and cards come a moment after the end.
-async function taskView(view, flow, id, step, task, chosen) {
-  const base = path("flows", flow, "runs", id, "steps", step, "tasks", task), attempts = [], head = h("div", {id: "head"});
-  const keep = row => { attempts[row.attempt_id || 0] = row; };
-  (await getIfAny(base + "/attempts?postprocess=true", [])).data.forEach(keep);
-  const last = attempts.length - 1, shown = chosen === undefined ? last : Number(chosen), there = attempts[shown];
-  const isOpen = () => phase(attempts[shown]) !== "settled", parts = there ? sections(base, shown, isOpen) : [];
-  const choices = h("nav", {class: "attempts", "aria-label": "Attempts"});
-  const choice = ({attempt_id: number, status}) => h("a", {href: link(flow, id, step, task, number),
-    "aria-current": number === shown && "page"}, badge(status, `Attempt ${number}: ${status}`));
-  view.draw = () => {
-    if (!there && attempts[shown] || chosen === undefined && attempts.length - 1 > last) { route(); return; }
-    choices.replaceChildren(...attempts.length > 1 ? attempts.flatMap(choice) : []);
-    fillHead(head, step + "/" + task, attempts[shown] || {}, [], choices); view.wake();
-  };
-  async function follow() {
-    for (let wait = 500, before = ""; there && !view.signal.aborted; wait = Math.min(wait + 500, 5000)) {
-      const now = phase(attempts[shown]), due = parts.filter(part => part.moving || now !== before);
-      await Promise.all(due.map(part => part.load(now !== before)));
-      if (now !== before) wait = 500;
-      if ((before = now) === "settled") return;
-      await new Promise(resolve => { view.wake = resolve; setTimeout(resolve, wait); });
+
+/** One of an attempt's two logs. Pages come from its end backwards, each is kept. */
+function logPart(stream, title, attempt) {
+  const {base, number, address, line: target} = attempt;
+  const id = "log-" + stream;
+  const url = `${base}/logs/${stream}?attempt_id=${number}&_limit=${LOG_PAGE}`;
+  const lines = new Map(); // by row: the node, and what it says
+  const inner = h("div");
+  const box = h("div", {class: "log", tabindex: 0, role: "group", "aria-label": title}, inner);
+  const count = h("span", {class: "dim", role: "status"});
+  const search = h("input", {type: "search", placeholder: "Search",
+    "aria-label": `Search in ${title.toLowerCase()}`});
+  const download = h("a", {
+    class: "link",
+    href: `${API}/api${base}/logs/${stream}/download?attempt_id=${number}`,
+    download: "",
+    "aria-label": `Download ${title.toLowerCase()}`,
+  }, "Download");
+  const earlier = h("div", {class: "earlier"},
+    h("button", {onclick: () => loadEarlier(1)}, "Load earlier lines"),
+    h("button", {onclick: () => loadEarlier(lowest - 1)}, "Load all"));
+  const shown = panel(id, title, titled(title, count, search, download), box);
+  let lowest = 0; // the first page that is loaded
+  let highest = 0;
+  let isFirst = true;
+
+  function newLine({row, timestamp, line}) {
+    const isTarget = target && target.stream === stream && target.row === row;
+    return h("div", {class: isTarget ? "line target" : "line"},
+      h("a", {href: `${address}?log=${stream}&line=${row + 1}`, "data-row": row + 1,
+        "aria-label": `Line ${row + 1}`, tabindex: -1}),
+      timestamp ? h("time", {"data-ms": timestamp}, clock(timestamp)) : null,
+      h("span", null, ...terminalNodes(line)));
+  }
+  function keepLines(rows) {
+    for (const row of rows) {
+      const known = lines.get(row.row);
+      if (!known || known.text !== row.line) {
+        lines.set(row.row, {text: row.line, node: newLine(row)});
+      }
     }
   }
-  main.replaceChildren(head, ...parts.map(part => part.node)); view.draw(); follow().catch(fail);
-  subscribe(view, base + "/attempts", keep);
+  async function loadPage(page) {
+    const {data} = await getIfAny(`${url}&_order=%2Brow&_page=${page}`, []);
+    keepLines(data);
+  }
+  async function loadEarlier(pages) {
+    const to = Math.max(1, lowest - pages);
+    for (; lowest > to; lowest -= 1) await loadPage(lowest - 1);
+    const below = box.scrollHeight - box.scrollTop;
+    drawLines();
+    box.scrollTop = box.scrollHeight - below;
+  }
+  function drawLines() {
+    const sorted = [...lines].sort(([one], [other]) => one - other).map(([, {node}]) => node);
+    sync(inner, [...(lowest > 1 ? [earlier] : []), ...sorted]);
+    showHits();
+  }
+  let hits = [];
+  let hit = -1;
+  function showHits() {
+    const text = search.value.toLowerCase();
+    const isHit = (node) => text && node.lastChild.textContent.toLowerCase().includes(text);
+    hits = [...inner.querySelectorAll(".line")].filter((node) => {
+      const isFound = Boolean(isHit(node));
+      node.classList.toggle("hit", isFound);
+      return isFound;
+    });
+    hit = -1;
+    count.textContent = text ? plural(hits.length, "line") +
+      (lowest > 1 ? " of those loaded" : "") : "";
+  }
+  search.oninput = showHits;
+  search.onkeydown = (event) => {
+    if (event.key !== "Enter" || !hits.length) return;
+    event.preventDefault();
+    hit = (hit + (event.shiftKey ? -1 : 1) + hits.length) % hits.length;
+    count.textContent = `${hit + 1} of ${plural(hits.length, "line")}`;
+    inner.querySelectorAll(".target").forEach((node) => node.classList.remove("target"));
+    hits[hit].classList.add("target");
+    showLine(hits[hit]);
+  };
+  const showLine = (node) => {
+    box.scrollTop = node.offsetTop - box.offsetTop - box.clientHeight / 2;
+  };
+  return newPart(id, title, async () => {
+    const {data, pages} = await getIfAny(`${url}&_order=-row&_page=1`, []);
+    const last = (pages && pages.last) || 1;
+    const isAtEnd = isFirst || box.scrollHeight - box.scrollTop - box.clientHeight < 40;
+    keepLines(data);
+    for (let page = highest; page && page < last; page += 1) await loadPage(page);
+    lowest = lowest || last;
+    highest = last;
+    const isHere = target && target.stream === stream;
+    const wanted = isHere ? Math.floor(target.row / LOG_PAGE) + 1 : last;
+    while (lowest > 1 && (lines.size < FEW_LINES || lowest > wanted)) {
+      lowest -= 1;
+      await loadPage(lowest);
+    }
+    drawLines();
+    if (!lines.size) return emptyLine(id, title, NOT_YET[attempt.phase()]);
+    requestAnimationFrame(() => {
+      const line = inner.querySelector(".target");
+      if (isFirst && line) {
+        shown.scrollIntoView({block: "center"});
+        showLine(line);
+      } else if (isAtEnd) box.scrollTop = box.scrollHeight;
+      isFirst = false;
+    });
+    return shown;
+  });
 }
-// ---- Which view is shown, and the keyboard. ----
-let view = new AbortController(), here = "", listed = "", typed = 0;
-const decode = text => { try { return decodeURIComponent(text); } catch { return text; } };
+
+// Cards. Their scripts run, but without allow-same-origin not as this page: the API is out of
+// reach. Each tells its height, and when it has to be loaded anew to show what it is told.
+
+const cards = new Set(); // those that are shown: {frame, next, data, stale}
+const TALLEST_CARD = 20000;
+
+addEventListener("message", ({data, source}) => {
+  for (const card of cards) {
+    if (card.next && card.next.contentWindow === source) card.hear(card.next, data || {});
+    else if (card.frame && card.frame.contentWindow === source) card.hear(card.frame, data || {});
+  }
+});
+
+function newCard(base, {hash, type, id}) {
+  const url = `${API}/api${base}/cards/${encodeURIComponent(hash)}`;
+  const name = [type, id].filter(Boolean).join(" \u00b7 ");
+  const box = h("div", {class: "card"});
+  const opened = h("a", {class: "link", href: url, target: "_blank", rel: "noopener"},
+    "Open in a new tab");
+  const card = {
+    node: panel(null, "Card " + name, titled("Card: " + name, opened), box),
+    frame: null, // what is shown
+    next: null, // what takes its place when it is drawn, so that nothing flashes
+    data: null,
+    stale: undefined, // the token for which it was loaded anew
+  };
+  card.open = () => {
+    if (card.next) card.next.remove();
+    card.next = h("iframe", {
+      sandbox: "allow-scripts",
+      title: "Card " + name,
+      src: url + "?embed=true&follow=true",
+      onload: ({target}) => setTimeout(() => card.show(target, 480), 3000), // one that is silent
+    });
+    box.append(card.next);
+  };
+  card.show = (frame, height) => {
+    if (frame === card.next) {
+      if (card.frame) card.frame.remove();
+      [card.frame, card.next] = [frame, null];
+      card.tell();
+    } else if (frame.classList.contains("ready") && height === 480) {
+      return;
+    }
+    frame.classList.add("ready");
+    frame.style.height = `${Math.min(TALLEST_CARD, Math.ceil(height))}px`;
+  };
+  card.tell = () => {
+    if (card.frame && card.data) card.frame.contentWindow.postMessage(card.data, "*");
+  };
+  card.hear = (frame, {cardHeight, cardIsStale}) => {
+    if (typeof cardHeight === "number" && cardHeight > 0) card.show(frame, cardHeight);
+    if (typeof cardIsStale === "string" && cardIsStale !== card.stale) {
+      card.stale = cardIsStale;
+      card.open();
+    }
+  };
+  card.open();
+  return card;
+}
+
+function cardPart(base, attempt, owner) {
+  const known = new Map();
+  owner.signal.addEventListener("abort", () => known.forEach((card) => cards.delete(card)));
+  return newPart("cards", "Cards", async () => {
+    const {data} = await getIfAny(base + "/cards?data=true", []);
+    for (const row of data) {
+      const card = known.get(row.hash) || newCard(base, row);
+      known.set(row.hash, card);
+      cards.add(card);
+      card.data = row.data;
+      card.tell();
+    }
+    if (!known.size) {
+      return emptyLine("cards", "Cards", attempt.phase() === "settled" ? "None." : "None yet.");
+    }
+    return h("div", {id: "cards"}, [...known.values()].map(({node}) => node));
+  });
+}
+
+// Artifacts, and where those come from that a task has not made itself.
+
+/** Names and content hashes of what the tasks before one had. */
+async function inherited(flow, id, step, row) {
+  const {data: graph} = await getIfAny(runPath(flow, id) + "/dag", {});
+  const before = Object.entries(graph.steps || {})
+    .filter(([, {next}]) => (next || []).includes(step)).map(([name]) => name);
+  const names = ["_parameters", ...before].join(",");
+  const query = `/tasks?step_name=${encodeURIComponent(names)}&postprocess=false&_limit=1000`;
+  const tasks = (await getAll(runPath(flow, id) + query))
+    .filter((task) => task.task_id !== row.task_id && names.split(",").includes(task.step_name));
+  const label = row.foreach_label || "";
+  const isNear = (task) => !task.foreach_label || label.startsWith(task.foreach_label) ||
+    task.foreach_label.startsWith(label);
+  const ids = [...new Map(tasks.filter(isNear).map((task) => [task.task_id, task])).values()];
+  const near = ids.slice(0, MOST_TASKS_BEFORE);
+  const lists = await Promise.all(near.map((task) => getAll(
+    path("flows", flow, "runs", id, "steps", task.step_name, "tasks", taskId(task)) +
+      "/artifacts?_limit=1000")));
+  return new Set(lists.flat().map(artifactKey));
+}
+
+const MOST_TASKS_BEFORE = 6;
+const artifactKey = ({name, sha}) => `${name}=${sha}`;
+
+/** An image that an artifact holds; read here, since the page may show nothing but data. */
+async function showImage(url, into) {
+  const answer = await fetch(url, {signal: view.signal});
+  if (!answer.ok) return;
+  const reader = new FileReader();
+  reader.onload = () => into.replaceChildren(h("img", {src: reader.result, alt: "Its picture"}));
+  reader.readAsDataURL(await answer.blob());
+}
+
+function artifactRow(row, attempt) {
+  const {content, postprocess_error: problem, content_kind: kind} = row;
+  const text = problem ? `(${problem.detail || "cannot be shown"})` : String(content);
+  const value = h("td", null, h("pre", null, text));
+  if (/^image\//.test(kind || "")) {
+    const raw = `${API}/api${attempt.base}/artifacts/${encodeURIComponent(row.name)}/raw`;
+    showImage(`${raw}?attempt_id=${attempt.number}`, value).catch(() => {});
+  }
+  const python = `Task(${JSON.stringify(attempt.pathspec)}).data.${row.name}`;
+  return h("tr", null, cell(code(row.name)), value,
+    cell(copyButton(python, `the Python that loads ${row.name}`)));
+}
+
+function artifactPart(attempt, known) {
+  const {base, number} = attempt;
+  const heads = ["Name", "Value", "Python"];
+  const tableFor = (title, rows) =>
+    wrapTable(title, tableOf("names", heads, rows.map((row) => artifactRow(row, attempt))));
+  return newPart("artifacts", "Artifacts", async () => {
+    const query = `/artifacts?_limit=50&postprocess=true&attempt_id=${number}`;
+    const rows = (await getAll(base + query)).filter(({name}) => !name.startsWith("_"));
+    if (!rows.length) return emptyLine("artifacts", "Artifacts", "None.");
+    const earlier = await known();
+    const isOld = (row) => earlier.has(artifactKey(row));
+    const made = rows.filter((row) => !isOld(row));
+    const old = rows.filter(isOld);
+    const shown = made.length
+      ? panel("artifacts", "Artifacts", titled("Artifacts"), tableFor("Artifacts", made))
+      : emptyLine("artifacts", "Artifacts", "None of its own.");
+    const title = `Inherited artifacts (${old.length})`;
+    return [shown, ...(old.length ? [folded("inherited", title, tableFor(title, old))] : [])];
+  });
+}
+
+function metadataPart({base, number}) {
+  return newPart("metadata", "Metadata", async () => {
+    const url = `${base}/metadata?_limit=100&attempt_id`;
+    const urls = [`${url}=${number}`, `${url}:is=null`];
+    const rows = (await Promise.all(urls.map(getAll))).flat();
+    const once = new Map(rows // Metaflow records some twice, and cards as many
+      .filter(({type, field_name: name}) => !/^card-/.test(type) && !/^(_|card-)/.test(name))
+      .map((row) => [`${row.field_name}=${row.value}`, row]));
+    const shown = [...once.values()].map(({field_name: name, value}) =>
+      h("tr", null, cell(code(name)), cell(h("pre", null, String(value)))));
+    const title = `Metadata (${shown.length})`;
+    return shown.length
+      ? folded("metadata", title, wrapTable(title, tableOf("names", ["Name", "Value"], shown)))
+      : emptyLine("metadata", "Metadata", "None.");
+  });
+}
+
+function taskSnippets(pathspec, number) {
+  return [
+    ["Pathspec", pathspec],
+    ["Python", "from metaflow import Task\n" +
+      `task = Task(${JSON.stringify(pathspec)}, attempt=${number})`],
+    ["Its logs", `metaflow-local-service logs -f ${shellQuote(pathspec)}`],
+  ];
+}
+
+async function taskView(mine, flow, id, step, task, chosen) {
+  const base = path("flows", flow, "runs", id, "steps", step, "tasks", task);
+  const pathspec = [flow, id, step, task].join("/");
+  const attempts = [];
+  const keep = (row) => { attempts[row.attempt_id || 0] = row; };
+  (await getIfAny(base + "/attempts?postprocess=true", [])).data.forEach(keep);
+  const last = attempts.length - 1;
+  const number = chosen === undefined ? last : Number(chosen);
+  const isThere = Boolean(attempts[number]);
+  const head = h("div", {id: "head"});
+  const why = h("div");
+  const attempt = {
+    base,
+    number,
+    pathspec,
+    address: link(flow, id, step, task, number),
+    phase: () => phase(attempts[number]),
+    line: lineInAddress(),
+  };
+
+  function newParts() {
+    let known = null;
+    const before = () => {
+      known = known || inherited(flow, id, step, attempts[number]).catch(() => new Set());
+      return known;
+    };
+    const out = logPart("out", "Standard output", attempt);
+    const err = logPart("err", "Standard error", attempt);
+    const cardsOf = cardPart(base, attempt, mine);
+    const hasFailed = attempts[number].status === "failed";
+    const logs = hasFailed ? [err, out] : [out, err];
+    const artifacts = artifactPart(attempt, before);
+    return {moving: [...logs, cardsOf], still: [artifacts, metadataPart(attempt)], logs,
+      order: hasFailed ? [...logs, cardsOf, artifacts] : [cardsOf, artifacts, ...logs]};
+  }
+  const parts = isThere ? newParts() : {moving: [], still: [], order: []};
+
+  function drawHead() {
+    const row = attempts[number] || {};
+    const choice = ({attempt_id: at, status}) => h("a", {
+      href: link(flow, id, step, task, at),
+      "aria-current": at === number && "page",
+    }, badge(status, `Attempt ${at}: ${status}`));
+    head.dataset.status = row.status || "";
+    fill(head,
+      h("div", {class: "head"}, h("h1", null, `${step}/${task}`, row.foreach_label
+        ? h("span", {class: "dim"}, "  " + row.foreach_label) : null),
+      ...(row.status ? [badge(row.status), copyButton(pathspec, "pathspec")] : [])),
+      attempts.length > 1 ? h("nav", {class: "attempts", "aria-label": "Attempts"},
+        attempts.filter(Boolean).map(choice)) : h("span"),
+      row.status ? facts([
+        ["Started", longTime(row.started_at || row.ts_epoch)],
+        ["Finished", longTime(row.finished_at)],
+        ["Duration", elapsed(row)],
+        ["Cloned from", row.origin_pathspec && h("a",
+          {class: "link", href: pathspecLink(row.origin_pathspec)}, row.origin_pathspec)],
+      ]) : note("Not there yet. It appears here when it starts."));
+    fill(why, ...causePanel(row.cause).map(withoutLink));
+  }
+  mine.draw = () => {
+    const hasMore = chosen === undefined && attempts.length - 1 > last;
+    if ((!isThere && attempts[number]) || hasMore) {
+      route();
+      return;
+    }
+    drawHead();
+    mine.showTab();
+    mine.wake();
+  };
+  mine.showTab = () =>
+    showInTab((attempts[number] || {}).status, `${step}/${task} \u00b7 ${flow}/${id}`);
+  /** Loads what is shown: what moves again and again, the rest when the attempt's phase changes. */
+  async function follow() {
+    let wait = POLL.first;
+    for (let before = ""; isThere && !mine.signal.aborted;) {
+      const now = attempt.phase();
+      const due = now === before ? parts.moving : [...parts.moving, ...parts.still];
+      await Promise.all(due.map((part) => part.load()));
+      reachScrolled(main);
+      if (now === "settled") return;
+      wait = now === before ? Math.min(wait + POLL.first, POLL.longest) : POLL.first;
+      before = now;
+      await new Promise((resolve) => {
+        mine.wake = resolve;
+        setTimeout(resolve, wait);
+      });
+    }
+  }
+  const use = isThere ? [codePanel(taskSnippets(pathspec, number))] : [];
+  main.replaceChildren(head, why, ...parts.order.map(({node}) => node),
+    ...parts.still.slice(1).map(({node}) => node), ...use);
+  mine.draw();
+  follow().catch(fail);
+  subscribe(mine, base + "/attempts", keep);
+}
+
+/** On the page of the task itself, its cause leads nowhere. */
+function withoutLink(node) {
+  node.querySelectorAll(".title a").forEach((anchor) => anchor.remove());
+  return node;
+}
+
+/** The line of a log that the address names. */
+function lineInAddress() {
+  const query = new URLSearchParams(location.hash.split("?")[1] || "");
+  const row = Number(query.get("line")) - 1;
+  return row >= 0 ? {stream: query.get("log") || "out", row} : null;
+}
+
+// ---- Compare: what differs between runs ----
+
+const SECTIONS = {
+  parameters: "Parameters",
+  artifacts: "Artifacts",
+  durations: "Durations by step",
+  tags: "Tags",
+  code: "Code",
+};
+
+const compareLink = (keys) =>
+  "#/?" + new URLSearchParams(keys.map((key) => ["compare", key]));
+
+function differenceValue(section, value) {
+  if (value === null || value === undefined) return h("span", {class: "dim"}, "\u2013");
+  if (section === "durations" && typeof value === "number") return duration(value);
+  return h("pre", null, typeof value === "string" ? value : JSON.stringify(value));
+}
+
+/** A table of what differs, with a column a run. */
+function differencesTable(compared, differences, title) {
+  const heads = compared.map((run) => h("th", {scope: "col"},
+    h("a", {class: "link", href: link(run.flow_id, runId(run))}, runKey(run)), " ",
+    badge(run.status), h("br"), longTime(run.ts_epoch)));
+  const groups = Object.keys(SECTIONS).flatMap((section) => {
+    const rows = differences.filter((one) => one.section === section);
+    const head = h("tr", null, h("th", {colspan: compared.length + 1, scope: "colgroup"},
+      SECTIONS[section]));
+    return rows.length ? [head, ...rows.map(({name, values}) => h("tr", null, cell(code(name)),
+      values.map((value) => cell(differenceValue(section, value)))))] : [];
+  });
+  return wrapTable(title, h("table", {class: "differences"},
+    h("thead", null, h("tr", null, h("th", {scope: "col"}, "Name"), heads)),
+    h("tbody", null, groups)));
+}
+
+/** What has changed since the last run of a flow that succeeded. */
+function changesPanel({runs: compared, differences}) {
+  const [before] = compared;
+  const count = differences.length ? plural(differences.length, "difference") : "no difference";
+  const title = `Since the last success, ${runId(before)}: ${count}`;
+  return differences.length
+    ? folded("changes", title, differencesTable(compared, differences, title))
+    : emptyLine("changes", "Since the last success", `Nothing differs from ${runKey(before)}.`);
+}
+
+async function compareView(mine, keys) {
+  const body = h("div");
+  const load = async (all) => {
+    const query = new URLSearchParams(keys.map((key) => ["run", key]));
+    if (all) query.set("all", "true");
+    const {data: {runs: compared, differences}} = await get("/compare?" + query);
+    body.replaceChildren(differences.length
+      ? panel("compare", "Differences", differencesTable(compared, differences, "Differences"))
+      : emptyLine("compare", "Differences", "Nothing differs."));
+    reachScrolled(body);
+  };
+  const all = h("label", null, h("input", {
+    type: "checkbox",
+    onchange: (event) => load(event.target.checked).catch(fail),
+  }), " What is the same, too");
+  mine.showTab = () => showInTab("", "Compare runs");
+  mine.showTab();
+  await load(false);
+  main.replaceChildren(h("div", {class: "toolbar"}, h("h1", null, "Compare runs"),
+    h("span", {class: "space"}), all), body);
+  if (!live.socket) connect();
+}
+
+// ---- Routing: which view is shown ----
+
+let view = newView();
+let here = "";
+let listed = ""; // the filter of the list, to go back to
+let typing = 0;
+
+/** What is shown: it is given up by aborting it. */
+function newView() {
+  const nothing = () => {};
+  return Object.assign(new AbortController(),
+    {opened: Date.now(), draw: nothing, tick: nothing, wake: nothing, showTab: nothing});
+}
+
+function decode(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;
+  }
+}
+
 const names = () => location.hash.slice(1).split("?")[0].split("/").filter(Boolean).map(decode);
+const addressQuery = () => new URLSearchParams(location.hash.split("?")[1] || "");
+const isList = () => names().length < 2 && !addressQuery().has("compare");
+
 function fail(problem) {
   if (view.signal.aborted || problem.name === "AbortError") return;
-  const again = h("button", {onclick: route}, "Try again");  // A socket that is live again tries, too.
-  main.replaceChildren(panel("problem", "Problem", titled("This cannot be shown", again), note(problem.message)));
+  const again = h("button", {onclick: route}, "Try again"); // a socket that is live again tries too
+  main.replaceChildren(h("h1", null, "This cannot be shown"),
+    panel("problem", "Problem", titled("Problem", again), note(problem.message)));
 }
+
+function openView(mine) {
+  const [flow, id, step, task, attempt] = names();
+  const compared = addressQuery().getAll("compare");
+  if (compared.length) return compareView(mine, compared);
+  if (!id) return listView(mine, listed);
+  return task ? taskView(mine, flow, id, step, task, attempt) : runView(mine, flow, id);
+}
+
+function showCrumbs() {
+  const [flow, id, step, task] = names();
+  const trail = [["Runs", listLink(isList() ? "" : listed)], [flow, link(flow)],
+    [id, link(flow, id)], [step, link(flow, id)], [task, link(flow, id, step, task)]];
+  if (addressQuery().has("compare")) trail.push(["Compare", location.hash]);
+  byId("crumbs").replaceChildren(...trail.filter(([name]) => name)
+    .map(([name, href]) => h("a", {href}, name)));
+}
+
 async function route() {
   view.abort();
-  const [flow, id, step, task, attempt] = names(), from = here, mine = view = new AbortController();
-  Object.assign(view, {opened: Date.now(), draw: () => {}, tick: () => {}, wake: () => {}}); here = location.hash;
-  if (!id) listed = flow ? `flow:"${flow}"` : decode(here.split("?q=")[1] || ""); document.title = names().join("/") || "Metaflow runs";
+  const from = here;
+  const mine = newView();
+  const [flow] = names();
+  view = mine;
+  here = location.hash;
+  if (isList()) listed = flow ? `flow:"${flow}"` : addressQuery().get("q") || "";
   if (document.activeElement !== filter) filter.value = listed;
-  const trail = [["Runs", "#/"], [flow, link(flow)], [id, link(flow, id)], [step, link(flow, id)], [task, link(flow, id, step, task)]];
-  byId("crumbs").replaceChildren(...trail.filter(([name]) => name).map(([name, href]) => h("a", {href}, name)));
-  await (!id ? listView(view, listed) : !task ? runView(view, flow, id) : taskView(view, flow, id, step, task, attempt)).catch(fail);
-  if (mine !== view || view.signal.aborted || document.activeElement === filter || main.querySelector(":focus")) return;
-  const back = [...main.querySelectorAll("a.nav")].find(item => from === item.hash || from.startsWith(item.hash + "/"));
-  if (back) back.focus(); else { main.focus({preventScroll: true}); scrollTo(0, 0); }
+  document.title = names().join("/") || "Metaflow runs";
+  byId("marked").hidden = true;
+  showCrumbs();
+  await openView(mine).catch(fail);
+  if (mine === view && !mine.signal.aborted) focusAfter(from);
 }
+
+/** Puts the focus on what leads to where one comes from, or at the top. */
+function focusAfter(from) {
+  if (document.activeElement === filter || main.querySelector(":focus")) return;
+  const back = [...main.querySelectorAll("a.nav")]
+    .find((item) => from === item.hash || from.startsWith(item.hash + "/"));
+  if (back) {
+    back.focus();
+    return;
+  }
+  main.focus({preventScroll: true});
+  if (!lineInAddress()) scrollTo(0, 0);
+}
+
+function search(target) {
+  if (isList()) {
+    history.replaceState(null, "", target);
+    route();
+  } else {
+    location.hash = target;
+  }
+}
+
+function searchNow() {
+  clearTimeout(typing);
+  typing = setTimeout(() => search(listLink(filter.value.trim(), isList() ? listChoices() : {})),
+    150);
+}
+
+filter.oninput = () => {
+  searchNow();
+  suggest();
+};
+filter.onfocus = suggest;
+filter.onblur = () => showSuggestions(false);
+
+/** The other projects of this user whose services run. */
+async function showServices() {
+  const answer = await fetch(API + "/api/services").catch(() => ({}));
+  if (!answer.ok) return;
+  const {data} = await answer.json();
+  const name = (root) => root.replace(/\/+$/, "").split("/").at(-1) || "/";
+  const mine = data.find((service) => service.is_this);
+  byId("services").hidden = data.length < 2;
+  fill(byId("services"), h("summary", null, mine ? name(mine.root) : "Projects"),
+    h("div", null, data.map(({root, url, is_this: isThis}) => h("a",
+      {href: isThis ? "#/" : url, "aria-current": isThis && "page", title: root},
+      h("b", null, name(root)), " ", h("span", {class: "dim"}, isThis ? "this one" : root)))));
+}
+
+// ---- Keyboard, and the clocks ----
+
 function move(by) {
-  const items = [...main.querySelectorAll("a.nav")], at = items.indexOf(document.activeElement);
-  if (items.length) items[at < 0 ? 0 : Math.min(Math.max(at + by, 0), items.length - 1)].focus();
-  return !items.length;
+  const items = [...main.querySelectorAll("a.nav")];
+  if (!items.length) return true;
+  const at = items.indexOf(document.activeElement);
+  items[at < 0 ? 0 : Math.min(Math.max(at + by, 0), items.length - 1)].focus();
+  return false;
 }
-const toggleKeys = byId("help").onclick = () => { byId("keys").hidden = !byId("keys").hidden; };
-const goUp = () => { const [flow, id, , task] = names(); location.hash = task ? link(flow, id) : id ? listLink(listed) : "#/"; };
-const KEYS = {"/": () => filter.focus(), "?": toggleKeys, Escape: goUp,
-  j: () => move(1), ArrowDown: () => move(1), k: () => move(-1), ArrowUp: () => move(-1)};
-addEventListener("keydown", event => {  // What has nothing to do leaves the key to the browser.
-  const {key, target} = event, typing = target.matches("input"), scrolling = key.startsWith("Arrow") && target.matches(".log");
-  if (event.ctrlKey || event.metaKey || event.altKey || scrolling) return;
-  const act = (typing ? {Escape: () => target.blur(), ...target === filter && {Enter: KEYS.j, ArrowDown: KEYS.j}} : KEYS)[key];
-  if (act && !act()) event.preventDefault();
+
+function goUp() {
+  const [flow, id, , task] = names();
+  location.hash = task ? link(flow, id) : id || !isList() ? listLink(listed) : "#/";
+}
+
+function mark() {
+  const row = document.activeElement.closest("#runs tr");
+  if (row) row.querySelector("[type=checkbox]").click();
+  return !row;
+}
+
+function compareMarked() {
+  if (marked.size < 2 || marked.size > MOST_COMPARED) return true;
+  location.hash = compareLink([...marked]);
+  return false;
+}
+
+const SHORTCUTS = [
+  [["/"], "Filter the runs"],
+  [["j", "\u2193"], "Next run or task"],
+  [["k", "\u2191"], "Previous run or task"],
+  [["Enter"], "Open it"],
+  [["x"], "Mark a run"],
+  [["c"], "Compare the marked runs"],
+  [["Esc"], "Go up"],
+  [["?"], "This help"],
+];
+
+const showKeys = () => tell("Keyboard", h("dl", {id: "keys"}, SHORTCUTS.flatMap(([keys, text]) =>
+  [h("dt", null, keys.flatMap((key) => [h("kbd", null, key), " "])), h("dd", null, text)])));
+byId("help").onclick = showKeys;
+
+const KEYS = {
+  "/": () => filter.focus(),
+  "?": showKeys,
+  Escape: goUp,
+  j: () => move(1),
+  ArrowDown: () => move(1),
+  k: () => move(-1),
+  ArrowUp: () => move(-1),
+  x: mark,
+  c: compareMarked,
+};
+
+/** In the filter the arrows choose a suggestion, if there are any. */
+function filterKey(key) {
+  const chosen = chosenSuggestion();
+  if (key === "ArrowDown" || key === "ArrowUp") {
+    if (suggestions.hidden) return move(1);
+    return chooseSuggestion(key === "ArrowDown" ? 1 : chosen ? -1 : 0);
+  }
+  if ((key === "Enter" || key === "Tab") && chosen) return takeSuggestion(chosen);
+  if (key === "Enter") return leaveFilter();
+  if (key !== "Escape") return true;
+  if (suggestions.hidden) filter.blur();
+  return showSuggestions(false);
+}
+
+function leaveFilter() {
+  showSuggestions(false);
+  move(1);
+}
+
+addEventListener("keydown", (event) => { // what has nothing to do leaves the key to the browser
+  const {key, target} = event;
+  const isScrolling = key.startsWith("Arrow") && target.matches(".log, pre, .scrolled, .graph");
+  const isTyping = target.matches("input:not([type=checkbox]), select");
+  if (event.ctrlKey || event.metaKey || event.altKey || isScrolling) return;
+  if (document.querySelector("dialog[open]")) return;
+  const menu = document.querySelector(".menu[open]");
+  if (key === "Escape" && menu) {
+    menu.open = false;
+    menu.querySelector("summary").focus();
+  } else if (target === filter) {
+    if (filterKey(key) !== true) event.preventDefault();
+  } else if (isTyping) {
+    if (key === "Escape") target.blur();
+  } else if (KEYS[key] && KEYS[key]() !== true) {
+    event.preventDefault();
+  }
 });
-const search = target => { if (names().length > 1) location.hash = target; else { history.replaceState(null, "", target); route(); } };
-filter.oninput = () => { clearTimeout(typed); typed = setTimeout(() => search(listLink(filter.value.trim())), 150); };
+
+addEventListener("click", ({target}) => { // elsewhere closes a menu
+  for (const menu of document.querySelectorAll(".menu[open]")) {
+    if (!menu.contains(target)) menu.open = false;
+  }
+});
+
+addEventListener("mouseover", ({target}) => { // how long ago is told when somebody wants to know
+  const node = target.closest("[data-ms]");
+  if (node) node.title = `${fullTime(Number(node.dataset.ms))}, ${ago(node.dataset.ms)}`;
+});
+
 setInterval(() => {
-  for (const clock of document.querySelectorAll("[data-since]")) clock.textContent = duration(Date.now() - clock.dataset.since);
+  for (const node of document.querySelectorAll("[data-since]")) {
+    node.textContent = duration(Date.now() - node.dataset.since);
+  }
+  for (const node of document.querySelectorAll("[data-ago]")) {
+    node.textContent = ago(Number(node.dataset.ago));
+  }
   if (document.querySelector("#timeline .s-running")) view.tick();
 }, 1000);
-addEventListener("hashchange", route); route();
+
+matchMedia("(prefers-color-scheme: dark)").onchange = () => view.showTab();
+addEventListener("hashchange", route);
+route();
+showServices();
 </script>
-"""  # noqa: E501
+"""
 
 
 # ==================================================================================================
@@ -5301,10 +7760,14 @@ CARD_FOLLOWER = b"""<script>
 addEventListener("message", ({data, source}) => {
   if (source !== parent || typeof metaflow_card_update !== "function") return;
   if (data.reload_token === window.METAFLOW_RELOAD_TOKEN) metaflow_card_update(data.data);
-  else location.reload();
+  else parent.postMessage({cardIsStale: data.reload_token}, "*");
 });
+new ResizeObserver(() => {
+  parent.postMessage({cardHeight: document.documentElement.scrollHeight}, "*");
+}).observe(document.body);
 </script>"""
-"""A card in its sandbox can ask for nothing: our page tells it, while the task runs."""
+"""A card in its sandbox can ask for nothing: our page tells it what it shows, while the task runs,
+and hears how high it is and when what it is told belongs to a card that was written anew."""
 
 
 @ui_route("GET", UI_TASK + "/cards/{hash}/data")
