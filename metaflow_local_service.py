@@ -4245,7 +4245,6 @@ PAGE = r"""<!doctype html>
 /* Elements. */
 * { box-sizing: border-box; }
 [hidden] { display: none !important; }
-html { scrollbar-gutter: stable; }
 body {
   margin: 0;
   background: var(--bg);
@@ -4276,6 +4275,8 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 table { width: 100%; border-collapse: collapse; }
 th, td { padding: 8px 12px; text-align: left; vertical-align: top; border-bottom: var(--edge); }
 th { font-size: 12px; font-weight: 500; color: var(--dim); }
+th:first-child, td:first-child { padding-left: 18px; }
+th:last-child, td:last-child { padding-right: 18px; }
 tbody tr:last-child > * { border-bottom: 0; }
 .dim { color: var(--dim); font-size: 12px; font-weight: 400; }
 .number { white-space: nowrap; font-variant-numeric: tabular-nums; }
@@ -4455,7 +4456,10 @@ summary h2 { display: inline; }
 .facts dt { color: var(--dim); font-size: 12px; }
 .facts dd { margin: 0; }
 .head { display: flex; flex-wrap: wrap; align-items: center; gap: 8px 12px; }
-.head h1 { margin-right: auto; }
+.head .space { flex: 1; }
+.head h1 .dim { font-size: 14px; margin-left: 6px; }
+#tags { margin: -6px 0 18px; }
+#tags input { padding: 1px 8px; }
 .one-line {
   display: flex;
   gap: 10px;
@@ -4468,6 +4472,7 @@ summary h2 { display: inline; }
 .one-line h2 { font-size: 13px; line-height: 1.6; }
 .names td:first-child { width: 1%; white-space: nowrap; max-width: 340px; }
 .names td:first-child code { overflow: hidden; text-overflow: ellipsis; }
+.names td:nth-child(3), .names th:nth-child(3) { width: 1%; white-space: nowrap; }
 .names pre { max-height: 260px; overflow: auto; }
 .names img { display: block; max-width: 100%; max-height: 420px; }
 .snippets {
@@ -4493,7 +4498,7 @@ summary h2 { display: inline; }
 .toolbar .space { flex: 1; }
 .chip[aria-pressed="true"] { border-color: var(--accent); color: var(--accent); }
 .scrolled { overflow-x: auto; }
-#runs td, #runs th { white-space: nowrap; }
+#runs td, #runs th { white-space: nowrap; vertical-align: middle; }
 #runs thead th { padding: 4px 4px; }
 #runs thead button { border: 0; background: none; color: inherit; padding: 3px 8px; }
 #runs thead button:hover { color: var(--ink); background: var(--hover); }
@@ -4504,8 +4509,11 @@ summary h2 { display: inline; }
 #runs .nav::after { content: ""; position: absolute; inset: 0; }
 #runs .nav:focus-visible { outline: none; }
 #runs .nav:focus-visible::after { outline: 2px solid var(--accent); outline-offset: -2px; }
-#runs .mark { width: 1%; padding-right: 0; }
-#runs .mark label { position: relative; z-index: 1; display: block; padding: 3px 5px; }
+#runs .mark { width: 1%; padding-right: 0; padding-left: 12px; }
+#runs thead th:first-child { padding-left: 17px; font-size: 0; }
+#runs .no-project .project { display: none; }
+#runs .mark label { position: relative; z-index: 1; display: flex; padding: 3px 5px; }
+#runs thead th > span { padding: 3px 8px; }
 #runs .details { width: 100%; max-width: 0; min-width: 200px; }
 #runs .value { max-width: 220px; overflow: hidden; text-overflow: ellipsis; }
 #runs .details .tags { flex-wrap: nowrap; overflow: hidden; }
@@ -4854,6 +4862,7 @@ function duration(ms) {
   const seconds = Math.max(0, ms) / 1000;
   const minutes = Math.floor(seconds / 60);
   const hours = Math.floor(minutes / 60);
+  if (seconds > 0 && seconds < 0.1) return `${Math.ceil(ms)} ms`;
   if (seconds < 10) return `${Math.round(seconds * 10) / 10} s`;
   if (minutes < 1) return `${Math.floor(seconds)} s`;
   if (hours < 1) return `${minutes}m ${Math.floor(seconds % 60)}s`;
@@ -5432,7 +5441,7 @@ function runRow(entry, columns) {
     cell(time(run.finished_at), run.finished_at ? null : {class: "empty"}),
     cell(elapsed(run)),
     cell(userOf(run)),
-    cell(projectOf(run)),
+    cell(projectOf(run), {class: projectOf(run) ? "project" : "project empty"}),
     columns.map((name) => parameterCell(entry, name)),
     cell([why ? h("div", {class: "why", title: why}, why) : null,
       run.tags.length ? shortTags(run.tags) : null],
@@ -5443,7 +5452,7 @@ function sortHead(column, sort) {
   const isSorted = sort.name === column.name;
   const other = isSorted && sort.isDescending ? "" : "-";
   const direction = sort.isDescending ? "descending" : "ascending";
-  return h("th", {scope: "col", "aria-sort": isSorted ? direction : null},
+  return h("th", {scope: "col", class: column.name, "aria-sort": isSorted ? direction : null},
     h("button", {onclick: () => chooseInList({sort: other + column.name})}, column.title));
 }
 
@@ -5573,6 +5582,7 @@ async function listView(mine, query) {
     sync(body, nodes);
     const names = [...runs.values()].flatMap(({parameters}) => Object.keys(parameters || {}));
     fill(menu, ...columnsMenu(columns, [...new Set([...columns, ...names])].sort()));
+    table.classList.toggle("no-project", !shown.some(({run}) => projectOf(run)));
     fill(none, ...emptyList(shown.length, page, problem, terms));
     showMarked();
     const running = shown.filter(({run}) => run.status === "running").length;
@@ -5608,14 +5618,13 @@ async function listView(mine, query) {
   };
 
   const head = h("thead", null, h("tr", null,
-    h("th", {scope: "col"}, h("span", {class: "dim", title: "Mark runs to compare"}, "")),
+    h("th", {scope: "col"}, "Mark"),
     COLUMNS.slice(0, -1).map((column) => sortHead(column, sort)),
-    columns.map((name) => h("th", {scope: "col"}, name)),
+    columns.map((name) => h("th", {scope: "col"}, h("span", null, name))),
     COLUMNS.slice(-1).map((column) => sortHead(column, sort))));
-  head.querySelector("th").append(h("span", {class: "dim"}, "Mark"));
-  const table = wrapTable("Runs", h("table", null, head, body));
+  const table = h("table", null, head, body);
   mine.draw();
-  main.replaceChildren(toolbar, panel("runs", "Runs", table, none), more);
+  main.replaceChildren(toolbar, panel("runs", "Runs", wrapTable("Runs", table), none), more);
   await load();
   const scrolled = new IntersectionObserver((seen) => {
     if (seen.at(-1).isIntersecting) load().catch(fail);
@@ -5706,7 +5715,7 @@ function tagEditor(flow, id, changed) {
       "aria-label": "Remove the tag " + name,
       onclick: () => mutate({tags_to_remove: [name]}),
     }, "\u00d7"))));
-  return {node: h("div", {class: "tags"}, list, opener, form, said), show};
+  return {node: h("div", {class: "tags", id: "tags"}, list, opener, form, said), show};
 }
 
 async function deleteRun(flow, id) {
@@ -5809,6 +5818,7 @@ function caseOf(from, to) {
 
 const ROW_HEIGHT = 74;
 const NODE_HEIGHT = 48;
+const EDGE_WIDTH = 46;
 
 function graphView(graph, newNode) {
   const {nodes, layers, edges, loops, order} = layOut(graph);
@@ -5827,10 +5837,10 @@ function graphView(graph, newNode) {
   });
   function arrange() {
     const room = box.clientWidth - 40;
-    const column = Math.min(300, Math.max(152, (room + 48) / layers.length));
-    const width = column - 52;
+    const column = Math.min(300, Math.max(150, (room + EDGE_WIDTH) / layers.length));
+    const width = column - EDGE_WIDTH;
     const at = place(column);
-    const total = layers.length * column - 52 + 40;
+    const total = layers.length * column - EDGE_WIDTH + 40;
     canvas.style = `width:${total}px;height:${height}px`;
     picture.setAttribute("viewBox", `0 0 ${total} ${height}`);
     for (const [name, node] of boxes) {
@@ -5841,7 +5851,7 @@ function graphView(graph, newNode) {
     const head = draw("marker", {id: "arrow", viewBox: "0 0 8 8", refX: 7, refY: 4,
       markerWidth: 7, markerHeight: 7, orient: "auto"}, draw("path", {d: "M0 0L8 4L0 8z"}));
     sync(picture, [head, ...edges.flatMap((chain) => drawEdge(chain, at, width)),
-      ...loops.map(([from, to]) => drawLoop(at(from), at(to), width))]);
+      ...loops.flatMap(([from, to]) => drawLoop(at(from), at(to), width, caseOf(from, to)))]);
     hint.hidden = total <= box.clientWidth + 1;
   }
   new ResizeObserver(arrange).observe(box);
@@ -5864,22 +5874,26 @@ function drawEdge(chain, at, width) {
   const props = {"data-to": chain.at(-1).name, "marker-end": "url(#arrow)"};
   return [
     draw("path", {...props, d: `M${first.x + width} ${first.y}${line.join("")}`}),
-    ...label ? [draw("text", {"data-to": chain.at(-1).name, x: last.x - 10, y: last.y - 7,
-      "text-anchor": "end"}, label)] : [],
+    ...label ? [edgeLabel(label, last.x - 12, last.y + (last.y > first.y ? 16 : -8),
+      {"data-to": chain.at(-1).name})] : [],
   ];
 }
 
-function drawLoop(from, to, width) {
+const edgeLabel = (label, x, y, props) =>
+  draw("text", {...props, x, y, "text-anchor": "end"}, label);
+
+function drawLoop(from, to, width, label) {
   const below = NODE_HEIGHT / 2;
   const depth = from.x === to.x ? 22 : 30;
   const start = from.x + width * 0.7;
   const end = to.x + width * 0.3;
   const bottom = Math.max(from.y, to.y) + below + depth;
-  return draw("path", {
+  const line = draw("path", {
     class: "back",
     "marker-end": "url(#arrow)",
     d: `M${start} ${from.y + below}C${start} ${bottom} ${end} ${bottom} ${end} ${to.y + below + 2}`,
   });
+  return [line, edgeLabel(label, end - 8, to.y + below + 16)];
 }
 
 /** Whether a switch went elsewhere than to a step, or to what leads to it. */
@@ -5921,8 +5935,9 @@ function nodeContent(name, step) {
   const told = summary(step);
   const {from, to} = stepTime(told);
   const took = told.isCloned ? "cloned" : duration(to - from);
-  const text = told.all.length === 1 ? [told.status, took]
-    : [plural(told.all.length, "task"), ...told.others, took];
+  const isOne = told.all.length === 1;
+  const status = isOne ? [told.status].filter((name) => name !== "completed") : told.others;
+  const text = [...(isOne ? [] : [plural(told.all.length, "task")]), ...status, took];
   return {status: told.status, isCloned: told.isCloned, text: text.join(" \u00b7 ")};
 }
 
@@ -6199,7 +6214,8 @@ async function runView(mine, flow, id) {
       title: [info.info.doc, isMany ? "in a foreach" : ""].filter(Boolean).join("\n"),
       href: target && link(flow, id, name, taskId(newest(target))),
       onclick: toTimeline,
-    }, h("span", null, name), h("span", {class: "dim"}, text)));
+    }, h("span", null, name), h("span", {class: "dim"}, text),
+    status ? h("span", {class: "hidden-text"}, status) : null));
     for (const edge of graph.edges.querySelectorAll(`[data-to="${CSS.escape(name)}"]`)) {
       edge.classList.toggle("not-taken", text === "not taken");
     }
@@ -6208,8 +6224,8 @@ async function runView(mine, flow, id) {
     const menu = h("details", {class: "menu"}, h("summary", null, "More"), h("div", null,
       h("button", {class: "danger", onclick: () => deleteRun(flow, id)}, "Delete this run")));
     head.dataset.status = run.status || "";
-    const known = run.status ? [badge(run.status), copyButton(`${flow}/${id}`, "pathspec"), menu]
-      : [];
+    const known = run.status ? [badge(run.status), h("span", {class: "space"}),
+      copyButton(`${flow}/${id}`, "pathspec"), menu] : [];
     fill(head, h("div", {class: "head"}, h("h1", null, `${flow}/${id}`), ...known),
       run.status ? facts([
         ["Started", longTime(run.ts_epoch)],
@@ -6667,8 +6683,8 @@ async function taskView(mine, flow, id, step, task, chosen) {
     const hasFailed = attempts[number].status === "failed";
     const logs = hasFailed ? [err, out] : [out, err];
     const artifacts = artifactPart(attempt, before);
-    return {moving: [...logs, cardsOf], still: [artifacts, metadataPart(attempt)], logs,
-      order: hasFailed ? [...logs, cardsOf, artifacts] : [cardsOf, artifacts, ...logs]};
+    return {moving: [...logs, cardsOf], still: [artifacts, metadataPart(attempt)],
+      order: [...logs, cardsOf, artifacts]};
   }
   const parts = isThere ? newParts() : {moving: [], still: [], order: []};
 
@@ -6682,7 +6698,8 @@ async function taskView(mine, flow, id, step, task, chosen) {
     fill(head,
       h("div", {class: "head"}, h("h1", null, `${step}/${task}`, row.foreach_label
         ? h("span", {class: "dim"}, "  " + row.foreach_label) : null),
-      ...(row.status ? [badge(row.status), copyButton(pathspec, "pathspec")] : [])),
+      ...(row.status ? [badge(row.status), h("span", {class: "space"}),
+        copyButton(pathspec, "pathspec")] : [])),
       attempts.length > 1 ? h("nav", {class: "attempts", "aria-label": "Attempts"},
         attempts.filter(Boolean).map(choice)) : h("span"),
       row.status ? facts([
