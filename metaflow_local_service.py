@@ -5936,7 +5936,7 @@ function nodeContent(name, step) {
   const {from, to} = stepTime(told);
   const took = told.isCloned ? "cloned" : duration(to - from);
   const isOne = told.all.length === 1;
-  const status = isOne ? [told.status].filter((name) => name !== "completed") : told.others;
+  const status = isOne ? [told.status].filter((one) => one !== "completed") : told.others;
   const text = [...(isOne ? [] : [plural(told.all.length, "task")]), ...status, took];
   return {status: told.status, isCloned: told.isCloned, text: text.join(" \u00b7 ")};
 }
@@ -6018,7 +6018,7 @@ function timelineControls(flow, id, changed) {
   const said = h("span", {class: "dim", role: "status"});
   let typed = 0;
   let asked = null;
-  const search = () => {
+  const searchTasks = () => {
     if (asked) asked.close();
     asked = null;
     state.found = null;
@@ -6040,7 +6040,7 @@ function timelineControls(flow, id, changed) {
     oninput: (event) => {
       state.text = event.target.value.trim();
       clearTimeout(typed);
-      typed = setTimeout(search, 250);
+      typed = setTimeout(searchTasks, 250);
     },
   });
   const order = h("select", {
@@ -6374,7 +6374,7 @@ function logPart(stream, title, attempt) {
   const inner = h("div");
   const box = h("div", {class: "log", tabindex: 0, role: "group", "aria-label": title}, inner);
   const count = h("span", {class: "dim", role: "status"});
-  const search = h("input", {type: "search", placeholder: "Search",
+  const field = h("input", {type: "search", placeholder: "Search",
     "aria-label": `Search in ${title.toLowerCase()}`});
   const download = h("a", {
     class: "link",
@@ -6385,7 +6385,7 @@ function logPart(stream, title, attempt) {
   const earlier = h("div", {class: "earlier"},
     h("button", {onclick: () => loadEarlier(1)}, "Load earlier lines"),
     h("button", {onclick: () => loadEarlier(lowest - 1)}, "Load all"));
-  const shown = panel(id, title, titled(title, count, search, download), box);
+  const shown = panel(id, title, titled(title, count, field, download), box);
   let lowest = 0; // the first page that is loaded
   let highest = 0;
   let isFirst = true;
@@ -6425,7 +6425,7 @@ function logPart(stream, title, attempt) {
   let hits = [];
   let hit = -1;
   function showHits() {
-    const text = search.value.toLowerCase();
+    const text = field.value.toLowerCase();
     const isHit = (node) => text && node.lastChild.textContent.toLowerCase().includes(text);
     hits = [...inner.querySelectorAll(".line")].filter((node) => {
       const isFound = Boolean(isHit(node));
@@ -6436,8 +6436,8 @@ function logPart(stream, title, attempt) {
     count.textContent = text ? plural(hits.length, "line") +
       (lowest > 1 ? " of those loaded" : "") : "";
   }
-  search.oninput = showHits;
-  search.onkeydown = (event) => {
+  field.oninput = showHits;
+  field.onkeydown = (event) => {
     if (event.key !== "Enter" || !hits.length) return;
     event.preventDefault();
     hit = (hit + (event.shiftKey ? -1 : 1) + hits.length) % hits.length;
@@ -6960,7 +6960,7 @@ function goUp() {
   location.hash = task ? link(flow, id) : id || !isList() ? listLink(listed) : "#/";
 }
 
-function mark() {
+function markFocused() {
   const row = document.activeElement.closest("#runs tr");
   if (row) row.querySelector("[type=checkbox]").click();
   return !row;
@@ -6995,7 +6995,7 @@ const KEYS = {
   ArrowDown: () => move(1),
   k: () => move(-1),
   ArrowUp: () => move(-1),
-  x: mark,
+  x: markFocused,
   c: compareMarked,
 };
 

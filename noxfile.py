@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -29,6 +30,19 @@ import nox
 MODULE = "metaflow_local_service.py"
 TESTS = "test_metaflow_local_service.py"
 SOURCES = (MODULE, TESTS, "noxfile.py")
+ESLINT = ("eslint@9", "@eslint/js@9", "globals@16")
+ESLINT_CONFIG = """
+import js from "@eslint/js";
+import globals from "globals";
+const rules = {
+  "eqeqeq": "error",
+  "max-len": ["error", 100],
+  "no-control-regex": "off", // a terminal's codes are what is looked for
+  "no-shadow": "error",
+  "prefer-const": "error",
+};
+export default [js.configs.recommended, {languageOptions: {globals: globals.browser}, rules}];
+"""
 
 PYTHONS = ("3.9", "3.10", "3.11", "3.12", "3.13", "3.14")
 METAFLOWS = ("2.12.0", "newest")
@@ -45,6 +59,29 @@ def lint(session: nox.Session) -> None:
     session.install("ruff")
     session.run("ruff", "check", *SOURCES)
     session.run("ruff", "format", "--check", *SOURCES)
+    lint_page(session)
+
+
+def lint_page(session: nox.Session) -> None:
+    """What the page's script is written in, checked by Node.js and ESLint where those are."""
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        session.warn("There is no Node.js or npm here: the page's script is not checked.")
+        return
+    folder = Path(session.create_tmp())
+    module = Path(MODULE).read_text()
+    script = module.partition('<script type="module">\n')[2].partition("</script>")[0]
+    (folder / "page.mjs").write_text(script)
+    (folder / "eslint.config.mjs").write_text(ESLINT_CONFIG)
+    npm_install(session, folder, *ESLINT)
+    with session.chdir(folder):
+        session.run("node", "--check", "page.mjs", external=True)
+        session.run("npx", "eslint", "page.mjs", external=True)
+
+
+def npm_install(session: nox.Session, folder: Path, *packages: str) -> None:
+    """Install packages of the npm registry below a folder."""
+    quiet = ("--silent", "--no-audit", "--no-fund")
+    session.run("npm", "install", "--prefix", str(folder), *quiet, *packages, external=True)
 
 
 @nox.session
@@ -94,11 +131,15 @@ def kills(session: nox.Session) -> None:
 
 @nox.session
 def browser(session: nox.Session) -> None:
-    """The page in a real browser, if there is one here; screenshots go to $SCREENSHOTS."""
+    """The page in a real browser, and to axe; screenshots go to $SCREENSHOTS."""
     session.install(".[dev]", "playwright")
     screenshots = os.environ.get("SCREENSHOTS") or session.create_tmp()
     session.log(f"screenshots go to {screenshots}")
     env = {"SCREENSHOTS": screenshots}
+    if shutil.which("npm") is not None:
+        folder = Path(session.create_tmp())
+        npm_install(session, folder, "axe-core@4")
+        env["AXE"] = str(folder.absolute() / "node_modules" / "axe-core" / "axe.min.js")
     session.run("pytest", "-q", "-m", "browser", *session.posargs, env=env)
 
 
