@@ -4384,9 +4384,11 @@ main { padding: 22px var(--side) 72px; }
 .menu label [type="checkbox"] { margin-right: 9px; vertical-align: -2px; }
 
 /* Statuses, tags, panels, facts. */
-.badge { --tint: 13%; white-space: nowrap; font-weight: 550; font-size: 12.5px; }
 .badge {
   display: inline-block;
+  white-space: nowrap;
+  font-weight: 550;
+  font-size: 12.5px;
   padding: 0 9px;
   border-radius: 99px;
   color: color-mix(in srgb, var(--c, var(--idle)) 62%, var(--ink));
@@ -4484,13 +4486,25 @@ summary h2 { display: inline; }
 .snippets > * { align-self: start; }
 
 /* The cause of a failure. */
-.cause { border-color: color-mix(in srgb, var(--failed) 45%, var(--line)); --c: var(--failed); }
-.cause { border-left: 4px solid var(--failed); }
+.cause {
+  border-color: color-mix(in srgb, var(--failed) 45%, var(--line));
+  border-left: 4px solid var(--failed);
+}
 .cause .title { background: color-mix(in srgb, var(--failed) 7%, var(--card)); }
-.cause h2 { color: color-mix(in srgb, var(--failed) 70%, var(--ink)); font-size: 14px; }
-.cause h2 { overflow-wrap: anywhere; }
+.cause h2 {
+  color: color-mix(in srgb, var(--failed) 70%, var(--ink));
+  font-size: 14px;
+  overflow-wrap: anywhere;
+}
 .cause .facts { margin: 0; padding: 11px 18px; }
-.cause pre { max-height: 300px; overflow: auto; padding: 11px 18px; border-top: var(--edge); }
+.cause pre {
+  display: flex;
+  flex-direction: column-reverse; /* Stays at its end. */
+  max-height: 300px;
+  overflow: auto;
+  padding: 11px 18px;
+  border-top: var(--edge);
+}
 
 /* The list of runs. */
 .toolbar { display: flex; flex-wrap: wrap; align-items: center; gap: 8px; margin: 0 0 14px; }
@@ -4693,7 +4707,7 @@ kbd {
 @media (max-width: 900px) {
   :root { --side: 14px; }
   header { flex-wrap: wrap; }
-  #crumbs { order: -2; flex: 1 0 60%; }
+  #crumbs { order: -2; flex: 1 0 60%; flex-wrap: wrap; row-gap: 0; }
   #live { order: -1; }
   .search { flex: 1 1 200px; }
   .timeline { --name: 110px; --time: 86px; }
@@ -4701,6 +4715,7 @@ kbd {
   .tick:nth-child(even) { display: none; }
   .narrow { display: inline-block; }
   #runs thead { display: none; }
+  #runs :is(table, tbody) { display: block; }
   #runs tbody tr {
     display: flex;
     flex-wrap: wrap;
@@ -4709,13 +4724,17 @@ kbd {
     padding: 10px 12px;
     border-bottom: var(--edge);
   }
-  #runs td, #runs th { padding: 0; border: 0; }
+  #runs tbody :is(td, th) { padding: 0; border: 0; }
   #runs td:empty, #runs .empty { display: none; }
-  #runs .mark { width: auto; }
+  #runs tbody .mark { width: auto; margin-left: -5px; padding: 0; }
+  #runs td:nth-child(6) { display: none; }
+  .title input:not([type="checkbox"]) { width: 130px; }
   #runs .details { flex: 1 0 100%; width: 100%; max-width: 100%; }
   #runs .details .tags { flex-wrap: wrap; }
   .line > time { display: none; }
-  .names td:first-child { max-width: 130px; white-space: normal; overflow-wrap: anywhere; }
+  .names td:first-child { width: 34%; white-space: normal; overflow-wrap: anywhere; }
+  th, td { padding-inline: 10px; }
+  th:first-child, td:first-child { padding-left: 14px; }
   .snippets { grid-template-columns: 1fr auto; }
   .snippets > .dim { grid-column: 1 / -1; }
 }
@@ -5663,7 +5682,7 @@ function causePanel(cause) {
   const opened = isOfTask && pathspecLink(cause.pathspec);
   const place = cause.file && (cause.line ? `${cause.file}:${cause.line}` : cause.file);
   const words = (cause.stderr || []).join("\n");
-  return [panel("cause", "Why it failed",
+  return [h("section", {class: "panel cause", id: "cause", "aria-label": "Why it failed"},
     titled(headline, opened ? h("a", {class: "link", href: opened}, "Open the task") : null),
     facts([
       isOfTask ? ["Task", code(cause.pathspec)] : null,
@@ -6490,14 +6509,14 @@ addEventListener("message", ({data, source}) => {
   }
 });
 
-function newCard(base, {hash, type, id}) {
+function newCard(base, {hash, type, id}, number) {
   const url = `${API}/api${base}/cards/${encodeURIComponent(hash)}`;
-  const name = [type, id].filter(Boolean).join(" \u00b7 ");
+  const name = [`${number}: ${type}`, id].filter(Boolean).join(" \u00b7 ");
   const box = h("div", {class: "card"});
   const opened = h("a", {class: "link", href: url, target: "_blank", rel: "noopener"},
     "Open in a new tab");
   const card = {
-    node: panel(null, "Card " + name, titled("Card: " + name, opened), box),
+    node: panel(null, "Card " + name, titled("Card " + name, opened), box),
     frame: null, // what is shown
     next: null, // what takes its place when it is drawn, so that nothing flashes
     data: null,
@@ -6544,7 +6563,7 @@ function cardPart(base, attempt, owner) {
   return newPart("cards", "Cards", async () => {
     const {data} = await getIfAny(base + "/cards?data=true", []);
     for (const row of data) {
-      const card = known.get(row.hash) || newCard(base, row);
+      const card = known.get(row.hash) || newCard(base, row, known.size + 1);
       known.set(row.hash, card);
       cards.add(card);
       card.data = row.data;
