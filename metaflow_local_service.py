@@ -5994,7 +5994,7 @@ function taskRow(run, task, isSingle) {
   },
   h("span", {class: isSingle ? "" : "under"}, label,
     shown === label ? null : h("span", {class: "dim"}, " " + id),
-    h("span", {class: "hidden-text"}, ` in ${last.step_name}: ${more}`)),
+    h("span", {class: "hidden-text"}, `${isSingle ? "" : ` in ${last.step_name}`}: ${more}`)),
   h("span", {class: "lane"}, task.attempts.filter((row) => row && row.started_at).map(bar)),
   h("span", {class: "number"}, tries > 1 ? h("span", {class: "dim"}, `${tries} tries `) : null,
     last.origin_pathspec ? h("span", {class: "dim"}, "cloned ") : null, elapsed(last)));
@@ -6499,8 +6499,9 @@ function logPart(stream, title, attempt) {
 // Cards. Their scripts run, but without allow-same-origin not as this page: the API is out of
 // reach. Each tells its height, and when it has to be loaded anew to show what it is told.
 
-const cards = new Set(); // those that are shown: {frame, next, data, stale}
+const cards = new Set(); // those that are shown
 const TALLEST_CARD = 20000;
+const FRESH_CARD = 2000; // for so long a card is not loaded anew: what it shows may come yet
 
 addEventListener("message", ({data, source}) => {
   for (const card of cards) {
@@ -6520,10 +6521,10 @@ function newCard(base, {hash, type, id}, number) {
     frame: null, // what is shown
     next: null, // what takes its place when it is drawn, so that nothing flashes
     data: null,
-    stale: undefined, // the token for which it was loaded anew
+    opened: 0,
   };
   card.open = () => {
-    if (card.next) card.next.remove();
+    card.opened = Date.now();
     card.next = h("iframe", {
       sandbox: "allow-scripts",
       title: "Card " + name,
@@ -6548,10 +6549,7 @@ function newCard(base, {hash, type, id}, number) {
   };
   card.hear = (frame, {cardHeight, cardIsStale}) => {
     if (typeof cardHeight === "number" && cardHeight > 0) card.show(frame, cardHeight);
-    if (typeof cardIsStale === "string" && cardIsStale !== card.stale) {
-      card.stale = cardIsStale;
-      card.open();
-    }
+    if (cardIsStale && !card.next && Date.now() - card.opened > FRESH_CARD) card.open();
   };
   card.open();
   return card;
@@ -6559,6 +6557,7 @@ function newCard(base, {hash, type, id}, number) {
 
 function cardPart(base, attempt, owner) {
   const known = new Map();
+  const box = h("div", {id: "cards"});
   owner.signal.addEventListener("abort", () => known.forEach((card) => cards.delete(card)));
   return newPart("cards", "Cards", async () => {
     const {data} = await getIfAny(base + "/cards?data=true", []);
@@ -6570,9 +6569,10 @@ function cardPart(base, attempt, owner) {
       card.tell();
     }
     if (!known.size) {
-      return emptyLine("cards", "Cards", attempt.phase() === "settled" ? "None." : "None yet.");
+      return emptyLine("cards", "Cards", noneOf(attempt));
     }
-    return h("div", {id: "cards"}, [...known.values()].map(({node}) => node));
+    sync(box, [...known.values()].map(({node}) => node)); // moved, a frame would be loaded anew
+    return box;
   });
 }
 
@@ -6623,6 +6623,8 @@ function artifactRow(row, attempt) {
     cell(copyButton(python, `the Python that loads ${row.name}`)));
 }
 
+const noneOf = (attempt) => (attempt.phase() === "settled" ? "None." : "None yet.");
+
 function artifactPart(attempt, known) {
   const {base, number} = attempt;
   const heads = ["Name", "Value", "Python"];
@@ -6631,7 +6633,7 @@ function artifactPart(attempt, known) {
   return newPart("artifacts", "Artifacts", async () => {
     const query = `/artifacts?_limit=50&postprocess=true&attempt_id=${number}`;
     const rows = (await getAll(base + query)).filter(({name}) => !name.startsWith("_"));
-    if (!rows.length) return emptyLine("artifacts", "Artifacts", "None.");
+    if (!rows.length) return emptyLine("artifacts", "Artifacts", noneOf(attempt));
     const earlier = await known();
     const isOld = (row) => earlier.has(artifactKey(row));
     const made = rows.filter((row) => !isOld(row));
