@@ -5524,131 +5524,157 @@ async function fetchParameters(entries) {
   await Promise.all([work(), work(), work(), work()]);
 }
 
-async function listView(mine, query) {
-  const {terms, problem} = parseFilter(query);
-  const choices = listChoices();
-  const columns = choices.columns.split(",").filter(Boolean);
-  const sort = parseSort(choices.sort);
-  const width = 1 + COLUMNS.length + columns.length;
-  const asked = {
-    _limit: terms.length || choices.group ? 1000 : 100,
-    _order: (sort.isDescending ? "-" : "+") + sort.name,
-    ...serverFilter(terms),
-  };
-  const body = h("tbody");
-  const heads = new Map();
-  let page = 0;
-  let drawn = {};
+/** Entries by flow, in the order of the flows' names. */
+function groupByFlow(entries) {
+  const flows = new Map();
+  for (const entry of entries) {
+    const {flow_id: flow} = entry.run;
+    flows.set(flow, [...(flows.get(flow) || []), entry]);
+  }
+  return [...flows].sort(([one], [other]) => one.localeCompare(other));
+}
 
-  const rowOf = (entry) => {
-    const isSame = entry.columns === choices.columns && !entry.isStale;
-    if (entry.row && isSame) return entry.row;
-    const fresh = runRow(entry, columns);
-    entry.row = entry.row ? patch(entry.row, fresh) : fresh;
-    Object.assign(entry, {isStale: false, columns: choices.columns});
-    return entry.row;
-  };
-  const headOf = (flow, entries) => {
-    const fresh = flowHead(flow, entries, width);
-    heads.set(flow, heads.has(flow) ? patch(heads.get(flow), fresh) : fresh);
-    return heads.get(flow);
-  };
-  const groupsOf = (entries) => {
-    const flows = new Map();
-    for (const entry of entries) {
-      const {flow_id: flow} = entry.run;
-      flows.set(flow, [...(flows.get(flow) || []), entry]);
-    }
-    return [...flows].sort(([one], [other]) => one.localeCompare(other));
-  };
+/** The list as its address asks for it. */
+class RunList {
+  constructor(query) {
+    const {terms, problem} = parseFilter(query);
+    const choices = listChoices();
+    const sort = parseSort(choices.sort);
+    Object.assign(this, {query, terms, problem, choices, sort});
+    this.columns = choices.columns.split(",").filter(Boolean);
+    this.page = 0; // the last that was loaded
+    this.asked = {
+      _limit: terms.length || choices.group ? 1000 : 100,
+      _order: (sort.isDescending ? "-" : "+") + sort.name,
+      ...serverFilter(terms),
+    };
+    this.heads = new Map(); // of the flows, where runs are grouped
+    this.running = 0;
+    this.newest = null;
+    this.body = h("tbody");
+    this.menu = h("details", {class: "menu", ontoggle: () => this.findColumns().catch(fail)});
+    this.none = h("div");
+    this.more = h("button", {class: "more", onclick: () => this.load().catch(fail)},
+      "Load more runs");
+    this.table = h("table", null, this.newHead(), this.body);
+  }
 
-  const menu = h("details", {class: "menu"});
-  const none = h("div");
-  const more = h("button", {class: "more", onclick: () => load().catch(fail)}, "Load more runs");
-  const chips = h("div", {class: "tags", role: "group", "aria-label": "Status"});
-  const isOnly = (status) => terms.length > 0 && terms.some(({field, values, isExcluded}) =>
-    field === "status" && !isExcluded && values.length === 1 && values[0] === status);
-  const others = () => query.replace(/(?:^|\s)status:\S*/gi, "").trim();
-  const chip = (status) => h("button", {
-    class: "chip",
-    "aria-pressed": String(isOnly(status)),
-    onclick: () => {
-      const only = isOnly(status) ? others() : `${others()} status:${status}`.trim();
-      location.hash = listLink(only, choices);
-    },
-  }, status);
-  const sortChoice = h("select", {
-    class: "narrow",
-    "aria-label": "Sort by",
-    onchange: (event) => chooseInList({sort: event.target.value}),
-  }, COLUMNS.map(({name, title}) =>
-    h("option", {value: "-" + name, selected: name === sort.name}, "By " + title.toLowerCase())));
-  const toolbar = h("div", {class: "toolbar"}, h("h1", null, "Runs"), chips,
-    h("span", {class: "space"}), sortChoice,
-    h("button", {
+  newHead() {
+    return h("thead", null, h("tr", null,
+      h("th", {scope: "col"}, "Mark"),
+      COLUMNS.slice(0, -1).map((column) => sortHead(column, this.sort)),
+      this.columns.map((name) => h("th", {scope: "col"}, h("span", null, name))),
+      COLUMNS.slice(-1).map((column) => sortHead(column, this.sort))));
+  }
+
+  newToolbar() {
+    const isGrouped = this.choices.group === "flow";
+    const onchange = (event) => chooseInList({sort: event.target.value});
+    const options = COLUMNS.map(({name, title}) => h("option",
+      {value: "-" + name, selected: name === this.sort.name}, "By " + title.toLowerCase()));
+    return h("div", {class: "toolbar"}, h("h1", null, "Runs"),
+      h("div", {class: "tags", role: "group", "aria-label": "Status"},
+        ["failed", "running", "completed"].map((status) => this.statusChip(status))),
+      h("span", {class: "space"}),
+      h("select", {class: "narrow", "aria-label": "Sort by", onchange}, options),
+      h("button", {
+        class: "chip",
+        "aria-pressed": String(isGrouped),
+        onclick: () => chooseInList({group: isGrouped ? "" : "flow"}),
+      }, "Group by flow"),
+      this.menu);
+  }
+
+  /** A button that filters by a status, or does not any more. */
+  statusChip(status) {
+    const isOnly = this.terms.some(({field, values, isExcluded}) =>
+      field === "status" && !isExcluded && values.length === 1 && values[0] === status);
+    const others = this.query.replace(/(?:^|\s)status:\S*/gi, "").trim();
+    const query = isOnly ? others : `${others} status:${status}`.trim();
+    return h("button", {
       class: "chip",
-      "aria-pressed": String(choices.group === "flow"),
-      onclick: () => chooseInList({group: choices.group ? "" : "flow"}),
-    }, "Group by flow"), menu);
-  chips.append(...["failed", "running", "completed"].map(chip));
+      "aria-pressed": String(isOnly),
+      onclick: () => { location.hash = listLink(query, this.choices); },
+    }, status);
+  }
 
-  mine.draw = () => {
-    const shown = [...runs.values()].filter(({run}) => terms.every((term) => matches(run, term)));
-    shown.sort(compareRuns(sort));
-    const nodes = choices.group
-      ? groupsOf(shown).flatMap(([flow, entries]) => [headOf(flow, entries), ...entries.map(rowOf)])
-      : shown.map(rowOf);
-    sync(body, nodes);
+  rowOf(entry) {
+    const isSame = entry.columns === this.choices.columns && !entry.isStale;
+    if (entry.row && isSame) return entry.row;
+    const fresh = runRow(entry, this.columns);
+    entry.row = entry.row ? patch(entry.row, fresh) : fresh;
+    Object.assign(entry, {isStale: false, columns: this.choices.columns});
+    return entry.row;
+  }
+
+  groupOf(flow, entries) {
+    const fresh = flowHead(flow, entries, 1 + COLUMNS.length + this.columns.length);
+    const known = this.heads.get(flow);
+    this.heads.set(flow, known ? patch(known, fresh) : fresh);
+    return [this.heads.get(flow), ...entries.map((entry) => this.rowOf(entry))];
+  }
+
+  draw() {
+    const shown = [...runs.values()]
+      .filter(({run}) => this.terms.every((term) => matches(run, term)))
+      .sort(compareRuns(this.sort));
+    sync(this.body, this.choices.group
+      ? groupByFlow(shown).flatMap(([flow, entries]) => this.groupOf(flow, entries))
+      : shown.map((entry) => this.rowOf(entry)));
     const names = [...runs.values()].flatMap(({parameters}) => Object.keys(parameters || {}));
-    fill(menu, ...columnsMenu(columns, [...new Set([...columns, ...names])].sort()));
-    table.classList.toggle("no-project", !shown.some(({run}) => projectOf(run)));
-    fill(none, ...emptyList(shown.length, page, problem, terms));
+    const known = [...new Set([...this.columns, ...names])].sort();
+    fill(this.menu, ...columnsMenu(this.columns, known));
+    this.table.classList.toggle("no-project", !shown.some(({run}) => projectOf(run)));
+    fill(this.none, ...emptyList(shown.length, this.page, this.problem, this.terms));
     showMarked();
-    const running = shown.filter(({run}) => run.status === "running").length;
-    const newest = shown.reduce((one, {run}) =>
+    this.running = shown.filter(({run}) => run.status === "running").length;
+    this.newest = shown.reduce((one, {run}) =>
       (one && one.ts_epoch > run.ts_epoch ? one : run), null);
-    drawn = {running, newest};
-    mine.showTab();
-  };
-  mine.showTab = () => {
-    const {running, newest} = drawn;
+    this.showTab();
+  }
+
+  showTab() {
+    const {running, newest: last} = this;
     if (unseen.run) showInTab(unseen.run.status, `${unseen.run.status}: ${unseen.run.flow_id}`);
     else if (running) showInTab("running", `${running} running \u00b7 Metaflow runs`);
-    else showInTab(newest && newest.status, "Metaflow runs");
-  };
-  async function load() {
-    more.hidden = true; // so that it comes in sight anew
-    page += 1;
-    const {data, pages} = await get("/runs?" + new URLSearchParams({...asked, _page: page}));
+    else showInTab(last && last.status, "Metaflow runs");
+  }
+
+  async load() {
+    this.more.hidden = true; // so that it comes in sight anew
+    this.page += 1;
+    const query = new URLSearchParams({...this.asked, _page: this.page});
+    const {data, pages} = await get("/runs?" + query);
     data.forEach(keepRun);
-    mine.draw();
-    more.hidden = !data.length || !pages || !pages.next;
-    if (columns.length) {
+    this.draw();
+    this.more.hidden = !data.length || !pages || !pages.next;
+    if (this.columns.length) {
       await fetchParameters([...runs.values()]);
-      mine.draw();
+      this.draw();
     }
   }
-  /** Which parameters there are is found out from the newest run of each flow. */
-  menu.ontoggle = async () => {
-    if (!menu.open) return;
-    const newest = groupsOf([...runs.values()].sort(compareRuns(parseSort(""))));
-    await fetchParameters(newest.map(([, [entry]]) => entry)).catch(fail);
-    mine.draw();
-  };
 
-  const head = h("thead", null, h("tr", null,
-    h("th", {scope: "col"}, "Mark"),
-    COLUMNS.slice(0, -1).map((column) => sortHead(column, sort)),
-    columns.map((name) => h("th", {scope: "col"}, h("span", null, name))),
-    COLUMNS.slice(-1).map((column) => sortHead(column, sort))));
-  const table = h("table", null, head, body);
-  mine.draw();
-  main.replaceChildren(toolbar, panel("runs", "Runs", wrapTable("Runs", table), none), more);
-  await load();
+  /** Which parameters there are is found out from the newest run of each flow. */
+  async findColumns() {
+    if (!this.menu.open) return;
+    const flows = groupByFlow([...runs.values()].sort(compareRuns(parseSort(""))));
+    await fetchParameters(flows.map(([, [entry]]) => entry));
+    this.draw();
+  }
+}
+
+async function listView(mine, query) {
+  const list = new RunList(query);
+  mine.draw = () => list.draw();
+  mine.showTab = () => list.showTab();
+  list.draw();
+  const shown = panel("runs", "Runs", wrapTable("Runs", list.table), list.none);
+  main.replaceChildren(list.newToolbar(), shown, list.more);
+  await list.load();
   const scrolled = new IntersectionObserver((seen) => {
-    if (seen.at(-1).isIntersecting) load().catch(fail);
+    if (seen.at(-1).isIntersecting) list.load().catch(fail);
   });
-  scrolled.observe(more);
+  scrolled.observe(list.more);
   mine.signal.addEventListener("abort", () => scrolled.disconnect());
   subscribe(mine, "/runs", keepRun);
 }
@@ -6160,92 +6186,97 @@ function parametersPanel(parameters) {
     : panel("parameters", "Parameters", titled("Parameters"), table)];
 }
 
-async function runView(mine, flow, id) {
-  const base = runPath(flow, id);
-  const steps = new Map();
-  const head = h("div", {id: "head"});
-  const why = h("div");
-  const details = h("div");
-  const changes = h("div");
-  const rows = h("div");
-  const axis = h("span", {class: "lane"});
-  const grid = h("span", {class: "lane"});
-  const tags = tagEditor(flow, id, async () => keep((await get(base)).data));
-  const controls = timelineControls(flow, id, () => mine.draw());
-  const gridRow = () => h("div", {class: "row"}, h("span"), grid, h("span"));
-  const lanes = h("div", {class: "timeline"}, h("div", {class: "grid"}, gridRow()),
-    h("div", {class: "row dim axis", "aria-hidden": "true"}, h("span"), axis, h("span")), rows);
-  const timeline = panel("timeline", "Timeline", titled("Timeline", ...controls.nodes), lanes);
-  const use = h("div");
-  let run = {};
-  let end = 0;
-  let graph = null;
-  let detailed = null;
+/** A run as it is shown: what is known of it, and the parts of its page. */
+class RunPage {
+  constructor(flow, id) {
+    Object.assign(this, {flow, id});
+    this.base = runPath(flow, id);
+    this.run = {};
+    this.steps = new Map();
+    this.graph = null;
+    this.end = 0; // of the tasks, as far as they have ended
+    this.details = null; // what is asked for once
+    this.head = h("div", {id: "head"});
+    this.why = h("div");
+    this.parts = h("div");
+    this.changes = h("div");
+    this.use = h("div");
+    this.rows = h("div");
+    this.axis = h("span", {class: "lane"});
+    this.grid = h("span", {class: "lane"});
+    this.tags = tagEditor(flow, id, async () => this.keep((await get(this.base)).data));
+    this.controls = timelineControls(flow, id, () => this.draw());
+    this.lanes = h("div", {class: "timeline"},
+      h("div", {class: "grid"}, h("div", {class: "row"}, h("span"), this.grid, h("span"))),
+      h("div", {class: "row dim axis", "aria-hidden": "true"}, h("span"), this.axis, h("span")),
+      this.rows);
+    this.timeline = panel("timeline", "Timeline", titled("Timeline", ...this.controls.nodes),
+      this.lanes);
+  }
 
-  function keep(row) {
-    run = row;
-    if (row.status) keepRun(row);
+  nodes() {
+    return [this.head, this.tags.node, this.why, this.changes, this.parts, this.timeline, this.use];
   }
-  function keepTask(row) {
-    if (row.finished_at || !isHidden(row)) detailed = detailed || showDetails().catch(fail);
+
+  keep(row) {
+    this.run = row;
+    keepRun(row);
+    this.draw();
+  }
+
+  keepTask(row) {
+    if (row.finished_at || !isHidden(row)) {
+      this.details = this.details || this.showDetails().catch(fail);
+    }
     if (isHidden(row)) return;
-    const step = steps.get(row.step_name) || newStep(row.step_name);
-    steps.set(row.step_name, step);
+    const step = this.steps.get(row.step_name) || newStep(row.step_name);
     const task = step.tasks.get(taskId(row)) || {attempts: [], row: null};
-    task.attempts[row.attempt_id || 0] = row;
+    this.steps.set(row.step_name, step);
     step.tasks.set(taskId(row), Object.assign(task, {isStale: true}));
-    end = Math.max(end, row.finished_at || row.started_at || 0);
+    task.attempts[row.attempt_id || 0] = row;
+    this.end = Math.max(this.end, row.finished_at || row.started_at || 0);
   }
+
   /** Asked for when the run has begun: before, the service knows neither graph nor parameters. */
-  async function showDetails() {
-    const [{data: known}, {data: parameters}] = await Promise.all(
-      [getIfAny(base + "/dag", {}), getIfAny(base + "/parameters", {})]);
-    if (known.steps) {
-      graph = graphView(known, (name) => h("a", {class: "node", "data-step": name}));
-      details.append(panel("dag", "Graph", titled("Graph"), graph.box));
+  async showDetails() {
+    const [{data: graph}, {data: parameters}] = await Promise.all(
+      [getIfAny(this.base + "/dag", {}), getIfAny(this.base + "/parameters", {})]);
+    if (graph.steps) {
+      this.graph = graphView(graph, (name) => h("a", {class: "node", "data-step": name}));
+      this.parts.append(panel("dag", "Graph", titled("Graph"), this.graph.box));
     }
-    details.append(...parametersPanel(parameters));
-    mine.draw();
-    const {data: found} = await getIfAny(base + "/changes", null);
-    if (found) changes.replaceChildren(changesPanel(found));
+    this.parts.append(...parametersPanel(parameters));
+    this.draw();
+    const {data: found} = await getIfAny(this.base + "/changes", null);
+    if (found) this.changes.replaceChildren(changesPanel(found));
   }
-  /** A step that failed, or has one task, leads there; others to their rows in the timeline. */
-  function drawNode(name, node) {
-    const step = steps.get(name);
-    const info = graph.nodes.get(name);
-    const {status, isCloned, text} = step ? nodeContent(name, step)
-      : {text: absence(name, run, graph.nodes, steps)};
-    const tasks = step ? [...step.tasks.values()] : [];
-    const target = tasks.find((task) => newest(task).status === "failed") || tasks[0];
-    const isMany = info.depth > 0;
-    const classes = ["node", colour(status), isMany && "many", isCloned && "cloned",
-      !step && "unreached"];
-    const toTimeline = (event) => {
-      if (tasks.length < 2 || status === "failed") return;
-      event.preventDefault();
-      step.head.scrollIntoView({block: "start"});
-      step.head.focus({preventScroll: true});
-    };
-    patch(node, h("a", {
-      class: classes.filter(Boolean).join(" "),
-      style: node.getAttribute("style"),
-      "data-step": name,
-      title: [info.info.doc, isMany ? "in a foreach" : ""].filter(Boolean).join("\n"),
-      href: target && link(flow, id, name, taskId(newest(target))),
-      onclick: toTimeline,
-    }, h("span", null, name), h("span", {class: "dim"}, text),
-    status ? h("span", {class: "hidden-text"}, status) : null));
-    for (const edge of graph.edges.querySelectorAll(`[data-to="${CSS.escape(name)}"]`)) {
-      edge.classList.toggle("not-taken", text === "not taken");
+
+  draw() {
+    const {run} = this;
+    this.drawHead();
+    this.tags.node.hidden = this.timeline.hidden = !run.status;
+    this.showTab();
+    if (!run.status) return;
+    this.tags.show(run.tags);
+    fill(this.why, ...causePanel(run.cause));
+    if (!this.use.firstChild) {
+      this.use.append(codePanel(runSnippets(this.flow, this.id, run)));
     }
+    if (this.graph) {
+      for (const [name, node] of this.graph.boxes) this.drawNode(name, node);
+    }
+    this.drawRows();
+    this.tick();
   }
-  function drawHead() {
+
+  drawHead() {
+    const {run, flow, id} = this;
     const menu = h("details", {class: "menu"}, h("summary", null, "More"), h("div", null,
       h("button", {class: "danger", onclick: () => deleteRun(flow, id)}, "Delete this run")));
-    head.dataset.status = run.status || "";
     const known = run.status ? [badge(run.status), h("span", {class: "space"}),
       copyButton(`${flow}/${id}`, "pathspec"), menu] : [];
-    fill(head, h("div", {class: "head"}, h("h1", null, `${flow}/${id}`), ...known),
+    this.head.dataset.status = run.status || "";
+    fill(this.head, h("div", {class: "head"}, h("h1", null, `${flow}/${id}`), ...known),
       run.status ? facts([
         ["Started", longTime(run.ts_epoch)],
         ["Finished", longTime(run.finished_at)],
@@ -6257,53 +6288,86 @@ async function runView(mine, flow, id) {
           {class: "link", href: link(flow, run.origin_run_id)}, run.origin_run_id)],
       ]) : note("Not there yet. It appears here when it starts."));
   }
-  mine.draw = () => {
-    drawHead();
-    tags.node.hidden = timeline.hidden = !run.status;
-    mine.showTab();
-    if (!run.status) return;
-    tags.show(run.tags);
-    fill(why, ...causePanel(run.cause));
-    if (!use.firstChild) use.append(codePanel(runSnippets(flow, id, run)));
-    if (graph) {
-      for (const [name, node] of graph.boxes) drawNode(name, node);
+
+  showTab() {
+    showInTab(this.run.status, `${this.flow}/${this.id}`);
+  }
+
+  /** A step that failed, or has one task, leads there; others to their rows in the timeline. */
+  drawNode(name, node) {
+    const step = this.steps.get(name);
+    const {info, depth} = this.graph.nodes.get(name);
+    const {status, isCloned, text} = step ? nodeContent(name, step)
+      : {text: absence(name, this.run, this.graph.nodes, this.steps)};
+    const tasks = step ? [...step.tasks.values()] : [];
+    const target = tasks.find((task) => newest(task).status === "failed") || tasks[0];
+    const classes = ["node", colour(status), depth > 0 && "many", isCloned && "cloned",
+      !step && "unreached"];
+    const toTimeline = (event) => {
+      if (tasks.length < 2 || status === "failed") return;
+      event.preventDefault();
+      step.head.scrollIntoView({block: "start"});
+      step.head.focus({preventScroll: true});
+    };
+    patch(node, h("a", {
+      class: classes.filter(Boolean).join(" "),
+      style: node.getAttribute("style"),
+      "data-step": name,
+      title: [info.doc, depth > 0 ? "in a foreach" : ""].filter(Boolean).join("\n"),
+      href: target && link(this.flow, this.id, name, taskId(newest(target))),
+      onclick: toTimeline,
+    }, h("span", null, name), h("span", {class: "dim"}, text),
+    status ? h("span", {class: "hidden-text"}, status) : null));
+    for (const edge of this.graph.edges.querySelectorAll(`[data-to="${CSS.escape(name)}"]`)) {
+      edge.classList.toggle("not-taken", text === "not taken");
     }
-    const order = graph ? graph.order : [];
-    const place = (name) => (order.includes(name) ? order.indexOf(name) : order.length);
-    const sorted = [...steps.values()].sort((one, other) => place(one.name) - place(other.name));
-    const shown = sorted.map((step) => {
-      const nodes = stepRows(run, step, controls.state, mine.draw);
+  }
+
+  /** The rows of the timeline, steps in the graph's order. */
+  drawRows() {
+    const order = this.graph ? this.graph.order : [];
+    const place = ({name}) => (order.includes(name) ? order.indexOf(name) : order.length);
+    const steps = [...this.steps.values()].sort((one, other) => place(one) - place(other));
+    const shown = steps.filter((step) => {
+      const nodes = stepRows(this.run, step, this.controls.state, () => this.draw());
       sync(step.node, nodes);
-      return nodes.length ? step.node : null;
+      return nodes.length > 0;
     });
-    const empty = note(steps.size ? "No task matches." : "No step has started yet.");
-    const wanted = shown.filter(Boolean);
-    sync(rows, wanted.length ? wanted : [empty]);
-    mine.tick();
-  };
-  mine.showTab = () => showInTab(run.status, `${flow}/${id}`);
+    const empty = note(steps.length ? "No task matches." : "No step has started yet.");
+    sync(this.rows, shown.length ? shown.map(({node}) => node) : [empty]);
+  }
+
   /** Places along the timeline: a running run grows by ticks, so that bars rarely move. */
-  mine.tick = () => {
+  tick() {
+    const {run} = this;
     const isRunning = run.status === "running";
-    const last = isRunning ? Date.now() : Math.max(end, run.finished_at);
+    const last = isRunning ? Date.now() : Math.max(this.end, run.finished_at);
     const now = Math.max(100, last - run.ts_epoch) / 1000;
-    const most = lanes.clientWidth > 900 ? 10 : 5;
+    const most = this.lanes.clientWidth > 900 ? 10 : 5;
     const tick = TICKS.find((size) => now / size <= most) || now / 5;
     const span = isRunning ? Math.ceil(now / tick) * tick : now * 1.01;
     const marks = Array.from({length: Math.ceil(span / tick - 0.3)}, (_, at) => at * tick);
-    const mark = (at, text) => h("span", {class: "tick", style: `--from:${at}`}, text);
-    lanes.style = `--now:${now};--span:${span}`;
-    fill(axis, marks.map((at) => mark(at, duration(at * 1000))));
-    fill(grid, marks.map((at) => mark(at, "")));
-  };
+    const newMark = (at, text) => h("span", {class: "tick", style: `--from:${at}`}, text);
+    this.lanes.style = `--now:${now};--span:${span}`;
+    fill(this.axis, marks.map((at) => newMark(at, duration(at * 1000))));
+    fill(this.grid, marks.map((at) => newMark(at, "")));
+  }
+}
 
-  keep((await getIfAny(base, {})).data);
+async function runView(mine, flow, id) {
+  const shown = new RunPage(flow, id);
   const query = "?_order=%2Bts_epoch&_limit=1000&postprocess=false";
-  (await getAll(base + "/tasks" + query)).forEach(keepTask);
-  main.replaceChildren(head, tags.node, why, changes, details, timeline, use);
-  mine.draw();
-  subscribe(mine, base, keep);
-  subscribe(mine, base + "/tasks", keepTask);
+  shown.run = (await getIfAny(shown.base, {})).data;
+  (await getAll(shown.base + "/tasks" + query)).forEach((row) => shown.keepTask(row));
+  main.replaceChildren(...shown.nodes());
+  Object.assign(mine, {
+    draw: () => shown.draw(),
+    showTab: () => shown.showTab(),
+    tick: () => shown.tick(),
+  });
+  shown.draw();
+  subscribe(mine, shown.base, (row) => shown.keep(row));
+  subscribe(mine, shown.base + "/tasks", (row) => shown.keepTask(row));
 }
 
 // ---- Task: the logs, cards, artifacts and metadata of an attempt ----
@@ -6336,7 +6400,7 @@ function newPart(id, title, load) {
   const node = h("div", null, emptyLine(id, title, "Loading \u2026"));
   const show = (shown) => sync(node, [shown].flat());
   const unread = (problem) => show(emptyLine(id, title, "It cannot be read. " + problem.message));
-  return {node, load: (isAfresh) => load(isAfresh).then(show, unread)};
+  return {node, load: () => load().then(show, unread)};
 }
 
 /** What a terminal shows of a line: \r and \b move back, colours are classes. */
@@ -6385,115 +6449,150 @@ function nextStyle(style, codes) {
 }
 
 /** One of an attempt's two logs. Pages come from its end backwards, each is kept. */
-function logPart(stream, title, attempt) {
-  const {base, number, address, line: target} = attempt;
-  const id = "log-" + stream;
-  const url = `${base}/logs/${stream}?attempt_id=${number}&_limit=${LOG_PAGE}`;
-  const lines = new Map(); // by row: the node, and what it says
-  const inner = h("div");
-  const box = h("div", {class: "log", tabindex: 0, role: "group", "aria-label": title}, inner);
-  const count = h("span", {class: "dim", role: "status"});
-  const field = h("input", {type: "search", placeholder: "Search",
-    "aria-label": `Search in ${title.toLowerCase()}`});
-  const download = h("a", {
-    class: "link",
-    href: `${API}/api${base}/logs/${stream}/download?attempt_id=${number}`,
-    download: "",
-    "aria-label": `Download ${title.toLowerCase()}`,
-  }, "Download");
-  const earlier = h("div", {class: "earlier"},
-    h("button", {onclick: () => loadEarlier(1)}, "Load earlier lines"),
-    h("button", {onclick: () => loadEarlier(lowest - 1)}, "Load all"));
-  const shown = panel(id, title, titled(title, count, field, download), box);
-  let lowest = 0; // the first page that is loaded
-  let highest = 0;
-  let isFirst = true;
+class Log {
+  constructor(stream, title, attempt) {
+    const {base, number} = attempt;
+    Object.assign(this, {stream, title, attempt});
+    this.id = "log-" + stream;
+    this.url = `${base}/logs/${stream}?attempt_id=${number}&_limit=${LOG_PAGE}`;
+    this.lines = new Map(); // by row: the node, and what it says
+    this.lowest = 0; // the first page that is loaded
+    this.highest = 0;
+    this.hits = [];
+    this.hit = -1;
+    this.isFirstLook = true;
+    this.inner = h("div");
+    this.box = h("div", {class: "log", tabindex: 0, role: "group", "aria-label": title},
+      this.inner);
+    this.count = h("span", {class: "dim", role: "status"});
+    this.field = h("input", {
+      type: "search",
+      placeholder: "Search",
+      "aria-label": `Search in ${title.toLowerCase()}`,
+      oninput: () => this.showHits(),
+      onkeydown: (event) => this.nextHit(event),
+    });
+    this.earlier = h("div", {class: "earlier"},
+      h("button", {onclick: () => this.loadEarlier(1)}, "Load earlier lines"),
+      h("button", {onclick: () => this.loadEarlier(this.lowest - 1)}, "Load all"));
+    const download = h("a", {
+      class: "link",
+      href: `${API}/api${base}/logs/${stream}/download?attempt_id=${number}`,
+      download: "",
+      "aria-label": `Download ${title.toLowerCase()}`,
+    }, "Download");
+    this.node = panel(this.id, title, titled(title, this.count, this.field, download), this.box);
+  }
 
-  function newLine({row, timestamp, line}) {
-    const isTarget = target && target.stream === stream && target.row === row;
-    return h("div", {class: isTarget ? "line target" : "line"},
-      h("a", {href: `${address}?log=${stream}&line=${row + 1}`, "data-row": row + 1,
-        "aria-label": `Line ${row + 1}`, tabindex: -1}),
+  /** The row that the address names, if it is of this log. */
+  target() {
+    const {line} = this.attempt;
+    return line && line.stream === this.stream ? line.row : null;
+  }
+
+  keepLines(rows) {
+    for (const row of rows) {
+      const known = this.lines.get(row.row);
+      if (known && known.text === row.line) continue;
+      this.lines.set(row.row, {text: row.line, node: this.newLine(row)});
+    }
+  }
+
+  newLine({row, timestamp, line}) {
+    const href = `${this.attempt.address}?log=${this.stream}&line=${row + 1}`;
+    return h("div", {class: row === this.target() ? "line target" : "line"},
+      h("a", {href, "data-row": row + 1, "aria-label": `Line ${row + 1}`, tabindex: -1}),
       timestamp ? h("time", {"data-ms": timestamp}, clock(timestamp)) : null,
       h("span", null, ...terminalNodes(line)));
   }
-  function keepLines(rows) {
-    for (const row of rows) {
-      const known = lines.get(row.row);
-      if (!known || known.text !== row.line) {
-        lines.set(row.row, {text: row.line, node: newLine(row)});
-      }
+
+  async loadPage(page) {
+    const {data} = await getIfAny(`${this.url}&_order=%2Brow&_page=${page}`, []);
+    this.keepLines(data);
+  }
+
+  async loadEarlier(pages) {
+    for (const to = Math.max(1, this.lowest - pages); this.lowest > to; this.lowest -= 1) {
+      await this.loadPage(this.lowest - 1);
     }
+    const below = this.box.scrollHeight - this.box.scrollTop;
+    this.draw();
+    this.box.scrollTop = this.box.scrollHeight - below;
   }
-  async function loadPage(page) {
-    const {data} = await getIfAny(`${url}&_order=%2Brow&_page=${page}`, []);
-    keepLines(data);
-  }
-  async function loadEarlier(pages) {
-    const to = Math.max(1, lowest - pages);
-    for (; lowest > to; lowest -= 1) await loadPage(lowest - 1);
-    const below = box.scrollHeight - box.scrollTop;
-    drawLines();
-    box.scrollTop = box.scrollHeight - below;
-  }
-  function drawLines() {
-    const sorted = [...lines].sort(([one], [other]) => one - other).map(([, {node}]) => node);
-    sync(inner, [...(lowest > 1 ? [earlier] : []), ...sorted]);
-    showHits();
-  }
-  let hits = [];
-  let hit = -1;
-  function showHits() {
-    const text = field.value.toLowerCase();
-    const isHit = (node) => text && node.lastChild.textContent.toLowerCase().includes(text);
-    hits = [...inner.querySelectorAll(".line")].filter((node) => {
-      const isFound = Boolean(isHit(node));
-      node.classList.toggle("hit", isFound);
-      return isFound;
-    });
-    hit = -1;
-    count.textContent = text ? plural(hits.length, "line") +
-      (lowest > 1 ? " of those loaded" : "") : "";
-  }
-  field.oninput = showHits;
-  field.onkeydown = (event) => {
-    if (event.key !== "Enter" || !hits.length) return;
-    event.preventDefault();
-    hit = (hit + (event.shiftKey ? -1 : 1) + hits.length) % hits.length;
-    count.textContent = `${hit + 1} of ${plural(hits.length, "line")}`;
-    inner.querySelectorAll(".target").forEach((node) => node.classList.remove("target"));
-    hits[hit].classList.add("target");
-    showLine(hits[hit]);
-  };
-  const showLine = (node) => {
-    box.scrollTop = node.offsetTop - box.offsetTop - box.clientHeight / 2;
-  };
-  return newPart(id, title, async () => {
-    const {data, pages} = await getIfAny(`${url}&_order=-row&_page=1`, []);
+
+  /** Loads what has come, and at first as many pages as the few lines or the target need. */
+  async load() {
+    const {data, pages} = await getIfAny(`${this.url}&_order=-row&_page=1`, []);
     const last = (pages && pages.last) || 1;
-    const isAtEnd = isFirst || box.scrollHeight - box.scrollTop - box.clientHeight < 40;
-    keepLines(data);
-    for (let page = highest; page && page < last; page += 1) await loadPage(page);
-    lowest = lowest || last;
-    highest = last;
-    const isHere = target && target.stream === stream;
-    const wanted = isHere ? Math.floor(target.row / LOG_PAGE) + 1 : last;
-    while (lowest > 1 && (lines.size < FEW_LINES || lowest > wanted)) {
-      lowest -= 1;
-      await loadPage(lowest);
+    const {scrollHeight, scrollTop, clientHeight} = this.box;
+    const isAtEnd = this.isFirstLook || scrollHeight - scrollTop - clientHeight < 40;
+    this.keepLines(data);
+    for (let page = this.highest; page && page < last; page += 1) await this.loadPage(page);
+    this.lowest = this.lowest || last;
+    this.highest = last;
+    const row = this.target();
+    const wanted = row === null ? last : Math.floor(row / LOG_PAGE) + 1;
+    while (this.lowest > 1 && (this.lines.size < FEW_LINES || this.lowest > wanted)) {
+      this.lowest -= 1;
+      await this.loadPage(this.lowest);
     }
-    drawLines();
-    if (!lines.size) return emptyLine(id, title, NOT_YET[attempt.phase()]);
-    requestAnimationFrame(() => {
-      const line = inner.querySelector(".target");
-      if (isFirst && line) {
-        shown.scrollIntoView({block: "center"});
-        showLine(line);
-      } else if (isAtEnd) box.scrollTop = box.scrollHeight;
-      isFirst = false;
-    });
-    return shown;
-  });
+    this.draw();
+    if (!this.lines.size) return emptyLine(this.id, this.title, NOT_YET[this.attempt.phase()]);
+    requestAnimationFrame(() => this.settleScroll(isAtEnd));
+    return this.node;
+  }
+
+  draw() {
+    const sorted = [...this.lines].sort(([one], [other]) => one - other);
+    const nodes = sorted.map(([, {node}]) => node);
+    sync(this.inner, this.lowest > 1 ? [this.earlier, ...nodes] : nodes);
+    this.showHits();
+  }
+
+  /** At first the line that the address names is in sight, else the end, if it was before. */
+  settleScroll(isAtEnd) {
+    const line = this.inner.querySelector(".target");
+    if (this.isFirstLook && line) {
+      this.node.scrollIntoView({block: "center"});
+      this.showLine(line);
+    } else if (isAtEnd) {
+      this.box.scrollTop = this.box.scrollHeight;
+    }
+    this.isFirstLook = false;
+  }
+
+  showLine(node) {
+    this.box.scrollTop = node.offsetTop - this.box.offsetTop - this.box.clientHeight / 2;
+  }
+
+  showHits() {
+    const text = this.field.value.toLowerCase();
+    const lines = [...this.inner.querySelectorAll(".line")];
+    const isHit = (node) => text && node.lastChild.textContent.toLowerCase().includes(text);
+    this.hits = lines.filter(isHit);
+    this.hit = -1;
+    const found = new Set(this.hits);
+    for (const node of lines) node.classList.toggle("hit", found.has(node));
+    const where = this.lowest > 1 ? " of those loaded" : "";
+    this.count.textContent = text ? plural(this.hits.length, "line") + where : "";
+  }
+
+  /** Goes to the next line that was found, or with Shift to the one before. */
+  nextHit(event) {
+    const {length} = this.hits;
+    if (event.key !== "Enter" || !length) return;
+    event.preventDefault();
+    this.hit = (this.hit + (event.shiftKey ? -1 : 1) + length) % length;
+    this.count.textContent = `${this.hit + 1} of ${plural(length, "line")}`;
+    for (const node of this.inner.querySelectorAll(".target")) node.classList.remove("target");
+    this.hits[this.hit].classList.add("target");
+    this.showLine(this.hits[this.hit]);
+  }
+}
+
+function logPart(stream, title, attempt) {
+  const shown = new Log(stream, title, attempt);
+  return newPart(shown.id, title, () => shown.load());
 }
 
 // Cards. Their scripts run, but without allow-same-origin not as this page: the API is out of
@@ -6555,14 +6654,14 @@ function newCard(base, {hash, type, id}, number) {
   return card;
 }
 
-function cardPart(base, attempt, owner) {
+function cardPart(attempt, owner) {
   const known = new Map();
   const box = h("div", {id: "cards"});
   owner.signal.addEventListener("abort", () => known.forEach((card) => cards.delete(card)));
   return newPart("cards", "Cards", async () => {
-    const {data} = await getIfAny(base + "/cards?data=true", []);
+    const {data} = await getIfAny(attempt.base + "/cards?data=true", []);
     for (const row of data) {
-      const card = known.get(row.hash) || newCard(base, row, known.size + 1);
+      const card = known.get(row.hash) || newCard(attempt.base, row, known.size + 1);
       known.set(row.hash, card);
       cards.add(card);
       card.data = row.data;
@@ -6672,57 +6771,86 @@ function taskSnippets(pathspec, number) {
   ];
 }
 
-async function taskView(mine, flow, id, step, task, chosen) {
-  const base = path("flows", flow, "runs", id, "steps", step, "tasks", task);
-  const pathspec = [flow, id, step, task].join("/");
-  const attempts = [];
-  const keep = (row) => { attempts[row.attempt_id || 0] = row; };
-  (await getIfAny(base + "/attempts?postprocess=true", [])).data.forEach(keep);
-  const last = attempts.length - 1;
-  const number = chosen === undefined ? last : Number(chosen);
-  const isThere = Boolean(attempts[number]);
-  const head = h("div", {id: "head"});
-  const why = h("div");
-  const attempt = {
-    base,
-    number,
-    pathspec,
-    address: link(flow, id, step, task, number),
-    phase: () => phase(attempts[number]),
-    line: lineInAddress(),
-  };
-
-  function newParts() {
-    let known = null;
-    const before = () => {
-      known = known || inherited(flow, id, step, attempts[number]).catch(() => new Set());
-      return known;
-    };
-    const out = logPart("out", "Standard output", attempt);
-    const err = logPart("err", "Standard error", attempt);
-    const cardsOf = cardPart(base, attempt, mine);
-    const hasFailed = attempts[number].status === "failed";
-    const logs = hasFailed ? [err, out] : [out, err];
-    const artifacts = artifactPart(attempt, before);
-    return {moving: [...logs, cardsOf], still: [artifacts, metadataPart(attempt)],
-      order: [...logs, cardsOf, artifacts]};
+/** A task as it is shown: one of its attempts, and the parts of its page. */
+class TaskPage {
+  constructor(owner, ids, rows, chosen) {
+    const [flow, id, step, task] = ids;
+    Object.assign(this, {owner, ids, chosen});
+    this.base = path("flows", flow, "runs", id, "steps", step, "tasks", task);
+    this.pathspec = ids.join("/");
+    this.rows = []; // by attempt
+    rows.forEach((row) => this.keep(row));
+    this.last = this.rows.length - 1;
+    this.number = chosen === undefined ? this.last : Number(chosen);
+    this.isThere = Boolean(this.row());
+    this.address = link(...ids, this.number);
+    this.line = lineInAddress();
+    this.head = h("div", {id: "head"});
+    this.why = h("div");
+    this.before = null; // what the tasks before had, asked for once
+    this.moving = []; // the parts that are worth asking for again and again
+    this.still = [];
+    if (this.isThere) this.makeParts();
   }
-  const parts = isThere ? newParts() : {moving: [], still: [], order: []};
 
-  function drawHead() {
-    const row = attempts[number] || {};
-    const choice = ({attempt_id: at, status}) => h("a", {
-      href: link(flow, id, step, task, at),
-      "aria-current": at === number && "page",
-    }, badge(status, `Attempt ${at}: ${status}`));
-    head.dataset.status = row.status || "";
-    fill(head,
-      h("div", {class: "head"}, h("h1", null, `${step}/${task}`, row.foreach_label
-        ? h("span", {class: "dim"}, "  " + row.foreach_label) : null),
-      ...(row.status ? [badge(row.status), h("span", {class: "space"}),
-        copyButton(pathspec, "pathspec")] : [])),
-      attempts.length > 1 ? h("nav", {class: "attempts", "aria-label": "Attempts"},
-        attempts.filter(Boolean).map(choice)) : h("span"),
+  row() {
+    return this.rows[this.number];
+  }
+
+  phase() {
+    return phase(this.row());
+  }
+
+  keep(row) {
+    this.rows[row.attempt_id || 0] = row;
+  }
+
+  /** What it failed with comes first, and cards, which may be high, after the logs. */
+  makeParts() {
+    const logs = [logPart("out", "Standard output", this), logPart("err", "Standard error", this)];
+    if (this.row().status === "failed") logs.reverse();
+    this.moving = [...logs, cardPart(this, this.owner)];
+    this.still = [artifactPart(this, () => this.inherited()), metadataPart(this)];
+  }
+
+  inherited() {
+    const [flow, id, step] = this.ids;
+    this.before = this.before || inherited(flow, id, step, this.row()).catch(() => new Set());
+    return this.before;
+  }
+
+  nodes() {
+    const use = this.isThere ? [codePanel(taskSnippets(this.pathspec, this.number))] : [];
+    const parts = [...this.moving, ...this.still].map(({node}) => node);
+    return [this.head, this.why, ...parts, ...use];
+  }
+
+  draw() {
+    const hasMore = this.chosen === undefined && this.rows.length - 1 > this.last;
+    if ((!this.isThere && this.row()) || hasMore) {
+      route();
+      return;
+    }
+    this.drawHead();
+    this.showTab();
+    this.owner.wake();
+  }
+
+  showTab() {
+    const [flow, id, step, task] = this.ids;
+    showInTab((this.row() || {}).status, `${step}/${task} \u00b7 ${flow}/${id}`);
+  }
+
+  drawHead() {
+    const [, , step, task] = this.ids;
+    const row = this.row() || {};
+    const label = row.foreach_label && h("span", {class: "dim"}, row.foreach_label);
+    const told = row.status ? [badge(row.status), h("span", {class: "space"}),
+      copyButton(this.pathspec, "pathspec")] : [];
+    this.head.dataset.status = row.status || "";
+    fill(this.head,
+      h("div", {class: "head"}, h("h1", null, `${step}/${task}`, label), ...told),
+      this.attemptLinks(),
       row.status ? facts([
         ["Started", longTime(row.started_at || row.ts_epoch)],
         ["Finished", longTime(row.finished_at)],
@@ -6730,48 +6858,53 @@ async function taskView(mine, flow, id, step, task, chosen) {
         ["Cloned from", row.origin_pathspec && h("a",
           {class: "link", href: pathspecLink(row.origin_pathspec)}, row.origin_pathspec)],
       ]) : note("Not there yet. It appears here when it starts."));
-    fill(why, ...causePanel(row.cause).map(withoutLink));
+    fill(this.why, ...causePanel(row.cause).map(causeAlone));
   }
-  mine.draw = () => {
-    const hasMore = chosen === undefined && attempts.length - 1 > last;
-    if ((!isThere && attempts[number]) || hasMore) {
-      route();
-      return;
-    }
-    drawHead();
-    mine.showTab();
-    mine.wake();
-  };
-  mine.showTab = () =>
-    showInTab((attempts[number] || {}).status, `${step}/${task} \u00b7 ${flow}/${id}`);
-  /** Loads what is shown: what moves again and again, the rest when the attempt's phase changes. */
-  async function follow() {
+
+  attemptLinks() {
+    const choice = ({attempt_id: number, status}) => h("a", {
+      href: link(...this.ids, number),
+      "aria-current": number === this.number && "page",
+    }, badge(status, `Attempt ${number}: ${status}`));
+    if (this.rows.length < 2) return h("span");
+    const choices = this.rows.filter(Boolean).map(choice);
+    return h("nav", {class: "attempts", "aria-label": "Attempts"}, choices);
+  }
+
+  /** Loads what is shown: what moves again and again, the rest when the phase changes. */
+  async follow() {
     let wait = POLL.first;
-    for (let before = ""; isThere && !mine.signal.aborted;) {
-      const now = attempt.phase();
-      const due = now === before ? parts.moving : [...parts.moving, ...parts.still];
+    for (let before = ""; this.isThere && !this.owner.signal.aborted;) {
+      const now = this.phase();
+      const due = now === before ? this.moving : [...this.moving, ...this.still];
       await Promise.all(due.map((part) => part.load()));
       reachScrolled(main);
       if (now === "settled") return;
       wait = now === before ? Math.min(wait + POLL.first, POLL.longest) : POLL.first;
       before = now;
       await new Promise((resolve) => {
-        mine.wake = resolve;
+        this.owner.wake = resolve;
         setTimeout(resolve, wait);
       });
     }
   }
-  const use = isThere ? [codePanel(taskSnippets(pathspec, number))] : [];
-  main.replaceChildren(head, why, ...parts.order.map(({node}) => node),
-    ...parts.still.slice(1).map(({node}) => node), ...use);
-  mine.draw();
-  follow().catch(fail);
-  subscribe(mine, base + "/attempts", keep);
 }
 
-/** On the page of the task itself, its cause leads nowhere. */
-function withoutLink(node) {
-  node.querySelectorAll(".title a").forEach((anchor) => anchor.remove());
+async function taskView(mine, ids, chosen) {
+  const [flow, id, step, task] = ids;
+  const attempts = path("flows", flow, "runs", id, "steps", step, "tasks", task) + "/attempts";
+  const {data} = await getIfAny(attempts + "?postprocess=true", []);
+  const shown = new TaskPage(mine, ids, data, chosen);
+  main.replaceChildren(...shown.nodes());
+  Object.assign(mine, {draw: () => shown.draw(), showTab: () => shown.showTab()});
+  shown.draw();
+  shown.follow().catch(fail);
+  subscribe(mine, attempts, (row) => shown.keep(row));
+}
+
+/** On the page of the task itself a cause leads nowhere, and its log is just below. */
+function causeAlone(node) {
+  node.querySelectorAll(".title a, pre").forEach((part) => part.remove());
   return node;
 }
 
@@ -6889,7 +7022,7 @@ function openView(mine) {
   const compared = addressQuery().getAll("compare");
   if (compared.length) return compareView(mine, compared);
   if (!id) return listView(mine, listed);
-  return task ? taskView(mine, flow, id, step, task, attempt) : runView(mine, flow, id);
+  return task ? taskView(mine, [flow, id, step, task], attempt) : runView(mine, flow, id);
 }
 
 function showCrumbs() {
