@@ -4357,7 +4357,7 @@ main { padding: 22px var(--side) 72px; }
 }
 .menu > summary::-webkit-details-marker { display: none; }
 .menu > summary:hover { background: var(--hover); }
-.menu > summary::after { content: " \25be"; color: var(--dim); }
+.menu > summary::after { content: " \25be" / ""; color: var(--dim); }
 .menu > div {
   position: absolute;
   right: 0;
@@ -4516,8 +4516,8 @@ summary h2 { display: inline; }
 #runs thead th { padding: 4px 4px; }
 #runs thead button { border: 0; background: none; color: inherit; padding: 3px 8px; }
 #runs thead button:hover { color: var(--ink); background: var(--hover); }
-#runs [aria-sort="ascending"] button::after { content: " \2191"; }
-#runs [aria-sort="descending"] button::after { content: " \2193"; }
+#runs [aria-sort="ascending"] button::after { content: " \2191" / ""; }
+#runs [aria-sort="descending"] button::after { content: " \2193" / ""; }
 #runs tbody tr { position: relative; }
 #runs tbody tr:not(.group):hover { background: var(--hover); }
 #runs .nav::after { content: ""; position: absolute; inset: 0; }
@@ -4787,7 +4787,7 @@ function furnish(node, props, children) {
     if (typeof value === "function" || name === "checked") node[name] = value;
     else node.setAttribute(name, value === true ? "" : value);
   }
-  node.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined));
   return node;
 }
 
@@ -4838,7 +4838,7 @@ function patch(node, fresh) {
 function fill(node, ...children) {
   const fresh = node.cloneNode(false);
   for (const handler of HANDLERS) fresh[handler] = node[handler];
-  fresh.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  fresh.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined));
   patch(node, fresh);
 }
 

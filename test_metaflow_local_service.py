@@ -8366,7 +8366,7 @@ def test_ordinary_tags_leave_the_columns_whole(page: BrowserPage, daemon: Api) -
     daemon.new_run(daemon.new_flow("AFlowWithQuiteALongNameIndeed"), tags=tags, user_name="barbara")
     page.set_viewport_size({"width": 1600, "height": 900})
     visit(page, daemon.url)
-    row = run_row(page, "AFlow")
+    row = run_row(page, "AFlowWithQuiteALongNameIndeed")
     expect(row.locator(".tag")).to_have_count(3)
     expect(row).to_contain_text("+2")
     expect(row).to_contain_text("barbara")
