@@ -4530,7 +4530,9 @@ summary h2 { display: inline; }
 #runs thead th > span { padding: 3px 8px; }
 #runs .details { width: 100%; max-width: 0; min-width: 200px; }
 #runs .value { max-width: 220px; overflow: hidden; text-overflow: ellipsis; }
-#runs .details .tags { flex-wrap: nowrap; overflow: hidden; }
+#runs .details .tags { flex-wrap: nowrap; }
+#runs .details .tag { min-width: 0; }
+#runs .details .tags > .dim { flex: none; }
 #runs .why {
   overflow: hidden;
   text-overflow: ellipsis;
@@ -4595,7 +4597,7 @@ summary h2 { display: inline; }
 .node.cloned { border-right-style: dotted; border-block-style: dotted; }
 
 /* The timeline: a row a task, a bar an attempt. Places are seconds since the run's start. */
-.timeline { position: relative; padding: 0 0 8px; --name: 250px; --time: 150px; }
+.timeline { position: relative; padding: 0 0 8px; --name: 280px; --time: 150px; }
 .row {
   display: grid;
   grid-template-columns: var(--name) 1fr var(--time);
@@ -4608,6 +4610,9 @@ summary h2 { display: inline; }
 .row.nav:focus-visible { outline-offset: -2px; }
 .row.nav { scroll-margin: 110px 0 60px; }
 .step-head { font-weight: 600; padding-top: 8px; scroll-margin-top: 110px; }
+.step-head > span:first-child { display: flex; gap: 6px; align-items: baseline; }
+.step-head > span:first-child > .dim { overflow: hidden; text-overflow: ellipsis; }
+.step-head .bare { flex: none; }
 .step-head .bar { opacity: 0.4; inset-block: 6px; }
 .under { padding-left: 16px; }
 .lane { position: relative; min-height: 20px; }
@@ -5669,7 +5674,7 @@ async function listView(mine, query) {
   mine.showTab = () => list.showTab();
   list.draw();
   const shown = panel("runs", "Runs", wrapTable("Runs", list.table), list.none);
-  main.replaceChildren(list.newToolbar(), shown, list.more);
+  showNodes(list.newToolbar(), shown, list.more);
   await list.load();
   const scrolled = new IntersectionObserver((seen) => {
     if (seen.at(-1).isIntersecting) list.load().catch(fail);
@@ -6034,7 +6039,7 @@ function stepHead(run, step) {
   const counts = [plural(told.all.length, "task"), ...told.others].join(", ");
   const pathspec = `${run.flow_id}/${runId(run)}/${step.name}`;
   return h("div", {class: "row step-head", tabindex: -1},
-    h("span", null, step.name, " ", h("span", {class: "dim"}, counts, " "),
+    h("span", {title: `${step.name}: ${counts}`}, step.name, h("span", {class: "dim"}, counts),
       copyButton(pathspec, pathspec)),
     h("span", {class: "lane"}, h("span", {
       class: "bar " + colour(told.status),
@@ -6359,7 +6364,7 @@ async function runView(mine, flow, id) {
   const query = "?_order=%2Bts_epoch&_limit=1000&postprocess=false";
   shown.run = (await getIfAny(shown.base, {})).data;
   (await getAll(shown.base + "/tasks" + query)).forEach((row) => shown.keepTask(row));
-  main.replaceChildren(...shown.nodes());
+  showNodes(...shown.nodes());
   Object.assign(mine, {
     draw: () => shown.draw(),
     showTab: () => shown.showTab(),
@@ -6895,7 +6900,7 @@ async function taskView(mine, ids, chosen) {
   const attempts = path("flows", flow, "runs", id, "steps", step, "tasks", task) + "/attempts";
   const {data} = await getIfAny(attempts + "?postprocess=true", []);
   const shown = new TaskPage(mine, ids, data, chosen);
-  main.replaceChildren(...shown.nodes());
+  showNodes(...shown.nodes());
   Object.assign(mine, {draw: () => shown.draw(), showTab: () => shown.showTab()});
   shown.draw();
   shown.follow().catch(fail);
@@ -6979,7 +6984,7 @@ async function compareView(mine, keys) {
   mine.showTab = () => showInTab("", "Compare runs");
   mine.showTab();
   await load(false);
-  main.replaceChildren(h("div", {class: "toolbar"}, h("h1", null, "Compare runs"),
+  showNodes(h("div", {class: "toolbar"}, h("h1", null, "Compare runs"),
     h("span", {class: "space"}), all), body);
   if (!live.socket) connect();
 }
@@ -7060,7 +7065,12 @@ function focusAfter(from) {
     return;
   }
   main.focus({preventScroll: true});
-  if (!lineInAddress()) scrollTo(0, 0);
+}
+
+/** Shows a view from its top; not later, when somebody may have scrolled it already. */
+function showNodes(...nodes) {
+  main.replaceChildren(...nodes);
+  if (!lineInAddress() && document.activeElement !== filter) scrollTo(0, 0);
 }
 
 function search(target) {

@@ -8378,7 +8378,7 @@ def test_ordinary_tags_leave_the_columns_whole(page: BrowserPage, daemon: Api) -
 def test_a_page_outlives_its_service_and_hears_what_it_has_missed(
     chromium: Browser, cli: Cli, daemon: Api
 ) -> None:
-    with new_page(chromium, permitted="WebSocket connection") as page:
+    with new_page(chromium, permitted="WebSocket connection|404") as page:
         visit(page, daemon.url)
         assert cli("stop").returncode == 0
         expect(page.locator("#live")).to_have_attribute("data-state", "reconnecting")
@@ -8445,7 +8445,7 @@ def test_the_key_is_asked_for_once(chromium: Browser, cli: Cli) -> None:
     service = Api(url, "sesame")
     service.new_run(service.new_flow("Locked"))
     service.close()
-    with new_page(chromium, permitted="401") as page:
+    with new_page(chromium, permitted="401|404") as page:
         page.goto(url)
         for key in ("wrong", "sesame"):
             page.get_by_label("Key", exact=True).fill(key)
