@@ -4462,6 +4462,8 @@ summary h2 { display: inline; }
 .head h1 .dim { font-size: 14px; margin-left: 6px; }
 #tags { margin: -6px 0 18px; }
 #tags input { padding: 1px 8px; }
+#tags > .tags:empty { display: none; }
+#tags > .bare { padding-left: 0; }
 .one-line {
   display: flex;
   gap: 10px;
@@ -4594,7 +4596,11 @@ summary h2 { display: inline; }
     6px 6px 0 -1px var(--card), 6px 6px 0 0 var(--strong-line);
 }
 .node.unreached { border-style: dashed; background: var(--bg); color: var(--dim); }
-.node.cloned { border-right-style: dotted; border-block-style: dotted; }
+.node.cloned {
+  border-right-style: dashed;
+  border-block-style: dashed;
+  background: repeating-linear-gradient(-45deg, var(--card) 0 5px, var(--bg) 5px 10px);
+}
 
 /* The timeline: a row a task, a bar an attempt. Places are seconds since the run's start. */
 .timeline { position: relative; padding: 0 0 8px; --name: 280px; --time: 150px; }
@@ -4682,8 +4688,9 @@ summary h2 { display: inline; }
 .card iframe + iframe { position: absolute; inset: 0 0 auto; }
 
 /* Differences between runs, the dialogs and the login. */
-.differences th:first-child, .differences td:first-child { white-space: nowrap; }
-.differences td { min-width: 120px; }
+.differences { table-layout: fixed; min-width: 620px; }
+.differences thead th:first-child { width: 200px; }
+.differences td:first-child { overflow-wrap: anywhere; }
 .differences pre { max-height: 180px; overflow: auto; }
 dialog {
   max-width: min(560px, 92vw);
@@ -4715,7 +4722,7 @@ kbd {
   #crumbs { order: -2; flex: 1 0 60%; flex-wrap: wrap; row-gap: 0; }
   #live { order: -1; }
   .search { flex: 1 1 200px; }
-  .timeline { --name: 110px; --time: 86px; }
+  .timeline { --name: 130px; --time: 66px; }
   .row { gap: 8px; padding-inline: 12px; }
   .tick:nth-child(even) { display: none; }
   .narrow { display: inline-block; }
@@ -4736,7 +4743,7 @@ kbd {
   .title input:not([type="checkbox"]) { width: 130px; }
   #runs .details { flex: 1 0 100%; width: 100%; max-width: 100%; }
   #runs .details .tags { flex-wrap: wrap; }
-  .line > time { display: none; }
+  .line > time, .step-head .bare, .row .number .dim { display: none; }
   .names td:first-child { width: 34%; white-space: normal; overflow-wrap: anywhere; }
   th, td { padding-inline: 10px; }
   th:first-child, td:first-child { padding-left: 14px; }
@@ -6168,15 +6175,15 @@ function newStep(name) {
   };
 }
 
-function runSnippets(flow, id, run) {
-  const file = (run.cause && run.cause.file) || "flow.py";
+/** The lines that load a run and go on from it; its script may not be known yet. */
+function runSnippets(flow, id, script) {
   return [
     ["Pathspec", `${flow}/${id}`],
     ["Python", `from metaflow import Run\nrun = Run(${JSON.stringify(`${flow}/${id}`)})`],
     ["What it did", `metaflow-local-service show ${shellQuote(`${flow}/${id}`)}`],
     ["Its logs", `metaflow-local-service logs -f ${shellQuote(`${flow}/${id}`)}`],
-    ["Go on from it", `metaflow-local-service run python ${shellQuote(file)} resume ` +
-      `--origin-run-id ${shellQuote(id)}`],
+    ["Go on from it", "metaflow-local-service run python " +
+      `${shellQuote(script || "flow.py")} resume --origin-run-id ${shellQuote(id)}`],
   ];
 }
 
@@ -6201,6 +6208,7 @@ class RunPage {
     this.graph = null;
     this.end = 0; // of the tasks, as far as they have ended
     this.details = null; // what is asked for once
+    this.script = null; // the file of the flow
     this.head = h("div", {id: "head"});
     this.why = h("div");
     this.parts = h("div");
@@ -6251,9 +6259,15 @@ class RunPage {
       this.parts.append(panel("dag", "Graph", titled("Graph"), this.graph.box));
     }
     this.parts.append(...parametersPanel(parameters));
+    this.script = graph.file;
+    this.drawCode();
     this.draw();
     const {data: found} = await getIfAny(this.base + "/changes", null);
     if (found) this.changes.replaceChildren(changesPanel(found));
+  }
+
+  drawCode() {
+    this.use.replaceChildren(codePanel(runSnippets(this.flow, this.id, this.script)));
   }
 
   draw() {
@@ -6264,9 +6278,7 @@ class RunPage {
     if (!run.status) return;
     this.tags.show(run.tags);
     fill(this.why, ...causePanel(run.cause));
-    if (!this.use.firstChild) {
-      this.use.append(codePanel(runSnippets(this.flow, this.id, run)));
-    }
+    if (!this.use.firstChild) this.drawCode();
     if (this.graph) {
       for (const [name, node] of this.graph.boxes) this.drawNode(name, node);
     }

@@ -8173,6 +8173,20 @@ def test_the_graph_tells_which_way_a_run_went_and_how_far(
 
 
 @browser
+def test_a_failed_run_says_why_and_leads_there(page: BrowserPage, walked_run: str) -> None:
+    visit(page, walked_run.split("#")[0])
+    expect(page.locator("#runs .why")).to_contain_text("ValueError: twenty is too many")
+    visit(page, walked_run)
+    cause = page.get_by_role("region", name="Why it failed")
+    for text in ("ValueError: twenty is too many", "1 of 1", "walked.py:"):
+        expect(cause).to_contain_text(text)
+    expect(cause.get_by_label("Last lines of standard error")).to_contain_text("in work")
+    cause.get_by_role("link", name="Open the task").click()
+    expect(page.locator("#head h1")).to_contain_text("work/")
+    expect(page.locator("#log-err")).to_contain_text("twenty is too many")
+
+
+@browser
 def test_the_tasks_of_a_foreach_are_searched_sorted_and_only_the_failed_shown(
     page: BrowserPage, walked_run: str
 ) -> None:
@@ -8233,7 +8247,7 @@ def test_names_and_lines_of_code_are_copied(chromium: Browser, walked_run: str) 
         assert page.evaluate("navigator.clipboard.readText()") == pathspec
         page.locator("#code summary").click()
         expect(page.locator("#code")).to_contain_text(f'Run("{pathspec}")')
-        expect(page.locator("#code")).to_contain_text("resume --origin-run-id")
+        expect(page.locator("#code")).to_contain_text("walked.py resume --origin-run-id")
         task_rows(page, "fan").click()
         page.get_by_role("button", name="Copy the Python that loads numbers").click()
         copied = page.evaluate("navigator.clipboard.readText()")
