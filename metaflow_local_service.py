@@ -4972,8 +4972,8 @@ function codePanel(snippets) {
 /** Asks something in a dialog; true where the answer is yes. */
 function ask(title, text, yes) {
   const dialog = h("dialog", {"aria-label": title}, h("h2", null, title), h("p", null, text));
-  const answer = (value) => h("button", {value, onclick: () => dialog.close(value)},
-    value || "Cancel");
+  const answer = (value) => h("button",
+    {class: value && "danger", onclick: () => dialog.close(value)}, value || "Cancel");
   dialog.append(h("div", {class: "buttons"}, answer(""), answer(yes)));
   document.body.append(dialog);
   dialog.showModal();
@@ -5715,7 +5715,7 @@ function causePanel(cause) {
   const headline = cause.type ? [cause.type, cause.message].filter(Boolean).join(": ")
     : cause.message ? `${capital(cause.kind)}: ${cause.message}` : cause.summary || cause.kind;
   const isOfTask = cause.task_id !== null && cause.task_id !== undefined;
-  const attempt = Number.isInteger(cause.attempt_id) && `${cause.attempt_id + 1}` +
+  const attempt = Number.isInteger(cause.attempt_id) && `${cause.attempt_id} (from 0)` +
     (cause.attempts ? ` of ${cause.attempts}` : "");
   const opened = isOfTask && pathspecLink(cause.pathspec);
   const place = cause.file && (cause.line ? `${cause.file}:${cause.line}` : cause.file);
