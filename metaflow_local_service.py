@@ -1476,64 +1476,170 @@ SHA = re.compile("[0-9a-f]{40,64}")
 ROOT_LOCATION = ":root:"
 
 
+Place = tuple[str, ...]
+"""Where a file or folder is: the root of a datastore, and the names from there on."""
+
+
 class TooLarge(ValueError):
     """A file or value is larger than what is shown."""
 
 
-def datastore_file(root: str, *names: str) -> str | None:
-    """The path of a file of Metaflow's below the root of a local datastore, None if there is none.
+class FileOpener:
+    """Opens files below folders that others name: the one way in which a datastore is read.
 
-    The root is what a client said, and so are some of the names: the root must be a .metaflow.
+    Where a datastore is and what is in it is told by records, which clients write. So:
+
+    - It goes from the folder down name by name (openat(2)), and what was opened is what is looked
+      at: whoever exchanges a file for a link between two looks gains nothing.
+    - Everything on the way belongs to the service's user, to root or to the owner of the root that
+      is served; what is another's is not there.
+    - A link to a file is not followed. A link to a folder is, if whoever owns the folder made it:
+      people put their data on another disk. Its text is read between two looks at the link itself,
+      so that it is the owner's.
+    - A pipe or device is no file, and is not waited for.
     """
-    if not os.path.isabs(root) or "\0" in root:
+
+    def __init__(self, served: str) -> None:
+        """`served`: the folder of the root that is served."""
+        self._served = served
+
+    def open_file(self, root: str, *names: str) -> io.BufferedReader:
+        """A file of a local datastore; FileNotFoundError where there is none that may be read.
+
+        `root`: the .metaflow that it is in, as a client said. Used in a `with` statement.
+        """
+        check_datastore(root)
+        return self.open_below(root, names, self._owners())
+
+    def open_folder(self, root: str, *names: str) -> int:
+        """The descriptor of a folder of a local datastore; FileNotFoundError as for files."""
+        check_datastore(root)
+        return self._folder_below(root, names, self._owners())
+
+    def status(self, root: str, *names: str) -> os.stat_result | None:
+        """The status of a folder of a local datastore, None where there is none."""
+        with contextlib.suppress(FileNotFoundError):
+            folder = self.open_folder(root, *names)
+            try:
+                return os.fstat(folder)
+            finally:
+                os.close(folder)
         return None
-    if not os.path.basename(root.rstrip("/")).startswith(DATASTORE_DIR):
-        return None
-    return file_below(root, names)
 
+    def open_below(
+        self, folder: str, names: Sequence[str], owners: Collection[int]
+    ) -> io.BufferedReader:
+        """A file below any folder, all of which belongs to one of the owners."""
+        parent = self._folder_below(folder, names[:-1], owners)
+        try:
+            check_openable(names[-1])
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            return self._as_file(open_entry(names[-1], flags, parent), owners)
+        finally:
+            os.close(parent)
 
-def file_below(folder: str, names: Iterable[str]) -> str | None:
-    """The real path of a file or folder below another, None if there is none.
+    def _owners(self) -> Collection[int]:
+        served = stat_or_none(self._served)
+        return {os.geteuid(), ROOT_USER, *([served.st_uid] if served else [])}
 
-    No name may be more than a name, and no link may lead out of the folder.
-    """
-    try:
-        os.fsencode(folder)
+    def _as_file(self, descriptor: int, owners: Collection[int]) -> io.BufferedReader:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid not in owners:
+            os.close(descriptor)
+            raise not_there()
+        return open(descriptor, "rb")
+
+    def _folder_below(self, folder: str, names: Sequence[str], owners: Collection[int]) -> int:
+        descriptor = self._as_folder(open_entry(folder, FOLDER_FLAGS), owners)
         for name in names:
-            check_name(name)
-    except (NotStorable, UnicodeEncodeError):
-        return None
-    real = os.path.realpath(folder)
-    path = os.path.realpath("/".join((real, *names)))
-    return path if path.startswith(real + "/") and os.path.exists(path) else None
+            try:
+                check_openable(name)
+                below = self._enter(descriptor, name, owners)
+            finally:
+                os.close(descriptor)
+            descriptor = below
+        return descriptor
+
+    def _enter(self, folder: int, name: str, owners: Collection[int]) -> int:
+        """Open a folder within another."""
+        try:
+            return self._as_folder(open_entry(name, FOLDER_FLAGS | os.O_NOFOLLOW, folder), owners)
+        except FileNotFoundError:
+            link = os.stat(name, dir_fd=folder, follow_symlinks=False)
+            if not stat.S_ISLNK(link.st_mode):
+                raise
+        target = os.readlink(name, dir_fd=folder)
+        again = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        if (again.st_ino, again.st_ctime_ns) != (link.st_ino, link.st_ctime_ns):
+            raise not_there()
+        descriptor = self._as_folder(open_entry(target, FOLDER_FLAGS, folder), owners)
+        if os.fstat(descriptor).st_uid != link.st_uid:
+            os.close(descriptor)
+            raise not_there()
+        return descriptor
+
+    def _as_folder(self, descriptor: int, owners: Collection[int]) -> int:
+        if os.fstat(descriptor).st_uid not in owners:
+            os.close(descriptor)
+            raise not_there()
+        return descriptor
 
 
-def file_content(path: str, limit: int, from_end: bool = False) -> bytes:
-    """What is in a file; TooLarge if that is more than the limit, or its last part if `from_end`.
+ROOT_USER = 0
+FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+NOT_OPENABLE = frozenset((errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.ENAMETOOLONG))
+"""What open(2) says of a link, of a file in place of a folder, and of a pipe or socket."""
 
-    FileNotFoundError or IsADirectoryError where it is no file.
-    """
-    with open(path, "rb", opener=open_without_waiting) as f:
-        status = os.fstat(f.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise FileNotFoundError(errno.ENOENT, "not a file", path)
-        if status.st_size > limit:
-            if not from_end:
-                raise TooLarge
-            f.seek(status.st_size - limit)
-            f.readline()
-        return f.read(limit)
+DATASTORE_DIRS = frozenset((DATASTORE_DIR, f"{DATASTORE_DIR}_spin"))
+"""What Metaflow calls the folders of its local datastores."""
 
 
-def open_without_waiting(path: str, flags: int) -> int:
-    """Open a file; one that is a pipe without a wait for whoever writes into it."""
-    return os.open(path, flags | os.O_NONBLOCK)
+def not_there() -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, "There is no such file that may be read")
 
 
-def json_content(path: str, limit: int) -> Any:
+def check_datastore(root: str) -> None:
+    """FileNotFoundError unless a folder can be one of Metaflow's, by its path."""
+    if not os.path.isabs(root) or os.path.basename(root.rstrip("/")) not in DATASTORE_DIRS:
+        raise not_there()
+
+
+def check_openable(name: str) -> None:
+    """FileNotFoundError unless a name is one, and no path."""
+    try:
+        check_name(name)
+    except NotStorable:
+        raise not_there() from None
+
+
+def open_entry(path: str, flags: int, folder: int | None = None) -> int:
+    """Open a path, from a folder on if one is given. FileNotFoundError where there is no such."""
+    try:
+        return os.open(path, flags, dir_fd=folder)
+    except (ValueError, UnicodeEncodeError):
+        raise not_there() from None
+    except OSError as error:
+        if error.errno in NOT_OPENABLE:
+            raise not_there() from None
+        raise
+
+
+def read_content(file: io.BufferedReader, limit: int, from_end: bool = False) -> bytes:
+    """What is in a file; TooLarge if that is more than the limit, or its last part if `from_end`,
+    from the beginning of a line on."""
+    size = os.fstat(file.fileno()).st_size
+    if size > limit:
+        if not from_end:
+            raise TooLarge
+        file.seek(size - limit)
+        file.readline()
+    return file.read(limit)
+
+
+def read_json(file: io.BufferedReader, limit: int) -> Any:
     """The JSON in a file; TooLarge, or another ValueError where it is none."""
     try:
-        return json.loads(file_content(path, limit))
+        return json.loads(read_content(file, limit))
     except RecursionError:
         raise ValueError("It is nested too deeply.") from None
 
@@ -2890,6 +2996,7 @@ class Model:
         """`clock`: tells the epoch seconds, against which signs of life are old; `search`: for
         patterns that may take long."""
         self.store = store
+        self.files = FileOpener(store.folder)
         self.clock = clock
         self.search = search
         # By pathspec, with the version of the task.
@@ -3051,11 +3158,10 @@ class Model:
         if heartbeat is not None:
             return max(heartbeat * 1000, created)
         own = "/".join((self.store.folder, *ids))
-        folders = [own, f"{own}/{META_DIR}"]
+        found = [stat_or_none(own), stat_or_none(f"{own}/{META_DIR}")]
         if len(ids) == TASK_DEPTH:
-            folders += self._card_folders(ids, "runtime")
-            folders += filter(None, [datastore_file(self.datastore_root(ids, None), *ids)])
-        found = map(stat_or_none, folders)
+            found += (self.files.status(*place) for place in self._card_folders(ids, "runtime"))
+            found.append(self.files.status(self.datastore_root(ids, None), *ids))
         return max([created, *(int(s.st_mtime * 1000) for s in found if s is not None)])
 
     # -- steps and tasks ---------------------------------------------------------------------------
@@ -3142,12 +3248,12 @@ class Model:
 
     def _process_end(self, ids: Ids, number: int) -> ProcessEnd | None:
         """How the process of an attempt ended, None where its scheduler has not noted it."""
-        path = datastore_file(self.datastore_root(ids, number), *ids, f"{number}.runtime")
-        if path is None:
-            return None
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            noted = json_content(path, LARGEST_VALUE)
-            code, moment = noted.get("return_code"), int(os.stat(path).st_mtime * 1000)
+            root = self.datastore_root(ids, number)
+            with self.files.open_file(root, *ids, f"{number}.runtime") as file:
+                moment = int(os.fstat(file.fileno()).st_mtime * 1000)
+                noted = read_json(file, LARGEST_VALUE)
+            code = noted.get("return_code")
             return ProcessEnd(
                 code if isinstance(code, int) else None,
                 bool(noted.get("killed")),
@@ -3231,7 +3337,7 @@ class Model:
     def _cause_of_attempt(self, row: AttemptRow, graph: Graph) -> Cause | None:
         """Why an attempt has failed, or would have if nobody had caught it; None if it did not."""
         ids, number = attempt_row_ids(row), row["attempt_id"]
-        own = stat_or_none(datastore_file(self.datastore_root(ids, number), *ids) or "")
+        own = self.files.status(self.datastore_root(ids, number), *ids)
         versions = (self.store.version(ids), None if own is None else settled_version(own))
         key = f"{'/'.join(ids)}/{number}/{row['status']}"
         known = self._causes.get(key)
@@ -3267,9 +3373,9 @@ class Model:
     def _last_of_stderr(self, ids: Ids, number: int) -> list[str]:
         """The last lines of what an attempt has written to stderr."""
         contents = []
-        for path in self._log_files(ids, number, "stderr"):
-            with contextlib.suppress(OSError):
-                contents.append(file_content(path, CAUSE_STDERR_BYTES, from_end=True))
+        with contextlib.suppress(OSError), self._open_logs(ids, number, "stderr") as files:
+            for file in files:
+                contents.append(read_content(file, CAUSE_STDERR_BYTES, from_end=True))
         return [line["line"] for line in log_lines(contents)]
 
     def _raised_in_artifact(self, ids: Ids, number: int, name: str) -> Raised | None:
@@ -3338,21 +3444,23 @@ class Model:
 
     def value(self, artifact: Artifact | ArtifactRow, limit: int) -> Any:
         """The value of an artifact, read without unpickling; OSError, TooLarge or ValueError."""
-        content = file_content(self.stored_file(artifact), limit)
+        with self.open_stored(artifact) as file:
+            content = read_content(file, limit)
         return PickleReader().read(decompress(content, limit))
 
-    def stored_file(self, artifact: Artifact | ArtifactRow) -> str:
-        """The path of the file that holds an artifact; FileNotFoundError or ValueError."""
+    def open_stored(self, artifact: Artifact | ArtifactRow) -> io.BufferedReader:
+        """The file that holds an artifact; FileNotFoundError or ValueError."""
         sha, location = artifact["sha"] or "", artifact["location"]
         if artifact["ds_type"] != "local" or not location.startswith(ROOT_LOCATION):
             raise ValueError("It is not stored on this machine.")
         if not SHA.fullmatch(sha):
             raise ValueError("It has no place in the datastore.")
         root = location[len(ROOT_LOCATION) :]
-        path = datastore_file(root, artifact["flow_id"], "data", sha[:2], sha)
-        if path is None:
-            raise FileNotFoundError(errno.ENOENT, "It is not in the datastore any more", sha)
-        return path
+        try:
+            return self.files.open_file(root, artifact["flow_id"], "data", sha[:2], sha)
+        except FileNotFoundError as error:
+            error.strerror = "It is not in the datastore any more"
+            raise
 
     def with_value(self, row: ArtifactRow) -> ArtifactRow:
         """An artifact with its value, or with why that cannot be shown."""
@@ -3372,7 +3480,7 @@ class Model:
     def datastore_root(self, ids: Ids, attempt: int | None) -> str:
         """The root of the datastore of a task's attempt: what its metadata say, else the store's.
 
-        Metadata say what clients said: use it through `datastore_file` only.
+        Metadata say what clients said: use it through `files` only.
         """
         for metadatum in self.store.metadata(ids, fields=("ds-root",)):
             if attempt is None or metadatum_attempt(metadatum) in (attempt, None):
@@ -3384,28 +3492,36 @@ class Model:
 
         Local Metaflow writes logs when an attempt has ended. Of a huge log this is the last part.
         """
-        paths = self._log_files(ids, attempt, stream)
-        versions = [file_version(status) for status in map(stat_or_none, paths) if status]
-        key = repr((paths, versions))
-        lines = self._logs.get(key)
-        if lines is None:
-            contents = []
-            for path in paths:
-                with contextlib.suppress(FileNotFoundError, IsADirectoryError):
-                    contents.append(file_content(path, LARGEST_LOG, from_end=True))
-            lines = log_lines(contents)
-            self._logs.put(key, lines)
+        with self._open_logs(ids, attempt, stream) as files:
+            key = repr([file_version(os.fstat(file.fileno())) for file in files])
+            lines = self._logs.get(key)
+            if lines is None:
+                contents = (read_content(file, LARGEST_LOG, from_end=True) for file in files)
+                lines = log_lines(contents)
+                self._logs.put(key, lines)
         return lines
 
     def has_log(self, ids: Ids, attempt: int) -> bool:
         """Whether what an attempt has written is stored."""
-        return any(self._log_files(ids, attempt, stream) for stream in LOG_STREAMS.values())
+        for stream in LOG_STREAMS.values():
+            with self._open_logs(ids, attempt, stream) as files:
+                if files:
+                    return True
+        return False
 
-    def _log_files(self, ids: Ids, attempt: int, stream: str) -> list[str]:
+    @contextlib.contextmanager
+    def _open_logs(
+        self, ids: Ids, attempt: int, stream: str
+    ) -> Iterator[Sequence[io.BufferedReader]]:
+        """The files in which a stream of an attempt is stored, those that there are."""
         root = self.datastore_root(ids, attempt)
-        names = (f"{attempt}.{source}_{stream}.log" for source in LOG_SOURCES)
-        found = [datastore_file(root, *ids, name) for name in names]
-        return [path for path in found if path is not None]
+        with contextlib.ExitStack() as files:
+            opened = []
+            for source in LOG_SOURCES:
+                with contextlib.suppress(FileNotFoundError):
+                    file = self.files.open_file(root, *ids, f"{attempt}.{source}_{stream}.log")
+                    opened.append(files.enter_context(file))
+            yield opened
 
     def cards(self, ids: Ids) -> list[Card]:
         """The cards of a task."""
@@ -3413,47 +3529,56 @@ class Model:
 
     def card(self, ids: Ids, card_hash: str) -> bytes | None:
         """The HTML of a card, None where there is none; TooLarge."""
-        for card, path in self.card_files(ids):
+        for card, place in self.card_files(ids):
             if card["hash"] == card_hash:
-                with contextlib.suppress(FileNotFoundError):
-                    return file_content(path, LARGEST_CARD)
+                with contextlib.suppress(FileNotFoundError), self.files.open_file(*place) as file:
+                    return read_content(file, LARGEST_CARD)
         return None
 
     def card_data(self, ids: Ids, card_hash: str) -> tuple[Card, object] | None:
         """What a card shows at the moment, None where it is not known; OSError, ValueError."""
-        for card, path in self.card_files(ids, "runtime", ".data.json"):
+        for card, place in self.card_files(ids, "runtime", ".data.json"):
             if card["hash"] == card_hash:
-                return card, json_content(path, LARGEST_CARD)
+                with self.files.open_file(*place) as file:
+                    return card, read_json(file, LARGEST_CARD)
         return None
 
-    def _card_folders(self, ids: Ids, kind: str) -> list[str]:
-        """The folders of a task's cards: Metaflow before 2022 left the step out."""
+    def _card_folders(self, ids: Ids, kind: str) -> list[Place]:
+        """Where a task's cards may be: Metaflow before 2022 left the step out."""
         flow, run, step, task = ids
         roots = dict.fromkeys((self.datastore_root(ids, None), self.store.folder))
-        folders = (
-            datastore_file(root, CARDS_DIR, flow, "runs", run, *below, kind)
+        return [
+            (root, CARDS_DIR, flow, "runs", run, *below, kind)
             for root in roots
             for below in (("steps", step, "tasks", task), ("tasks", task))
-        )
-        return [folder for folder in folders if folder is not None and os.path.isdir(folder)]
+        ]
 
     def card_files(
         self, ids: Ids, kind: str = "cards", suffix: str = ".html"
-    ) -> list[tuple[Card, str]]:
+    ) -> list[tuple[Card, Place]]:
         """The cards of a task and their files, TYPE-HASH or TYPE-ID-HASH, from the first folder
         that has any."""
-        for folder in self._card_folders(ids, kind):
-            with os.scandir(folder) as entries:
-                files = sorted(e.name for e in entries if e.is_file(follow_symlinks=False))
-            found: list[tuple[Card, str]] = []
-            for name in files:
+        for place in self._card_folders(ids, kind):
+            found: list[tuple[Card, Place]] = []
+            for name in self._file_names(place):
                 parts = name[: -len(suffix)].split("-")
                 if name.endswith(suffix) and len(parts) in (2, 3):
                     card_id = parts[1] if len(parts) == 3 else None
                     card: Card = {"id": card_id, "type": parts[0], "hash": parts[-1]}
-                    found.append((card, f"{folder}/{name}"))
+                    found.append((card, (*place, name)))
             if found:
                 return found
+        return []
+
+    def _file_names(self, place: Place) -> list[str]:
+        """The names of the files in a folder of a datastore, in order; none where it is not."""
+        with contextlib.suppress(FileNotFoundError):
+            folder = self.files.open_folder(*place)
+            try:
+                with os.scandir(folder) as entries:
+                    return sorted(e.name for e in entries if e.is_file(follow_symlinks=False))
+            finally:
+                os.close(folder)
         return []
 
 
@@ -8595,20 +8720,31 @@ class UiService(MetadataService):
         return static_file(self._ui_folder, request.path)
 
 
+def read_static_file(folder: str, names: Sequence[str]) -> bytes | None:
+    """What is in a file of a build of the UI, None where there is none."""
+    if not names:
+        return None
+    owners = {os.geteuid(), ROOT_USER, os.stat(folder).st_uid}
+    opener = FileOpener(folder)
+    with contextlib.suppress(OSError, TooLarge), opener.open_below(folder, names, owners) as file:
+        return read_content(file, LARGEST_STATIC_FILE)
+    return None
+
+
 def static_file(folder: str, path: Sequence[str]) -> Response:
     """A file of a build of the official UI; its index.html for what is a page of its own."""
     import mimetypes
 
-    file = file_below(folder, [name for name in path if name])
-    if file is None or not os.path.isfile(file):
+    names = [name for name in path if name]
+    content = read_static_file(folder, names)
+    if content is None:
         if path[0] == "static":
             raise HttpError(404, "There is no such file.")
-        file = os.path.join(folder, "index.html")
-    try:
-        content = file_content(file, LARGEST_STATIC_FILE)
-    except (OSError, TooLarge):
-        raise HttpError(404, f"There is no UI in {folder}.") from None
-    kind = mimetypes.guess_type(file)[0] or "application/octet-stream"
+        names = ["index.html"]
+        content = read_static_file(folder, names)
+    if content is None:
+        raise HttpError(404, f"There is no UI in {folder}.")
+    kind = mimetypes.guess_type(names[-1])[0] or "application/octet-stream"
     if kind.startswith("text/") or kind in ("application/javascript", "application/json"):
         kind += "; charset=utf-8"
     caching = FOR_EVER if path[0] == "static" else "no-cache"
@@ -10625,7 +10761,8 @@ def show_task(model: Model, ids: Ids, as_json: bool) -> None:
     print_facts(((row["field_name"], value_line(row["value"])) for row in metadata), indent="  ")
     if cards:
         print("\ncards")
-        print_facts(((card["id"] or card["type"], path) for card, path in cards), indent="  ")
+        paths = ((card["id"] or card["type"], os.path.join(*place)) for card, place in cards)
+        print_facts(paths, indent="  ")
     if attempts[0]["cause"]:
         print_cause(attempts[0]["cause"])
 
@@ -10833,7 +10970,7 @@ def valued_artifact(model: Model, row: ArtifactRow) -> dict[str, object]:
 def write_stored(model: Model, row: ArtifactRow) -> None:
     """Write the file of an artifact to stdout."""
     try:
-        with open(model.stored_file(row), "rb") as f, open(1, "wb", closefd=False) as stdout:
+        with model.open_stored(row) as f, open(1, "wb", closefd=False) as stdout:
             shutil.copyfileobj(f, stdout)
     except BrokenPipeError:
         raise
@@ -10857,9 +10994,9 @@ def do_card(arguments: Arguments) -> None:
     model = open_model(arguments)
     ids = resolve_pathspec(model, arguments.pathspec)
     found = [
-        (task, card, path)
+        (task, card, os.path.join(*place))
         for task in tasks_below(model, ids)
-        for card, path in model.card_files(task)
+        for card, place in model.card_files(task)
         if arguments.id in (None, card["id"])
     ]
     if not found:

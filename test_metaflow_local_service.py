@@ -3331,23 +3331,127 @@ def test_a_graph_that_is_none_is_no_graph(store: mls.Store, ui: Api) -> None:
 # -- files of the datastore ------------------------------------------------------------------------
 
 
-def test_a_datastore_is_left_neither_by_names_nor_by_links(tmp_path: Path) -> None:
+@pytest.fixture
+def datastore(tmp_path: Path) -> Path:
+    """A local datastore with a file, beside a secret that is not in it."""
     root = tmp_path / ".metaflow"
     (root / "Flow").mkdir(parents=True)
-    (tmp_path / "secret").write_text("secret")
-    (root / "Flow" / "link").symlink_to(tmp_path / "secret")
     (root / "Flow" / "file").write_text("here")
-    assert mls.datastore_file(str(root), "Flow", "file") == str(root.resolve() / "Flow" / "file")
-    for names in (("Flow", "link"), ("..", "secret"), ("Flow", "../../secret"), ("Flow", "\0")):
-        assert mls.datastore_file(str(root), *names) is None
-    for other in ("", "relative/.metaflow", str(tmp_path), "/etc", f"{root}\0"):
-        assert mls.datastore_file(other, "Flow", "file") is None
+    (tmp_path / "secret").write_text("secret")
+    return root
 
 
-def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
+def content_of(root: Path | str, *names: str) -> str | None:
+    """What is in a file of a datastore, None where there is none."""
+    opener = mls.FileOpener(str(root))
+    with contextlib.suppress(FileNotFoundError), opener.open_file(str(root), *names) as file:
+        return mls.read_content(file, 1000).decode()
+    return None
+
+
+def test_a_datastore_is_left_neither_by_names_nor_by_links_to_files(datastore: Path) -> None:
+    (datastore / "Flow" / "link").symlink_to(datastore.parent / "secret")
+    (datastore / "Flow" / "inner").symlink_to("file")
+    assert content_of(datastore, "Flow", "file") == "here"
+    for names in (("Flow", "link"), ("Flow", "inner"), ("..", "secret"), ("Flow", "../../secret")):
+        assert content_of(datastore, *names) is None
+    for names in (
+        ("Flow", "\0"),
+        ("Flow", "\ud800"),
+        ("Flow", "x" * 300),
+        ("Flow",),
+        ("None", "x"),
+    ):
+        assert content_of(datastore, *names) is None
+
+
+@pytest.mark.parametrize(
+    "root", ["", "relative/.metaflow", "/", "/etc", "{root}\0", "{root}config"]
+)
+def test_what_is_no_datastore_by_its_name_is_not_opened(datastore: Path, root: str) -> None:
+    (datastore.parent / ".metaflowconfig").mkdir()
+    (datastore.parent / ".metaflowconfig" / "passwd").write_text("secret")
+    assert content_of(root.format(root=datastore), "passwd") is None
+
+
+def test_links_to_folders_that_the_owner_has_made_are_followed(tmp_path: Path) -> None:
+    disk, project = tmp_path / "disk", tmp_path / "project"
+    for folder in (disk / ".metaflow" / "Flow", disk / "data", project):
+        folder.mkdir(parents=True)
+    (project / ".metaflow").symlink_to(disk / ".metaflow")
+    (disk / ".metaflow" / "Flow" / "data").symlink_to("../../data")
+    (disk / "data" / "blob").write_text("far away")
+    assert content_of(project / ".metaflow", "Flow", "data", "blob") == "far away"
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+
+
+@needs_root
+@pytest.mark.parametrize("given_away", [".metaflow", ".metaflow/Flow", ".metaflow/Flow/file"])
+def test_what_belongs_to_another_user_is_not_there(datastore: Path, given_away: str) -> None:
+    with mls.FileOpener(str(datastore.parent)).open_file(str(datastore), "Flow", "file"):
+        os.chown(datastore.parent / given_away, 1000, 1000)
     with pytest.raises(FileNotFoundError):
-        mls.file_content(str(tmp_path / "pipe"), 100)
+        mls.FileOpener(str(datastore.parent)).open_file(str(datastore), "Flow", "file")
+
+
+@needs_root
+def test_a_root_of_another_user_that_is_served_is_read(datastore: Path) -> None:
+    for path in (datastore, datastore / "Flow", datastore / "Flow" / "file"):
+        os.chown(path, 1000, 1000)
+    assert content_of(datastore, "Flow", "file") == "here"
+
+
+@needs_root
+def test_a_link_of_another_user_leads_to_nothing_of_ours(datastore: Path) -> None:
+    (datastore.parent / "ours").mkdir()
+    (datastore.parent / "ours" / "file").write_text("secret")
+    (datastore / "Flow" / "link").symlink_to(datastore.parent / "ours")
+    assert content_of(datastore, "Flow", "link", "file") == "secret"
+    os.chown(datastore / "Flow" / "link", 1000, 1000, follow_symlinks=False)
+    os.chown(datastore, 1000, 1000)
+    os.chown(datastore / "Flow", 1000, 1000)
+    assert content_of(datastore, "Flow", "link", "file") is None
+
+
+def test_a_log_that_flips_between_a_file_and_a_link_tells_no_secret(
+    store: mls.Store, ui: Api, tmp_path: Path
+) -> None:
+    task, ids = make_running_task(ui, store.folder)
+    (tmp_path / "secret").write_text("secret")
+    folder = Path(store.folder, *ids)
+    log, is_over = folder / "0.task_stdout.log", threading.Event()
+
+    def flip() -> None:
+        for number in itertools.count():
+            other = folder / f"other{number % 2}"
+            if number % 2:
+                other.symlink_to(tmp_path / "secret")
+            else:
+                other.write_text(f"a line {number}")
+            os.replace(other, log)
+            if is_over.is_set():
+                return
+
+    thread = threading.Thread(target=flip)
+    thread.start()
+    try:
+        replies = [ui.get(f"/api{task}/logs/out?attempt_id=0") for _ in range(500)]
+    finally:
+        is_over.set()
+        thread.join()
+    lines = {line["line"] for reply in replies for line in reply.json["data"]}
+    assert {reply.status for reply in replies} == {200}
+    assert lines and all(line.startswith("a line") for line in lines)
+
+
+def test_what_is_no_file_is_not_read(datastore: Path) -> None:
+    os.mkfifo(datastore / "Flow" / "pipe")
+    before = len(os.listdir("/dev/fd"))
+    assert content_of(datastore, "Flow", "pipe") is None
+    assert content_of(datastore, "Flow") is None
+    assert len(os.listdir("/dev/fd")) == before
 
 
 # -- what is hostile or makes no sense -------------------------------------------------------------
@@ -3386,14 +3490,6 @@ def test_long_bytes_of_an_old_pickle_are_shown() -> None:
 
 def test_of_an_object_only_few_attributes_are_shown() -> None:
     assert shown(SimpleNamespace(**{f"a{n}": n for n in range(100)})) == "<types.SimpleNamespace>"
-
-
-def test_a_folder_that_is_taken_for_a_file_costs_no_descriptor(tmp_path: Path) -> None:
-    before = len(os.listdir("/dev/fd"))
-    for _ in range(3):
-        with pytest.raises(OSError):
-            mls.file_content(str(tmp_path), 100)
-    assert len(os.listdir("/dev/fd")) == before
 
 
 def test_of_a_log_of_many_lines_the_last_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
