@@ -10740,7 +10740,7 @@ def show_task(model: Model, ids: Ids, as_json: bool) -> None:
     valued = list(track(map(model.with_value, artifacts), "artifacts read", len(artifacts)))
     metadata, cards = model.metadata(ids), model.card_files(ids)
     if as_json:
-        files = [{**card, "path": path} for card, path in cards]
+        files = [{**card, "path": os.path.join(*place)} for card, place in cards]
         print_json(
             {
                 "pathspec": "/".join(ids),
