@@ -1493,9 +1493,12 @@ class FileOpener:
       at: whoever exchanges a file for a link between two looks gains nothing.
     - Everything on the way belongs to the service's user, to root or to the owner of the root that
       is served; what is another's is not there.
-    - A link to a file is not followed. A link to a folder is, if whoever owns the folder made it:
-      people put their data on another disk. Its text is read between two looks at the link itself,
-      so that it is the owner's.
+    - A link to a file is not followed. A link to a folder is, for people put their data on another
+      disk, and so is one in place of the root: where only its owner and that of the folder that
+      holds it can have made it. Those other than the service's user and root may make links to
+      their own folders alone.
+    - A file with a second name may be one from elsewhere, and is not there where others than the
+      service's user and root can have given it that name.
     - A pipe or device is no file, and is not waited for.
     """
 
@@ -1534,7 +1537,7 @@ class FileOpener:
         try:
             check_openable(names[-1])
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            return self._as_file(open_entry(names[-1], flags, parent), owners)
+            return self._as_file(open_entry(names[-1], flags, parent), os.fstat(parent), owners)
         finally:
             os.close(parent)
 
@@ -1542,16 +1545,20 @@ class FileOpener:
         served = stat_or_none(self._served)
         return {os.geteuid(), ROOT_USER, *([served.st_uid] if served else [])}
 
-    def _as_file(self, descriptor: int, owners: Collection[int]) -> io.BufferedReader:
+    def _as_file(
+        self, descriptor: int, parent: os.stat_result, owners: Collection[int]
+    ) -> io.BufferedReader:
         status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_uid not in owners:
+        is_foreign = status.st_nlink > 1 and (may_others_write(parent) or not is_own(parent.st_uid))
+        if not stat.S_ISREG(status.st_mode) or status.st_uid not in owners or is_foreign:
             os.close(descriptor)
             raise not_there()
         return open(descriptor, "rb")
 
     def _folder_below(self, folder: str, names: Sequence[str], owners: Collection[int]) -> int:
-        descriptor = self._as_folder(open_entry(folder, FOLDER_FLAGS), owners)
-        for name in names:
+        above, last = os.path.split(folder.rstrip("/"))
+        descriptor = open_entry(above or "/", PASSAGE_FLAGS)
+        for name in (last, *names):
             try:
                 check_openable(name)
                 below = self._enter(descriptor, name, owners)
@@ -1568,12 +1575,13 @@ class FileOpener:
             link = os.stat(name, dir_fd=folder, follow_symlinks=False)
             if not stat.S_ISLNK(link.st_mode):
                 raise
-        target = os.readlink(name, dir_fd=folder)
-        again = os.stat(name, dir_fd=folder, follow_symlinks=False)
-        if (again.st_ino, again.st_ctime_ns) != (link.st_ino, link.st_ctime_ns):
+        holder = os.fstat(folder)
+        if may_others_write(holder):
             raise not_there()
+        target = os.readlink(name, dir_fd=folder)
         descriptor = self._as_folder(open_entry(target, FOLDER_FLAGS, folder), owners)
-        if os.fstat(descriptor).st_uid != link.st_uid:
+        others = {uid for uid in (link.st_uid, holder.st_uid) if not is_own(uid)}
+        if others and os.fstat(descriptor).st_uid not in others:
             os.close(descriptor)
             raise not_there()
         return descriptor
@@ -1587,8 +1595,13 @@ class FileOpener:
 
 ROOT_USER = 0
 FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-NOT_OPENABLE = frozenset((errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.ENAMETOOLONG))
-"""What open(2) says of a link, of a file in place of a folder, and of a pipe or socket."""
+PASSAGE_FLAGS = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
+"""For a folder that is passed through, and that this user perhaps cannot list; Linux has O_PATH."""
+NOT_OPENABLE = frozenset(
+    (errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM)
+)
+"""What open(2) says of a link, of a file in place of a folder, of a pipe or socket, of a path that
+is too long, and of what this user may not read."""
 
 DATASTORE_DIRS = frozenset((DATASTORE_DIR, f"{DATASTORE_DIR}_spin"))
 """What Metaflow calls the folders of its local datastores."""
@@ -1596,6 +1609,23 @@ DATASTORE_DIRS = frozenset((DATASTORE_DIR, f"{DATASTORE_DIR}_spin"))
 
 def not_there() -> FileNotFoundError:
     return FileNotFoundError(errno.ENOENT, "There is no such file that may be read")
+
+
+def is_own(uid: int) -> bool:
+    """Whether a user is the service's, or root."""
+    return uid in (os.geteuid(), ROOT_USER)
+
+
+def may_others_write(folder: os.stat_result) -> bool:
+    """Whether users other than its owner can put something into a folder.
+
+    A group whose number is its owner's is taken for the owner's private one. Where users have
+    such groups, the folders that they make are usually writable for the group.
+    """
+    is_group_private = folder.st_gid == folder.st_uid
+    return bool(
+        folder.st_mode & (stat.S_IWOTH if is_group_private else stat.S_IWOTH | stat.S_IWGRP)
+    )
 
 
 def check_datastore(root: str) -> None:
@@ -8724,10 +8754,10 @@ def read_static_file(folder: str, names: Sequence[str]) -> bytes | None:
     """What is in a file of a build of the UI, None where there is none."""
     if not names:
         return None
-    owners = {os.geteuid(), ROOT_USER, os.stat(folder).st_uid}
-    opener = FileOpener(folder)
-    with contextlib.suppress(OSError, TooLarge), opener.open_below(folder, names, owners) as file:
-        return read_content(file, LARGEST_STATIC_FILE)
+    with contextlib.suppress(OSError, TooLarge):
+        owners = {os.geteuid(), ROOT_USER, os.stat(folder).st_uid}
+        with FileOpener(folder).open_below(folder, names, owners) as file:
+            return read_content(file, LARGEST_STATIC_FILE)
     return None
 
 

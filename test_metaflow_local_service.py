@@ -3415,6 +3415,53 @@ def test_a_link_of_another_user_leads_to_nothing_of_ours(datastore: Path) -> Non
     assert content_of(datastore, "Flow", "link", "file") is None
 
 
+@needs_root
+def test_a_root_that_is_a_link_of_another_user_leads_to_nothing_of_ours(datastore: Path) -> None:
+    theirs = datastore.parent / "theirs"
+    theirs.mkdir()
+    (theirs / ".metaflow").symlink_to(datastore)
+    assert content_of(theirs / ".metaflow", "Flow", "file") == "here"
+    os.chown(theirs / ".metaflow", 1000, 1000, follow_symlinks=False)
+    assert content_of(theirs / ".metaflow", "Flow", "file") is None
+    os.chown(theirs / ".metaflow", 0, 0, follow_symlinks=False)
+    os.chown(theirs, 1000, 1000)  # who may exchange the link while it is read
+    assert content_of(theirs / ".metaflow", "Flow", "file") is None
+
+
+@needs_root
+def test_a_link_of_ours_may_lead_to_a_folder_of_any_owner_that_is_trusted(datastore: Path) -> None:
+    (datastore.parent / "disk").mkdir()
+    (datastore.parent / "disk" / "blob").write_text("far away")
+    (datastore / "Flow" / "data").symlink_to(datastore.parent / "disk")
+    for path in (datastore, datastore.parent / "disk"):
+        os.chown(path, 1000, 1000)
+    assert content_of(datastore, "Flow", "data", "blob") == "far away"
+
+
+def test_in_a_folder_that_others_may_write_to_no_link_of_any_kind_is_followed(
+    datastore: Path,
+) -> None:
+    (datastore.parent / "disk").mkdir()
+    (datastore.parent / "disk" / "blob").write_text("far away")
+    os.link(datastore.parent / "secret", datastore / "Flow" / "hard")
+    (datastore / "Flow" / "soft").symlink_to(datastore.parent / "disk")
+    for mode, hard, soft in ((0o755, "secret", "far away"), (0o777, None, None)):
+        os.chmod(datastore / "Flow", mode)
+        assert content_of(datastore, "Flow", "hard") == hard
+        assert content_of(datastore, "Flow", "soft", "blob") == soft
+        assert content_of(datastore, "Flow", "file") == "here"
+
+
+def test_a_group_counts_as_others_unless_it_is_the_owners_own() -> None:
+    def folder(mode: int, gid: int) -> os.stat_result:
+        return os.stat_result((stat.S_IFDIR | mode, 1, 1, 2, 1000, gid, 0, 0, 0, 0))
+
+    assert not mls.may_others_write(folder(0o755, 100))
+    assert not mls.may_others_write(folder(0o775, 1000))
+    assert mls.may_others_write(folder(0o775, 100))
+    assert mls.may_others_write(folder(0o757, 1000))
+
+
 def test_a_log_that_flips_between_a_file_and_a_link_tells_no_secret(
     store: mls.Store, ui: Api, tmp_path: Path
 ) -> None:
@@ -3452,6 +3499,12 @@ def test_what_is_no_file_is_not_read(datastore: Path) -> None:
     assert content_of(datastore, "Flow", "pipe") is None
     assert content_of(datastore, "Flow") is None
     assert len(os.listdir("/dev/fd")) == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_file_that_may_not_be_read_is_not_there(datastore: Path) -> None:
+    os.chmod(datastore / "Flow" / "file", 0)
+    assert content_of(datastore, "Flow", "file") is None
 
 
 # -- what is hostile or makes no sense -------------------------------------------------------------
