@@ -1468,12 +1468,17 @@ def remove_file(path: str) -> None:
 
 LARGEST_LOG = 16 * 2**20
 LARGEST_CARD = 64 * 2**20
-LARGEST_VALUE = 256 * 2**10
+LARGEST_VALUE = 16 * 2**20
 LARGEST_GRAPH = 2 * 2**20
 
 CARDS_DIR = "mf.cards"
 SHA = re.compile("[0-9a-f]{40,64}")
 ROOT_LOCATION = ":root:"
+INCLUDED_FILE = "metaflow.includefile.IncludedFile"
+LOCAL_URL = re.compile(
+    rf"local://(?P<root>/.*?/?{re.escape(DATASTORE_DIR)})/(?P<names>.+)", re.DOTALL
+)
+"""Where an IncludeFile is stored, as its value says."""
 
 
 Place = tuple[str, ...]
@@ -1760,12 +1765,22 @@ class Items(list[Any]):
 
 
 class StandIn:
-    """An object of some class in a pickle, or the class itself: never made, only named."""
+    """An object of some class in a pickle, or the class itself: never made, only named.
 
-    def __init__(self, name: str, is_class: bool = False) -> None:
+    `arguments`: what it would have been called with; `state`: what it would have been given then.
+    """
+
+    def __init__(self, name: str, arguments: tuple[Any, ...] = (), is_class: bool = False) -> None:
         self.name = name[:LONGEST_CLASS_NAME]
+        self.arguments = arguments
         self.is_class = is_class
         self.state: object = None
+
+    def attributes(self) -> dict[str, Any]:
+        """Its attributes by name, as far as its state tells them; slots come in a second part."""
+        parts = self.state if isinstance(self.state, tuple) else (self.state,)
+        pairs = [pair for part in parts if isinstance(part, Pairs) for pair in part]
+        return {name: value for name, value in pairs if isinstance(name, str)}
 
 
 def pair_up(items: list[Any]) -> Pairs:
@@ -1798,6 +1813,7 @@ PASSED_OVER = frozenset(("PROTO", "FRAME", "STOP", "NEXT_BUFFER", "READONLY_BUFF
 
 LONGEST_CLASS_NAME = 500
 LARGEST_PLAIN = 4_000_000  # values and characters
+MOST_OPERATIONS = 200_000  # of a pickle, which take a fifth of a second
 
 
 class PickleReader:
@@ -1823,7 +1839,9 @@ class PickleReader:
             and any(kind.name in PLAIN_TYPES for kind in operation.stack_after)
         }
         try:
-            for operation, argument, _ in pickletools.genops(content):
+            for count, (operation, argument, _) in enumerate(pickletools.genops(content)):
+                if count > MOST_OPERATIONS:
+                    raise TooLarge("It has too many parts.")
                 if operation.name in plain:
                     self._stack.append(CONSTANTS.get(operation.name, argument))
                 else:
@@ -1912,7 +1930,7 @@ class PickleReader:
     def _reduce(self, _: Any) -> None:
         arguments, called = self._stack.pop(), self._stack.pop()
         made = represent_call(called, arguments)
-        self._copied += len(made) if isinstance(made, (Items, bytes)) else 0
+        self._copied += len(made) if isinstance(made, (Items, bytes, str)) else 0
         if self._copied > LARGEST_PLAIN:
             raise TooLarge("It is too large.")
         self._stack.append(made)
@@ -1939,7 +1957,7 @@ class PickleReader:
 def represent_call(called: object, arguments: object) -> object:
     """What stands for the result of a call in a pickle.
 
-    Collections of the standard library are shown as what they hold, times as such.
+    What the standard library and numpy make of plain values is shown as those, the rest by name.
     """
     if not isinstance(called, StandIn):
         raise ValueError("what is no class is called")
@@ -1951,28 +1969,72 @@ def represent_call(called: object, arguments: object) -> object:
         return parts[0].encode("latin-1", "replace")  # how bytes were pickled for Python 2
     if name == "builtins.bytes" and not parts:
         return b""
-    if name in ("collections.OrderedDict", "collections.defaultdict"):
-        return Pairs()
-    if name.startswith("datetime.") and len(parts) == 1 and isinstance(parts[0], (bytes, str)):
-        return pickled_time(name, parts[0]) or StandIn(name)
+    if name in ("collections.OrderedDict", "collections.defaultdict", "collections.Counter"):
+        return parts[0] if parts and isinstance(parts[0], Pairs) else Pairs()
+    if name == "collections.deque":
+        return []
     if name in ("copyreg._reconstructor", "copyreg.__newobj__") and parts:
-        return represent_call(parts[0], ())
-    return StandIn(name)
+        return represent_call(parts[0], parts[1:] if name.endswith("__newobj__") else ())
+    if name == "builtins.getattr" and len(parts) == 2 and isinstance(parts[0], StandIn):
+        return StandIn(f"{parts[0].name}.{str(parts[1])[:100]}")  # a member of an enum
+    if NUMPY_ARRAY.fullmatch(name):
+        return StandIn("numpy.ndarray", parts)
+    if NUMPY_SCALAR.fullmatch(name) and len(parts) == 2:
+        values = array_items(parts[0], parts[1], 1)
+        return values[0] if values else StandIn(f"numpy.{dtype_name(parts[0])}")
+    made = plain_object(name, parts)
+    return StandIn(name, parts) if made is None else made
 
 
-def pickled_time(name: str, state: bytes | str) -> str | None:
+def plain_object(name: str, parts: tuple[Any, ...]) -> object:
+    """An object of a well-known class as plain text or number; None where it is none of those."""
+    if name.startswith("datetime.") and parts and isinstance(parts[0], (bytes, str)):
+        return pickled_time(name, *parts[:2])
+    if name == "datetime.timedelta" and len(parts) == 3 and are_integers(parts):
+        return pickled_timedelta(*parts)
+    if PATH_CLASS.fullmatch(name) and all(isinstance(part, str) for part in parts):
+        return os.path.join("", *parts)
+    if name in ("decimal.Decimal", "fractions.Fraction") and len(parts) == 1:
+        return parts[0] if isinstance(parts[0], str) else None
+    return None
+
+
+PATH_CLASS = re.compile(r"pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path")
+NUMPY_ARRAY = re.compile(r"numpy\.(_?core)\.(multiarray\._reconstruct|numeric\._frombuffer)")
+NUMPY_SCALAR = re.compile(r"numpy\.(_?core)\.multiarray\.scalar")
+
+
+def are_integers(values: Iterable[object]) -> bool:
+    return all(isinstance(value, int) for value in values)
+
+
+def pickled_timedelta(days: int, seconds: int, microseconds: int) -> str | None:
+    import datetime
+
+    try:
+        return str(datetime.timedelta(days, seconds, microseconds))
+    except OverflowError:
+        return None
+
+
+def pickled_time(name: str, state: bytes | str, zone: object = None) -> str | None:
     """A date or time of which a pickle has the inner form, as text; None where it has not."""
     import datetime
 
     kinds: Mapping[str, Any] = {
         "datetime.datetime": datetime.datetime,
         "datetime.date": datetime.date,
+        "datetime.time": datetime.time,
     }
     try:
         raw = state[:20] if isinstance(state, bytes) else state[:20].encode("latin-1")
-        return str(kinds[name](raw))
+        text = str(kinds[name](raw))
     except (LookupError, TypeError, ValueError):
         return None
+    if not isinstance(zone, StandIn):
+        return text
+    offset = zone.arguments[0] if zone.arguments else zone.name
+    return f"{text}+00:00" if offset == "0:00:00" else f"{text} {format_value(offset)}"
 
 
 LONGEST_TEXT = 100_000
@@ -2020,24 +2082,369 @@ def format_pieces(value: Any, depth: int) -> Iterator[str]:
             yield from format_pieces(item, depth + 1)
         yield f",{closing}" if isinstance(value, tuple) and len(value) == 1 else closing
     elif isinstance(value, StandIn):
-        yield f"<class {value.name}" if value.is_class else f"<{value.name}"
-        yield from format_attributes(value.state, depth)
-        yield ">"
+        yield from format_stand_in(value, depth)
+    elif isinstance(value, (bytes, bytearray)) and len(value) > LONGEST_BYTES:
+        yield describe_bytes(value)
     elif isinstance(value, int) and value.bit_length() > LONGEST_INTEGER:
         yield f"<integer of {value.bit_length()} bits>"
     else:
         yield repr(value[: LONGEST_TEXT + 1] if isinstance(value, (str, bytes)) else value)
 
 
-def format_attributes(state: object, depth: int) -> Iterator[str]:
-    """What the attributes of an object are, if they are few and simple, as an exception's are."""
-    simple = (str, int, float, type(None))
-    if not isinstance(state, Pairs) or len(state) > MOST_ATTRIBUTES:
+def format_stand_in(value: StandIn, depth: int) -> Iterator[str]:
+    """The parts of the text of an object: what it holds if that can be read, else its class, with
+    what it was made of if that is little."""
+    table = as_table(value)
+    if table is not None:
+        yield from format_table(table)
         return
-    if all(isinstance(key, str) and isinstance(item, simple) for key, item in state):
-        for key, item in state:
-            yield f" {key[:100]}="
+    array = as_array(value)
+    if array is not None:
+        yield from format_array(array, depth)
+        return
+    yield f"<class {value.name}" if value.is_class else f"<{value.name}"
+    is_told = not value.name.startswith("pandas.")  # whose insides tell a person nothing
+    if is_told and 0 < len(value.arguments) <= MOST_ATTRIBUTES:
+        yield "("
+        for number, item in enumerate(value.arguments):
+            yield ", " if number else ""
             yield from format_pieces(item, depth + 1)
+        yield ")"
+    attributes = value.attributes()
+    if is_told and len(attributes) <= MOST_ATTRIBUTES:
+        for name, item in attributes.items():
+            yield f" {name[:100]}="
+            yield from format_pieces(item, depth + 1)
+    yield ">"
+
+
+LONGEST_BYTES = 100  # that are shown whole
+
+KINDS_OF_BYTES: Sequence[tuple[bytes, str]] = (
+    (b"\x89PNG\r\n\x1a\n", "image/png"),
+    (b"\xff\xd8\xff", "image/jpeg"),
+    (b"GIF8", "image/gif"),
+    (b"%PDF-", "application/pdf"),
+    (b"PK\x03\x04", "application/zip"),
+    (b"\x1f\x8b", "application/gzip"),
+    (b"PAR1", "application/vnd.apache.parquet"),
+)
+"""How files of a kind begin, and the kind's media type."""
+
+
+def kind_of_bytes(value: bytes | bytearray) -> str:
+    """The media type of what bytes hold, by how they begin."""
+    if value[:4] == b"RIFF" and value[8:12] == b"WEBP":
+        return "image/webp"
+    kinds = (kind for beginning, kind in KINDS_OF_BYTES if value.startswith(beginning))
+    return next(kinds, "application/octet-stream")
+
+
+def describe_bytes(value: bytes | bytearray) -> str:
+    return f"<{len(value)} bytes, {kind_of_bytes(value)}: {bytes(value[:16])!r}...>"
+
+
+# -- arrays and tables: numpy and pandas -----------------------------------------------------------
+
+MOST_ITEMS_SHOWN = 100  # of an array that is shown whole
+FIRST_ITEMS = 10  # of one that is not
+FIRST_ROWS = 5  # of a table
+
+NUMPY_FORMATS: Mapping[str, str] = {
+    "b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I",
+    "u8": "Q", "f2": "e", "f4": "f", "f8": "d",
+}  # fmt: skip
+"""What numpy's types are called in the module struct."""
+
+NUMPY_NAMES = {"b": "bool", "i": "int", "u": "uint", "f": "float", "c": "complex", "O": "object"}
+
+
+class Array(NamedTuple):
+    """An array of numpy's, as far as it is shown."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    items: list[Any] | None  # the first ones, in the order of the array; None if unreadable
+
+
+class TableColumn(NamedTuple):
+    """A column of a table of pandas'."""
+
+    name: object
+    dtype: str
+    items: list[Any] | None
+
+
+class Table(NamedTuple):
+    """A DataFrame or Series, as far as it is shown."""
+
+    kind: str
+    rows: int
+    columns: list[TableColumn]
+
+
+def dtype_code(dtype: object) -> str | None:
+    """What numpy calls a type in short, such as f8; None where it is none."""
+    if isinstance(dtype, StandIn) and dtype.name == "numpy.dtype" and dtype.arguments:
+        code = dtype.arguments[0]
+        return code if isinstance(code, str) and len(code) < 20 else None
+    return None
+
+
+def dtype_name(dtype: object) -> str:
+    """What numpy calls a type, such as float64; the class of one that is not numpy's."""
+    code = dtype_code(dtype)
+    if code is None:
+        return dtype.name.rpartition(".")[2] if isinstance(dtype, StandIn) else "unknown"
+    if code == "b1" or code[0] == "O":
+        return NUMPY_NAMES[code[0]]
+    if code[0] in NUMPY_NAMES and code[1:].isdigit():
+        return f"{NUMPY_NAMES[code[0]]}{8 * int(code[1:])}"
+    return {"M": "datetime64", "m": "timedelta64", "U": "str", "S": "bytes"}.get(code[0], code)
+
+
+def array_items(dtype: object, content: object, most: int) -> list[Any] | None:
+    """The first items of an array by its type and content, None where they cannot be read."""
+    code = dtype_code(dtype)
+    if code is None:
+        return None
+    if isinstance(content, list):
+        return content[:most]  # of objects
+    if not isinstance(content, (bytes, bytearray)):
+        return None
+    state = dtype.state if isinstance(dtype, StandIn) else None
+    order = ">" if isinstance(state, tuple) and len(state) > 1 and state[1] == ">" else "<"
+    if code in NUMPY_FORMATS:
+        size = int(code[1:])
+        count = min(most, len(content) // size)
+        return list(struct.unpack_from(f"{order}{count}{NUMPY_FORMATS[code]}", content))
+    if code in ("c8", "c16"):
+        count = min(most, len(content) // int(code[1:]))
+        parts = struct.unpack_from(f"{order}{2 * count}{'f' if code == 'c8' else 'd'}", content)
+        return [complex(*pair) for pair in zip(parts[::2], parts[1::2])]
+    if code == "M8":
+        count = min(most, len(content) // 8)
+        unit = datetime_unit(state)
+        return [datetime_text(n, unit) for n in struct.unpack_from(f"{order}{count}q", content)]
+    if code[0] in "US" and code[1:].isdigit() and int(code[1:]) > 0:
+        size = int(code[1:]) * (4 if code[0] == "U" else 1)
+        encoding = ("utf-32-le" if order == "<" else "utf-32-be") if code[0] == "U" else "latin-1"
+        whole = range(0, min(most * size, len(content) - size + 1), size)
+        return [
+            bytes(content[i : i + size]).decode(encoding, "replace").rstrip("\0") for i in whole
+        ]
+    return None
+
+
+SECONDS_IN_UNITS = {
+    "D": 86400.0,
+    "h": 3600.0,
+    "m": 60.0,
+    "s": 1.0,
+    "ms": 1e-3,
+    "us": 1e-6,
+    "ns": 1e-9,
+}
+NOT_A_TIME = -(2**63)
+
+
+def datetime_unit(state: object) -> str:
+    """The unit in which a datetime64 counts, as the state of its type tells; none if unknown."""
+    metadata = state[-1] if isinstance(state, tuple) and state else None
+    unit = metadata[-1][0] if isinstance(metadata, tuple) and metadata else None
+    return unit.decode("ascii", "replace") if isinstance(unit, bytes) else ""
+
+
+def datetime_text(count: int, unit: str) -> str:
+    """A datetime64 as text, as far as its unit is one that can be told."""
+    import datetime
+
+    if count == NOT_A_TIME:
+        return "NaT"
+    if unit not in SECONDS_IN_UNITS:
+        return f"{count} {unit}".strip()
+    try:
+        passed = datetime.timedelta(seconds=count * SECONDS_IN_UNITS[unit])
+        return str(datetime.datetime(1970, 1, 1) + passed)
+    except OverflowError:
+        return f"{count} {unit}"
+
+
+def as_array(value: object, most: int = MOST_ITEMS_SHOWN) -> Array | None:
+    """The array that an object of a pickle is, None where it is none."""
+    if not isinstance(value, StandIn) or value.is_class:
+        return None
+    if value.name != "numpy.ndarray" or len(value.arguments) < 3:
+        return None
+    if isinstance(value.state, tuple) and len(value.state) == 5:
+        _, shape, dtype, is_fortran, content = value.state
+    else:
+        content, dtype, shape = value.arguments[:3]
+        is_fortran = value.arguments[3:4] == ("F",)
+    if not isinstance(shape, tuple) or not are_integers(shape):
+        return None
+    items = array_items(dtype, content, most)
+    if items is not None and is_fortran and len(shape) > 1:
+        items = reorder_columns_first(items, shape)
+    return Array(dtype_name(dtype), shape, items)
+
+
+def reorder_columns_first(items: list[Any], shape: tuple[int, ...]) -> list[Any] | None:
+    """The items of an array that is stored as Fortran does it, in the usual order; None unless
+    they are all there."""
+    if len(items) != math.prod(shape):
+        return None
+    steps = list(itertools.accumulate(shape[:-1], operator.mul, initial=1))
+    places = itertools.product(*map(range, shape))
+    return [items[sum(map(operator.mul, place, steps))] for place in places]
+
+
+def format_array(array: Array, depth: int) -> Iterator[str]:
+    """An array as nested lists where it is small, else its type, shape and first items."""
+    count = math.prod(array.shape)
+    if array.items is not None and len(array.items) == count:
+        yield "array("
+        yield from format_pieces(nest(array.items, array.shape), depth + 1)
+        yield f", dtype={array.dtype})"
+        return
+    yield f"<array of {array.dtype}, shape {array.shape}"
+    if array.items:
+        yield ": "
+        yield from format_pieces(array.items[:FIRST_ITEMS], depth + 1)
+        yield "..."
+    yield ">"
+
+
+def nest(items: list[Any], shape: tuple[int, ...]) -> Any:
+    """Items in lists of lists, as the shape says; a single one where there is no dimension."""
+    if not shape:
+        return items[0]
+    for size in shape[:0:-1]:
+        items = [items[i : i + size] for i in range(0, len(items), size)] if size else []
+    return items
+
+
+def as_table(value: StandIn) -> Table | None:
+    """The table of pandas' that an object of a pickle is, None where it is none.
+
+    pandas keeps the columns of a type together, in blocks, and the names and rows as axes.
+    """
+    kind = value.name.rpartition(".")[2]
+    if not value.name.startswith("pandas.") or kind not in ("DataFrame", "Series"):
+        return None
+    manager = value.attributes().get("_mgr", value.attributes().get("_data"))
+    if not isinstance(manager, StandIn):
+        return None
+    try:
+        blocks, axes = manager_parts(manager)
+        rows = index_length(axes[-1])
+        if kind == "Series":
+            names: list[Any] = [value.attributes().get("_name")]
+            found = block_columns(blocks, 1, rows)
+        else:
+            names = index_items(axes[0])
+            found = block_columns(blocks, len(names), rows)
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return None
+    unknown = ("unknown", None)
+    columns = [TableColumn(name, *found.get(place, unknown)) for place, name in enumerate(names)]
+    return Table(kind, rows, columns)
+
+
+def manager_parts(manager: StandIn) -> tuple[list[tuple[Any, Any]], Sequence[Any]]:
+    """The blocks of a manager, each with its places, and its axes, by whatever pandas wrote it."""
+    if len(manager.arguments) == 2:
+        blocks, axes = manager.arguments
+        return [(block.arguments[0], block.arguments[1]) for block in blocks], axes
+    versions = [part for part in cast(Any, manager.state) if isinstance(part, Pairs) and part]
+    inner = dict(versions[-1][-1][1])
+    return [(dict(b)["values"], dict(b)["mgr_locs"]) for b in inner["blocks"]], inner["axes"]
+
+
+def block_columns(
+    blocks: Iterable[tuple[Any, Any]], count: int, rows: int
+) -> dict[int, tuple[str, list[Any] | None]]:
+    """The types and first items of the columns in blocks, by their places."""
+    columns: dict[int, tuple[str, list[Any] | None]] = {}
+    for values, placement in blocks:
+        places = list(placement_range(placement, count))
+        dtype, items = extension_items(values, rows * len(places))
+        for number, place in enumerate(places):
+            part = None if items is None else items[number * rows : number * rows + FIRST_ROWS]
+            columns[place] = (dtype, part)
+    return columns
+
+
+def placement_range(placement: object, count: int) -> Iterable[int]:
+    if isinstance(placement, StandIn) and placement.name.endswith("slice"):
+        return range(*slice(*placement.arguments).indices(count))
+    array = as_array(placement, count)
+    return array.items or () if array else ()
+
+
+MOST_ITEMS_READ = 100_000
+CODED_DTYPES = frozenset(("CategoricalDtype", "PeriodDtype", "SparseDtype"))
+"""Types of pandas' that keep something else than their items."""
+
+
+def extension_items(values: Any, count: int) -> tuple[str, list[Any] | None]:
+    """The type of a block and its items; those of an array of pandas' own as far as numpy's hold
+    them."""
+    array = as_array(values, min(count, MOST_ITEMS_READ))
+    if array is not None:
+        return array.dtype, array.items
+    state = values.state if isinstance(values.state, tuple) else ()
+    for part in (*state, *values.attributes().values(), *values.arguments):
+        inner = as_array(part, min(count, MOST_ITEMS_READ))
+        if inner is not None:
+            named = next((p for p in state if isinstance(p, StandIn) and "Dtype" in p.name), None)
+            name = inner.dtype if named is None else dtype_name(named)
+            return name, None if name in CODED_DTYPES else inner.items
+    return values.name.rpartition(".")[2], None
+
+
+def index_fields(index: Any) -> dict[str, Any]:
+    return dict(index.arguments[1])
+
+
+def index_length(index: Any) -> int:
+    """How many labels an index has."""
+    fields = index_fields(index)
+    if "start" in fields:
+        return len(range(fields["start"], fields["stop"], fields["step"]))
+    array = as_array(fields["codes"][0] if "codes" in fields else fields["data"])
+    if array is not None:
+        return array.shape[0]
+    return len(index_items(index))
+
+
+def index_items(index: Any) -> list[Any]:
+    """The labels of an index; ValueError where they cannot be read."""
+    fields = index_fields(index)
+    if "start" in fields:
+        return list(range(fields["start"], fields["stop"], fields["step"])[:MOST_ITEMS_READ])
+    _, items = extension_items(fields["data"], MOST_ITEMS_READ)
+    if items is None:
+        raise ValueError("the labels cannot be read")
+    return items
+
+
+def format_table(table: Table) -> Iterator[str]:
+    """A table: its size, its columns with their types, and its first rows where they are known."""
+    yield f"{table.kind} of {table.rows} rows"
+    if table.kind == "DataFrame":
+        yield f" and {len(table.columns)} columns"
+    yield "\n"
+    yield ", ".join(
+        column.dtype if table.kind == "Series" else f"{column.name}: {column.dtype}"
+        for column in table.columns
+    )
+    known = [column for column in table.columns if column.items is not None]
+    for row in range(min(table.rows, FIRST_ROWS)):
+        cells = (c.items[row] for c in known if c.items is not None and row < len(c.items))
+        yield "\n" + "  ".join(format_value(cell)[:100] for cell in cells)
+    if known and table.rows > FIRST_ROWS:
+        yield "\n..."
 
 
 def plain_value(value: Any) -> Any:
@@ -2579,6 +2986,7 @@ class DisplayError(TypedDict):
 
 class ArtifactRow(_ArtifactRow, total=False):
     content: str
+    content_kind: str  # the media type of bytes
     postprocess_error: DisplayError
 
 
@@ -3476,7 +3884,29 @@ class Model:
         """The value of an artifact, read without unpickling; OSError, TooLarge or ValueError."""
         with self.open_stored(artifact) as file:
             content = read_content(file, limit)
-        return PickleReader().read(decompress(content, limit))
+        value = PickleReader().read(decompress(content, limit))
+        if isinstance(value, StandIn) and value.name == INCLUDED_FILE:
+            return self._included_text(value, limit)
+        return value
+
+    def _included_text(self, included: StandIn, limit: int) -> Any:
+        """The text of an IncludeFile, which is a blob of its own; what tells of it if that is not
+        in a local datastore."""
+        told = included.attributes().get("_descriptor")
+        descriptor = dict(told) if isinstance(told, Pairs) else {}
+        url = descriptor.get("url")
+        place = LOCAL_URL.fullmatch(url) if isinstance(url, str) else None
+        if place is None:
+            return included
+        with self.files.open_file(place["root"], *place["names"].split("/")) as file:
+            content = decompress(read_content(file, limit), limit)
+        encoding = descriptor.get("encoding")
+        if not descriptor.get("is_text", True):
+            return content
+        try:
+            return content.decode(encoding if isinstance(encoding, str) else "utf-8", "replace")
+        except LookupError:
+            return content
 
     def open_stored(self, artifact: Artifact | ArtifactRow) -> io.BufferedReader:
         """The file that holds an artifact; FileNotFoundError or ValueError."""
@@ -3495,7 +3925,10 @@ class Model:
     def with_value(self, row: ArtifactRow) -> ArtifactRow:
         """An artifact with its value, or with why that cannot be shown."""
         try:
-            row["content"] = format_value(self.value(row, LARGEST_VALUE))
+            value = self.value(row, LARGEST_VALUE)
+            row["content"] = format_value(value)
+            if isinstance(value, (bytes, bytearray)):
+                row["content_kind"] = kind_of_bytes(value)
         except (OSError, ValueError) as error:
             kind, detail = "artifact-handle-failed", str(error)
             if isinstance(error, TooLarge):
@@ -7992,6 +8425,27 @@ def artifacts_resource(look: Snapshot, query: Query, *task: str) -> Resource:
 
 
 # -- what can only be fetched ----------------------------------------------------------------------
+
+
+@ui_route("GET", UI_TASK + "/artifacts/{name}/raw")
+def ui_artifact_image(
+    model: Model, request: Request, flow: str, run: str, step: str, task: str, name: str
+) -> Response:
+    """The bytes of an artifact that are an image."""
+    artifact = model.store.artifact(
+        task_ids(flow, run, step, task), name, parse_attempt(request.query)
+    )
+    if artifact is None:
+        raise HttpError(404, "There is no such artifact.")
+    try:
+        value = model.value(artifact, LARGEST_VALUE)
+    except ValueError as error:
+        raise HttpError(404, f"It cannot be shown: {error}.") from None
+    kind = kind_of_bytes(value) if isinstance(value, (bytes, bytearray)) else ""
+    if not kind.startswith("image/"):
+        raise HttpError(404, "It is no image.")
+    headers = [("X-Content-Type-Options", "nosniff"), ("Content-Security-Policy", "sandbox")]
+    return Response(bytes(value), kind=kind, headers=headers)
 
 
 @ui_route("GET", UI_RUN + "/artifacts")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import base64
 import contextlib
+import enum
 import errno
 import fcntl
 import functools
@@ -42,6 +43,7 @@ import termios
 import textwrap
 import threading
 import time
+import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -2423,7 +2425,7 @@ class ZooFlow(FlowSpec):
 
     @step
     def end(self):
-        self.big = b"x" * 1_000_000
+        self.big = b"x" * 17_000_000
 
 if __name__ == "__main__":
     ZooFlow()
@@ -3223,6 +3225,134 @@ def shown(value: object, protocol: int = 4) -> str:
     return mls.format_value(mls.PickleReader().read(pickle.dumps(value, protocol)))
 
 
+# What numpy and pandas have pickled, packed, so that neither need be installed.
+PICKLED_ELSEWHERE: dict[str, tuple[str, str]] = {
+    "scalar of numpy 2, pandas 3": (
+        "scalar",
+        "eNprYJkawwABPWJ5pbkFlXrxyflFqXq5pTklmYlFRYmVPWzFyYk5iUWTe1jBCnpYU0oqC1In9zClWXR2tAdpeDP3"
+        "MNr4+fl5/QcCMOHNUJLkzAExlsuhLUgPAEdGJTU=",
+    ),
+    "array of numpy 2, pandas 3": (
+        "array",
+        "eNprYJk6gwECesTySnMLKvXik/OLUvVyS3NKMhOLihIre3jii1KT8/OKS4pKk0sm97CClU3pYc9LActP9mZodWZM"
+        "ag/S8Gb0ZvJmastg6GFNKaksSJ3cw5Rp0dkBkmHuYbTx8/Pz+g8EYMKboSSpw1mBEWo5M5RmgtIsULokSQ8A2Dsx"
+        "cw==",
+    ),
+    "frame of numpy 2, pandas 3": (
+        "frame",
+        "eNp9U0Fv0zAUTtKkW7uOHZDGDgiu5ZIzB6SxrQKxiCCV82Q5qVtHS5wodrRmYhoc1m7SuzX8UG67wXOSUooQjhTb"
+        "eZ+/930vz1/t77xj1AO6GRUTKivojaii73KasNWrbzdDsEkyy+FFE3bDNGduJBTLBY2lm1BBZyyXMDiN0/DyY7Nd"
+        "wWELJ3EUyA0eDkghsii8jBkJ9IFVBYeiSLLSJTVzUsQqonlOSxiQnIWpkCovQoU4p8ZVsIPEGrCqPOPuzAyq5Xjo"
+        "mfh0FrwDzkSVGUO4Fb1+uNehDphvKt/3z3/iqF+eoYKHsyOzcW5Y7dxWAoOwGxQRChESHBlHIdO5dI7l2LOWY25y"
+        "i9uYnTt/5O6CNV2n5Dv/StjQPx43s/223d+qgO8ih7Xhh6db9av9SnhOSFbONxX0Ryc6cErDSzZBy/vtoRa+91nl"
+        "kZidNMU6f9n9YftIbqwDo7ZS3axUPBXV+9vHRtFi/Je/zp1296l2V9UV/bLt7xj9XQzBnINZgnnNVLDQniyvs/a0"
+        "xPDRdg9N2JxJN6CSQZ8IdkU+6E+rChU6zVJ33wS7kfd4/7f+PT74r9L9WgkFMwAzrJWALbCbK79A+BNk74+pmLF1"
+        "Cn7g419WNFeeAbZUaYYGcWaZZ+IJthjjFcBSQU9LmeqLAT2SMEX1/gIcqlQub6BLpjGd4eIZjeP0SpJJkWHvUMVI"
+        "TAMWy3tZBO4vMUs1rw==",
+    ),
+    "series of numpy 2, pandas 3": (
+        "series",
+        "eNpVUT2P1DAQTbKb3N6KAlHAVdShiTiJggIJxFVgkSJXr6xJMhdHOM7KHxxbrATFsXfSdMn9T/4BOAkNLuzxG4/n"
+        "vTc/1o+rKJgXJXtQNZiRkmvULZrh1c9jSmveNZpeLrms6jVmrbKoFUiTdaCgQW3o2XWrGokfZV99/bKAvjzdjXTx"
+        "f2WN39FkJRikLVd4yz9N0DCKgLYFqAb/3afOCjocc4qNBW1HFtDa2H4/smgK0Aeh+1XAjp4r1+0PGZ9bdE7aFrSG"
+        "Az3hGqteGatdZQeK52cjnXk+U35gwd1VWJ6KMWUhi+7EhuLaHvY4UHTz9uH+VKRsReG7PM8///Fr3lhgy4erp4tl"
+        "v98vZ/DBlrATkVgdU7HORcwCkbBInC0Mj5S8zi7fZJeTKPD6RUhJOVlldh5KvoF0Hjynjbeae9zQpnSt16GMVy/b"
+        "Cj1XFrHwVDhwxpZ+Kp4oJWYeFJ3zDi3UYL0ZMZ9tA4rBWm18b34jofHBC5CyvzW8dnv/JVjkEkqU5t6ILYXGldlf"
+        "Om6+AQ==",
+    ),
+    "scalar of numpy 1, pandas 1": (
+        "scalar",
+        "eNprYJkazQABPaJ5pbkFlXrJ+UWpermlOSWZiUVFiZU9bMXJiTmJRZN7WMHyPawpJZUFqZN7mNIsOjvagzS8mXsY"
+        "bfz8/Lz+AwGY8GYoSXLmgJjK5dAWpAcAIt4k1A==",
+    ),
+    "array of numpy 1, pandas 1": (
+        "array",
+        "eNprYJk6nQECekTzSnMLKvWS84tS9XJLc0oyE4uKEit7eOKLUpPz84pLikqTSyb3sIJVTelhz0sBy0/2Zmh1Zkxq"
+        "D9LwZvRm8mZqy2DoYU0pqSxIndzDlGnR2QGSYe5htPHz8/P6DwRgwpuhJKnDWYERajczlGaC0ixQuiRJDwCc2zES",
+    ),
+    "frame of numpy 1, pandas 1": (
+        "frame",
+        "eNqFUk1v1DAQjfPRdpdKiANQLpyXS84ckIooQoKIIOVeWXbWu47qeCPbUbuICjh0t5XmtuFvcuYG42RXtKgSjuSZ"
+        "sV/eG8/Mt/jHzzDoFzxqmJ4ym5YLI9KZYbWA0Vvm2Dvvbl58v5xATOu5gee3gZV2wmimbFozzebCWDh8oxbl2cch"
+        "3MCTLZyqitu/eHhIW91U5ZkSlPsfNh081m3dLAfiulWuYsawJRxSI8qFts60pUNY0sM62EdeD9h0WXB1Qni3LiYZ"
+        "wS9ayRCSqVs2AuFh9fLm2l9FQF51eZ5/+I2r37LA8ZuTIzKUINiWIoi21nE44G2FiWgLiVVVKbyW11gXWbguZCCJ"
+        "jFBdxre0EwhnO0m5d5/gQP/reLDx62381XG5jxzhf/k/9fxd/6YvdxWOUeF0AuQCyBLIZ9Fzhlm041zj5dHdFk7F"
+        "hbApZ1Z0MKZanNP3/mzTyREkg+u7P8Vp+Cef6Eoe9GoMCAdSohrEGgemy9tVIcfw7D4lw/RcwLjwZkcvH+RYYseM"
+        "ywKIrVs0+Da0oskIUolVgeOHHYWRT2M7n7QWjvn4FBLmnLGXsEdnis3RecqUWpxbOm0bbBxzgirGhbLXtuXpH2IR"
+        "CuE=",
+    ),
+    "series of numpy 1, pandas 1": (
+        "series",
+        "eNptUbGO1DAQTbKb3IIo0EkIaBBlaCJOoqBAAnEVWKTI1atokviSCMeJPDbHFitBceydNF3Cf/IHMNlcARJTeEbP"
+        "b+z3Zr6tfz4PvGPQ6QC6AkzK3sgEpWklUnRxzOOL7/uY1nlXG3r2N63VVhoNCpMONNTSIJ1etLpW8r3qy8+fFpDb"
+        "4+1ET/7trORXiUkBKOl+ruVV/mGGxome/o9nQNdMzOZ0R5wlaejklFKIFoydhEdrtP0wiWAuJBe++5HBlh5p1w27"
+        "5cnOKduCMbCjB7mRZa/RGlfakcIja6IT/n++H4V3fe4Xh2yKhS+C6+aEwsruBjlScPn69uaQxWJF/ps0TT/+5jge"
+        "wrPF7fnDZaq/3i7Ze2cL2DZ+E+zjZpU2a+E1oQiaaBG4p+hlcvYqOZs9AfttPIqKeYS4ZSj6AsoxuKENryBnHGlT"
+        "uJZ9aGTzqi0laxWB8A+ZA4e24G2xUIruFnkv76SFCiyLWAGFYK1B/jW/VFBz8RiU6q8wr9zAj4GVuYJCKrzBhg2i"
+        "K5I/1UHI4A==",
+    ),
+}
+
+SHOWN_AS = {
+    "scalar": "3.25",
+    "array": "array([[1, 2], [3, 4]], dtype=int64)",
+    "series": "Series of 2 rows\nfloat64\n1.0\n2.0",
+    "frame": "DataFrame of 3 rows and 3 columns\na: int64, b: float64, c: {text}\n"
+    "1  1.5  x\n2  2.5  y\n3  nan  z",
+}
+
+
+@pytest.mark.parametrize("name", PICKLED_ELSEWHERE)
+def test_arrays_and_tables_are_shown_for_what_they_hold(name: str) -> None:
+    kind, packed = PICKLED_ELSEWHERE[name]
+    content = zlib.decompress(base64.b64decode(packed))
+    text = "StringDtype" if "pandas 3" in name else "object"
+    assert mls.format_value(mls.PickleReader().read(content)) == SHOWN_AS[kind].format(text=text)
+
+
+class Colour(enum.Enum):
+    RED = "red"
+
+
+@dataclass
+class Point:
+    x: int
+    tags: list[str]
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (Point(1, ["a"]), f"<{__name__}.Point x=1 tags=['a']>"),
+        (Path("/a/b"), "/a/b"),
+        (Decimal("1.50"), "1.50"),
+        (datetime(2024, 1, 2, tzinfo=timezone.utc), "2024-01-02 00:00:00+00:00"),
+        (timedelta(days=1, seconds=2), "1 day, 0:00:02"),
+        (Counter("aab"), "{'a': 2, 'b': 1}"),
+        (b"\x89PNG\r\n\x1a\n" + b"0" * 200, None),
+        (b"x" * 5000, None),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_objects_of_the_standard_library_are_shown_for_what_they_are(
+    value: object, text: str | None, protocol: int
+) -> None:
+    if isinstance(value, bytes):
+        kind = "image/png" if value.startswith(b"\x89PNG") else "application/octet-stream"
+        assert shown(value, protocol).startswith(f"<{len(value)} bytes, {kind}")
+    else:
+        assert shown(value, protocol) == text
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_member_of_an_enum_is_shown_by_name_or_value(protocol: int) -> None:
+    assert shown(Colour.RED, protocol) in (
+        f"<{__name__}.Colour('red')>",
+        f"<{__name__}.Colour.RED>",
+    )
+
+
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary()
 
 
@@ -3538,7 +3668,7 @@ def test_a_pickle_that_would_take_for_ever_or_makes_no_sense_is_refused_or_shown
 
 
 def test_long_bytes_of_an_old_pickle_are_shown() -> None:
-    assert shown(b"x" * 5000, protocol=2) == str(b"x" * 5000)
+    assert shown(b"x" * 90, protocol=2) == str(b"x" * 90)
 
 
 def test_of_an_object_only_few_attributes_are_shown() -> None:
@@ -3817,6 +3947,41 @@ def test_values_are_shown_or_why_they_are_not(zoo: Api) -> None:
 
     assert value("collect", "letters")["content"] == "('a', 'b')"
     assert value("end", "big")["postprocess_error"]["id"] == "artifact-too-large"
+
+
+def test_an_image_is_sent_as_one_and_nothing_else_is(store: mls.Store, ui: Api) -> None:
+    task = ui.new_task_of_its_own()
+    image = b"\x89PNG\r\n\x1a\n" + b"0" * 200
+    page = b"<script>alert(1)</script>" * 10
+    values = {"image": image, "page": page, "text": "text"}
+    rows = [artifact(name, **stored(store, value)) for name, value in values.items()]
+    ui.post(f"{task}/artifact", rows)
+    shown_rows = ui.get(f"/api{task}/artifacts?postprocess=true").json["data"]
+    kinds = {row["name"]: row.get("content_kind") for row in shown_rows}
+    assert kinds == {"image": "image/png", "page": "application/octet-stream", "text": None}
+    reply = ui.get(f"/api{task}/artifacts/image/raw?attempt_id=0")
+    assert (reply.content, reply.headers["content-type"]) == (image, "image/png")
+    assert reply.headers["content-security-policy"] == "sandbox"
+    for name in ("page", "text", "none"):
+        assert ui.get(f"/api{task}/artifacts/{name}/raw").status == 404
+
+
+def test_a_file_that_a_flow_includes_is_shown_as_its_text(store: mls.Store, ui: Api) -> None:
+    task = ui.new_task_of_its_own()
+    blob = Path(store.folder, "data", "Flow", "0" * 40)
+    blob.parent.mkdir(parents=True)
+    blob.write_bytes(gzip.compress("Grüße".encode()))
+    descriptor = {"type": "uploader-v2", "url": f"local://{blob}", "is_text": True}
+    state = {"_descriptor": {**descriptor, "encoding": "utf-8"}}
+    pickled = b"cmetaflow.includefile\nIncludedFile\n)\x81" + pickle.dumps(state, 2)[2:-1] + b"b."
+    content = gzip.compress(pickled)
+    sha = hashlib.sha1(content).hexdigest()
+    path = Path(store.folder, "Flow", "data", sha[:2], sha)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    ui.post(f"{task}/artifact", [artifact("file", location=f":root:{store.folder}", sha=sha)])
+    (row,) = ui.get(f"/api{task}/artifacts?postprocess=true").json["data"]
+    assert row["content"] == "Grüße"
 
 
 def test_a_card_is_listed_shown_and_its_data_too(zoo: Api) -> None:
