@@ -9435,6 +9435,20 @@ def own_name() -> str:
     return socket.gethostname().lower()
 
 
+NONCE_HEADER = "x-local-service-nonce"
+"""What a request to the service itself, and not to what it serves, proves with that it knows it."""
+
+
+class Owner(Protocol):
+    """Whose server it is: asked before anything is answered."""
+
+    def refusal(self) -> str | None:
+        """Why nothing can be answered, None where all can."""
+
+    def obey(self, order: str, fields: Mapping[str, str]) -> Mapping[str, object] | None:
+        """Do what a process of this machine asks; None where it does not know the nonce."""
+
+
 class Server(http.server.ThreadingHTTPServer):
     """Listens from the moment it is made; answers from `serve` on, with a thread a connection."""
 
@@ -9446,7 +9460,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.access = Access(host, None if key is None else Credentials(key))
         self.service: MetadataService | BrokenService
+        self.owner: Owner | None = None
         self.is_closing = False
+        self._is_accepting = False
+        self._is_open = threading.Event()  # whether there is a service to answer requests
         self._connections: dict[Connection, float] = {}  # until when each may be silent
         self._busy: set[Connection] = set()
         self._pages: set[Connection] = set()  # those that went on as something else than HTTP
@@ -9475,6 +9492,12 @@ class Server(http.server.ThreadingHTTPServer):
 
     # -- its life ----------------------------------------------------------------------------------
 
+    def accept(self) -> None:
+        """Take connections: orders are obeyed from now on, requests wait for `serve`."""
+        acceptor = threading.Thread(target=self.serve_forever, args=(TICK_SECONDS,), daemon=True)
+        acceptor.start()
+        self._is_accepting = True
+
     def serve(
         self,
         service: MetadataService | BrokenService,
@@ -9486,8 +9509,9 @@ class Server(http.server.ThreadingHTTPServer):
         """
         self.service = service
         self._last_request = time.monotonic()
-        acceptor = threading.Thread(target=self.serve_forever, args=(TICK_SECONDS,), daemon=True)
-        acceptor.start()
+        self._is_open.set()
+        if not self._is_accepting:
+            self.accept()
         while not select.select([self._wake_reader], [], [], TICK_SECONDS)[0]:
             self._close_overdue()
             if not is_wanted(self._idle_seconds()):
@@ -9507,6 +9531,14 @@ class Server(http.server.ThreadingHTTPServer):
     def stop(self, *_: object) -> None:
         """Make `serve` return. May be called from anywhere, also as a signal handler."""
         os.write(self._wake_writer, b"!")
+
+    def open_service(self) -> MetadataService | BrokenService:
+        """What answers requests, waited for; HttpError where its owner refuses them."""
+        self._is_open.wait()
+        refusal = self.owner.refusal() if self.owner is not None else None
+        if refusal is not None:
+            raise HttpError(503, refusal)
+        return self.service
 
     def _idle_seconds(self) -> float:
         with self._lock:
@@ -9660,9 +9692,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def respond(self) -> None:
         """Answer the request whose head has been read."""
         try:
-            request = self._request()
-            self.server.note_answering(self)
-            response: Response | Upgrade = self.server.service.answer(request)
+            response: Response | Upgrade | None = self._obey()
+            if response is None:
+                self.server.open_service()
+                request = self._request()
+                self.server.note_answering(self)
+                response = self.server.open_service().answer(request)
             if isinstance(response, Upgrade):
                 self.server.note_upgraded(self)
         except HttpError as error:
@@ -9672,6 +9707,18 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self._go_on(response)
         else:
             self._send(response)
+
+    def _obey(self) -> Response | None:
+        """Do what an order asks; None where this is none, or not from a process of this machine."""
+        owner, peer = self.server.owner, self.client_address[0]
+        is_near = is_loopback(peer) or peer == self.connection.getsockname()[0]
+        if owner is None or NONCE_HEADER not in self.fields or not is_near:
+            return None
+        told = owner.obey(self.path.lstrip("/"), self.fields)
+        if told is None:
+            return None
+        self.close_connection = True
+        return Response(json.dumps(told).encode())
 
     def _go_on(self, upgrade: Upgrade) -> None:
         """Go on as what the answer says, and close then."""
@@ -9873,6 +9920,7 @@ def decode_segment(segment: str) -> str:
 PIDFILE = f"{PROGRAM}.pid"
 LEASE = f"{PROGRAM}.lease"
 LOG_FILE = f"{PROGRAM}.log"
+PORT_FILE = f"{PROGRAM}.port"
 
 
 class Service(NamedTuple):
@@ -9890,6 +9938,9 @@ class Service(NamedTuple):
     ui_folder: str | None
     key: str | None
     is_stopping: bool = False
+    nonce: str | None = None  # what an order must bring; None in services that take none
+    device: int = 0  # of the .metaflow that it serves
+    inode: int = 0
 
     def settings(self) -> dict[str, str]:
         """The environment in which Metaflow uses the service."""
@@ -9900,7 +9951,60 @@ class Service(NamedTuple):
 
     def public(self) -> dict[str, object]:
         """All of it that others may see."""
-        return {k: v for k, v in self._asdict().items() if k not in ("key", "is_stopping")}
+        inner = ("key", "is_stopping", "nonce", "device", "inode")
+        return {k: v for k, v in self._asdict().items() if k not in inner}
+
+    def serves(self, folder: str) -> bool:
+        """Whether this .metaflow is the one that it serves, under whatever name.
+
+        It is where the service's own path leads to it. Where that leads elsewhere, the folder may
+        have been moved, or have another name where the service runs: then the service is asked.
+        """
+        meant, served = stat_or_none(folder), stat_or_none(datastore_folder(self.root))
+        if meant is None:
+            return False
+        is_in_place = served is not None and os.path.samestat(served, meant)
+        if self.nonce is None:
+            return is_in_place
+        if (self.device, self.inode) != (meant.st_dev, meant.st_ino):
+            return False
+        if is_in_place and self.machine == own_name():
+            return True
+        try:
+            told = send_order(self, "identify", waits=True)
+        except OSError:
+            return False
+        return bool(told.get("serves"))
+
+
+ORDER_SECONDS = 5.0
+"""How long a service may take to do what it is asked."""
+
+
+def send_order(
+    service: Service, order: str, waits: bool, fields: Mapping[str, object] = MappingProxyType({})
+) -> Mapping[str, Any]:
+    """Tell a service itself to do something, and what it says to that, if that is waited for.
+
+    OSError where it is not there. Its nonce proves to it that we have read its pidfile; that it
+    takes the nonce proves to us that it is the one that has written it.
+    """
+    host = urllib.parse.urlsplit(service.url).hostname or service.host
+    headers = {NONCE_HEADER: service.nonce, **fields}
+    lines = [f"POST /{order} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+    with socket.create_connection((host, service.port), timeout=ORDER_SECONDS) as connection:
+        connection.sendall("\r\n".join([*lines, "", ""]).encode())
+        if not waits:
+            return {}
+        with connection.makefile("rb") as f:
+            head, _, body = f.read().partition(b"\r\n\r\n")
+    try:
+        if b" 200 " not in head.partition(b"\r\n")[0]:
+            raise ValueError
+        told: Mapping[str, Any] = json.loads(body)
+    except ValueError:
+        raise ConnectionRefusedError("another program answers there") from None
+    return told
 
 
 def datastore_folder(root: str) -> str:
@@ -9996,28 +10100,101 @@ def running_service(root: str) -> Service | None:
         if lock is None:
             service = read_pidfile(pidfile)
             if not service.is_stopping:
-                return service
-            lock = LockedFile.acquire(pidfile, fcntl.LOCK_SH, os.O_RDONLY)
-        if lock is not None:
+                if service.serves(datastore_folder(root)):
+                    return service
+                if service.nonce is None:
+                    stop_process(service, pidfile)  # it does not see that its folder was moved
+            is_asked = service.is_stopping or service.nonce is None
+            if not is_free_soon(pidfile, STOP_SECONDS if is_asked else LEAVING_SECONDS):
+                raise ServiceError(
+                    f"The service of {service.root} holds {datastore_folder(root)}, "
+                    "but cannot be reached from here."
+                )
+        else:
             lock.release()
     except FileNotFoundError:
         pass
     return None
 
 
+STOP_SECONDS = SHUTDOWN_SECONDS + 10
+"""How long a service that was told to stop is waited for."""
+
+LEAVING_SECONDS = 5.0
+"""How long one is waited for that sees by itself that its folder has been moved."""
+
+
+def is_free_soon(pidfile: str, seconds: float) -> bool:
+    """Whether no process has the pidfile locked any more after so long at most."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            lock = LockedFile.acquire(pidfile, fcntl.LOCK_SH | fcntl.LOCK_NB, os.O_RDONLY)
+        except FileNotFoundError:
+            return True
+        if lock is not None:
+            lock.release()
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def stop_process(service: Service, pidfile: str) -> None:
+    """Send SIGTERM to the process of a service, if it is provably the one that has the pidfile.
+
+    A pid may be another process's by now, or have been given in another pid namespace. ServiceError
+    where it cannot be told or not be sent.
+    """
+    try:
+        if not hasattr(os, "pidfd_open") or not os.path.isdir("/proc/self/fd"):
+            os.kill(service.pid, signal.SIGTERM)  # there are no pid namespaces; the lock is held
+            return
+        process = os.pidfd_open(service.pid)
+        try:
+            if not has_open(service.pid, pidfile):
+                raise ServiceError(
+                    f"The service of {service.root} does not answer, and process {service.pid} "
+                    "is not it: it runs where it cannot be reached from here."
+                )
+            signal.pidfd_send_signal(process, signal.SIGTERM)
+        finally:
+            os.close(process)
+    except OSError as error:
+        raise ServiceError(f"Process {service.pid} cannot be stopped: {error.strerror}.") from None
+
+
+def has_open(pid: int, path: str) -> bool:
+    """Whether a process has a file open, as Linux tells it."""
+    meant = os.stat(path)
+    folder = f"/proc/{pid}/fd"
+    statuses = (stat_or_none(os.path.join(folder, name)) for name in os.listdir(folder))
+    return any(status is not None and os.path.samestat(status, meant) for status in statuses)
+
+
 def read_pidfile(path: str) -> Service:
-    """What a service has written of itself; what a later version adds is passed over."""
+    """What a service has written of itself.
+
+    What is missing has a default and what is unknown is passed over: it may be of any version.
+    """
     try:
         with open(path, encoding="utf-8") as f:
             told = json.load(f)
-        service = Service(**{field: told[field] for field in Service._fields})
-    except (ValueError, LookupError, TypeError):
+        port, host = int(told["port"]), told.get("host", DEFAULT_HOST)
+        missing = {
+            "host": host,
+            "url": f"http://{host}:{port}",
+            "root": os.path.dirname(os.path.dirname(path)),
+            "version": "0",
+            "started_at": 0,
+            "log": None,
+            "machine": own_name(),
+            "ui_folder": None,
+            "key": None,
+        }
+        known = {field: told[field] for field in Service._fields if field in told}
+        return Service(**{**missing, **known})
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise ServiceError(f"{path} is locked, but does not say by which service.") from None
-    if service.machine != own_name():
-        raise ServiceError(
-            f"The service of {service.root} runs on another machine, {service.machine}."
-        )
-    return service
 
 
 def find_service(root: str) -> Service | None:
@@ -10145,7 +10322,7 @@ def serve_in_foreground(options: Options) -> None:
             raise ServiceError(f"The service of {service.root} runs already, at {service.url}.")
         lock, server = _bind(options)
         daemon = Daemon(options, lock, server)
-        _register(options, lock, server, log_file=None)
+        _register(options, daemon, server, log_file=None)
     daemon.run(logging.StreamHandler())
 
 
@@ -10176,7 +10353,7 @@ def _bind(options: Options) -> tuple[LockedFile, Server]:
     lock = LockedFile.acquire(os.path.join(datastore_folder(options.root), PIDFILE), fcntl.LOCK_EX)
     assert lock is not None  # it was waited for, which takes no time under the registry lock
     try:
-        return lock, Server(options.host, options.port, options.key)
+        return lock, _listen(options)
     except (OSError, TypeError) as error:  # TypeError: the host is no name at all
         reason = error.strerror if isinstance(error, OSError) else str(error)
         remove_file(lock.path)
@@ -10186,8 +10363,56 @@ def _bind(options: Options) -> tuple[LockedFile, Server]:
         ) from None
 
 
-def _register(options: Options, lock: LockedFile, server: Server, log_file: str | None) -> None:
+RELEASE_SECONDS = 3.0
+"""How long a port is waited for that a service whose folder is gone may be about to release."""
+
+
+def _listen(options: Options) -> Server:
+    """A server on the port that is asked for, else the one that the root had last, else any."""
+    if options.port == 0:
+        with contextlib.suppress(OSError):
+            return Server(options.host, last_port(options.root), options.key)
+        return Server(options.host, 0, options.key)
+    deadline = time.monotonic() + RELEASE_SECONDS
+    while True:
+        try:
+            return Server(options.host, options.port, options.key)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                raise
+        time.sleep(0.05)
+
+
+def last_port(root: str) -> int:
+    """The port that the root's service had last, 0 where that is not known."""
+    try:
+        descriptor = os.open(
+            os.path.join(datastore_folder(root), PORT_FILE),
+            os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK,
+        )
+    except OSError:
+        return 0
+    with open(descriptor, encoding="ascii") as f:
+        try:
+            return parse_port(f.read(10).strip())
+        except (OSError, ValueError):
+            return 0
+
+
+def keep_port(root: str, port: int) -> None:
+    """Note the port for the next service of the root; without it, that takes another."""
+    path = os.path.join(datastore_folder(root), PORT_FILE)
+    with contextlib.suppress(OSError):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        descriptor = os.open(path, flags, 0o600)
+        with open(descriptor, "w", encoding="ascii") as f:
+            f.truncate(0)
+            f.write(str(port))
+
+
+def _register(options: Options, daemon: Daemon, server: Server, log_file: str | None) -> None:
     """Tell in the pidfile and the index that this process is the service."""
+    folder = daemon.folder
     service = Service(
         pid=os.getpid(),
         host=options.host,
@@ -10200,8 +10425,12 @@ def _register(options: Options, lock: LockedFile, server: Server, log_file: str 
         machine=own_name(),
         ui_folder=options.ui_folder,
         key=options.key,
+        nonce=daemon.nonce,
+        device=folder.st_dev,
+        inode=folder.st_ino,
     )
-    lock.write(json.dumps(service._asdict()))
+    daemon.lock.write(json.dumps(service._asdict()))
+    keep_port(options.root, server.server_port)
     options.registry.add(options.root)
 
 
@@ -10219,7 +10448,7 @@ def _become_daemon(options: Options, lock: LockedFile, server: Server, ready: in
         os.umask(0o077)
         _keep_only({ready, lock.descriptor, *server.descriptors()}, log_file)
         daemon = Daemon(options, lock, server)  # from here on it can be told to stop
-        _register(options, lock, server, log_file)
+        _register(options, daemon, server, log_file)
     except BaseException as error:
         os.write(ready, f"The service cannot start: {error}.".encode())
         os._exit(1)
@@ -10322,17 +10551,31 @@ def escape_character(match: Match[str]) -> str:
     return match.group().encode("unicode_escape").decode()
 
 
+MISSING_SECONDS = 1.2
+"""How long the folder of a service may be missing before it is gone for good."""
+
+
 class Daemon:
-    """The service of a root while it runs: what it owns, and when it goes."""
+    """The service of a root while it runs: what it owns, for whom it stays, and when it goes."""
 
     def __init__(self, options: Options, lock: LockedFile, server: Server) -> None:
+        """Open the folder that is served, which no other can take the place of."""
+        self.lock = lock
+        self.nonce = os.urandom(16).hex()
         self._options = options
-        self._lock = lock
         self._server = server
         self._lease: LockedFile | None = None
         self._idle_timeout = options.idle_timeout
+        self._path = datastore_folder(options.root)
+        self._descriptor = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
+        self.folder = os.fstat(self._descriptor)
+        self._missing_since: float | None = None
+        self._is_lost = False  # another folder is in place of ours, or none is for good
+        self._is_opening = True
+        self._holders: dict[int, int] = {}  # processes that it stays for, with their pidfd or -1
+        server.owner = self
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, server.stop)
+            signal.signal(number, self._stop)
 
     def run(self, handler: logging.Handler) -> None:
         """Import Metaflow and answer requests until nobody needs it, and leave nothing behind."""
@@ -10340,12 +10583,59 @@ class Daemon:
         log.addHandler(handler)
         log.setLevel(logging.DEBUG if self._options.is_debug else logging.INFO)
         log.info("serving %s at %s", self._options.root, self._server.url)
+        self._server.accept()
         service = self._open()
+        self._is_opening = False
         self._server.serve(service, self._is_wanted)
         self._announce_stop()
         self._server.finish()
         self._leave()
         log.info("stopped")
+
+    # -- what its server asks ----------------------------------------------------------------------
+
+    def refusal(self) -> str | None:
+        """Why nothing is answered: the path of the folder does not lead to it."""
+        if self._is_in_place():
+            return None
+        return f"The service's folder {self._path} is not in its place any more."
+
+    def obey(self, order: str, fields: Mapping[str, str]) -> Mapping[str, object] | None:
+        """An order of a process that has read the pidfile; None where it has not."""
+        if not is_same_secret(fields.get(NONCE_HEADER, ""), self.nonce):
+            return None
+        if order == "stop":
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif order == "hold" and fields.get("namespace") == pid_namespace():
+            self._hold(fields.get("pid", ""))
+        return {"serves": self._is_in_place()}
+
+    def _hold(self, pid: str) -> None:
+        """Stay for as long as a process lives."""
+        if not re.fullmatch("[0-9]{1,9}", pid) or int(pid) in self._holders:
+            return
+        with contextlib.suppress(OSError):
+            opened = os.pidfd_open(int(pid)) if hasattr(os, "pidfd_open") else -1
+            self._holders[int(pid)] = opened
+
+    def _is_held(self) -> bool:
+        """Whether a process lives that it stays for; forgets those that have ended."""
+        for pid, descriptor in list(self._holders.items()):
+            if is_alive(pid, descriptor):
+                return True
+            del self._holders[pid]
+            if descriptor >= 0:
+                os.close(descriptor)
+        return False
+
+    # -- its life ----------------------------------------------------------------------------------
+
+    def _stop(self, *_: object) -> None:
+        """End; at once, where nothing has been answered yet."""
+        if self._is_opening:
+            self._leave()
+            os._exit(0)
+        self._server.stop()
 
     def _open(self) -> MetadataService | BrokenService:
         try:
@@ -10360,22 +10650,45 @@ class Daemon:
             return BrokenService(f"The service cannot start: {reason}.")
 
     def _is_wanted(self, idle_seconds: float) -> bool:
-        if not self._owns_root():
-            log.warning("%s is another's now", self._lock.path)
+        if self._is_gone() or not self._owns_root():
+            self._is_lost = True
+            log.warning("%s is not ours any more", self._path)
             return False
         if not self._idle_timeout or idle_seconds < self._idle_timeout:
             return True
-        return not self._end_leases()
+        return self._is_held() or not self._end_leases()
+
+    def _is_in_place(self) -> bool:
+        """Whether the path of the folder leads to the one that is served."""
+        try:
+            return os.path.samestat(os.stat(self._path), self.folder)
+        except OSError:
+            return False
+
+    def _is_gone(self) -> bool:
+        """Whether the folder is not there for good: another is, it was deleted, or time is up."""
+        if self._is_in_place():
+            self._missing_since = None
+            return False
+        now = time.monotonic()
+        if self._missing_since is None:
+            self._missing_since = now
+        was_deleted = os.fstat(self._descriptor).st_nlink == 0
+        is_replaced = os.path.isdir(self._path)
+        return was_deleted or is_replaced or now - self._missing_since > MISSING_SECONDS
 
     def _owns_root(self) -> bool:
-        """Whether no other pidfile is in place of ours; a root that is gone may come back."""
-        current = stat_or_none(self._lock.path)
-        return current is None or os.path.samestat(current, os.fstat(self._lock.descriptor))
+        """Whether no other pidfile is in place of ours in the folder that is served."""
+        try:
+            current = os.stat(PIDFILE, dir_fd=self._descriptor, follow_symlinks=False)
+        except OSError:
+            return True
+        return os.path.samestat(current, os.fstat(self.lock.descriptor))
 
     def _end_leases(self) -> bool:
         """Take the lease from everybody, if nobody has it; who wants it then waits for our end."""
         if self._lease is None:
-            path = os.path.join(datastore_folder(self._options.root), LEASE)
+            path = os.path.join(self._path, LEASE)
             try:
                 self._lease = LockedFile.acquire(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (ServiceError, OSError):
@@ -10383,21 +10696,55 @@ class Daemon:
         return self._lease is not None
 
     def _announce_stop(self) -> None:
-        """Let those who look for a service wait until this one is gone."""
+        """Let those who look for a service wait until this one is gone.
+
+        Who looks for one in a folder that has been moved away waits already, with its lock.
+        """
+        if self._is_lost:
+            return
         suppressed = contextlib.suppress(
             OSError, ServiceError
         )  # the pidfile may be gone, with the root
         with suppressed, registry_lock(self._options.root, fcntl.LOCK_EX):
-            service = read_pidfile(self._lock.path)
-            self._lock.write(json.dumps(service._replace(is_stopping=True)._asdict()))
+            service = read_pidfile(self.lock.path)
+            self.lock.write(json.dumps(service._replace(is_stopping=True)._asdict()))
 
     def _leave(self) -> None:
-        """Remove what tells of the service. The locks end with the process."""
-        if self._end_leases() and self._lease is not None:
+        """Remove what tells of the service, in the folder that is ours. The locks end with us."""
+        if not self._is_lost and self._end_leases() and self._lease is not None:
             remove_file(self._lease.path)
         if self._owns_root():
-            self._options.registry.remove(self._options.root)
-            remove_file(self._lock.path)
+            if not self._is_lost:
+                self._options.registry.remove(self._options.root)
+            with contextlib.suppress(OSError):
+                os.unlink(PIDFILE, dir_fd=self._descriptor)
+
+
+def is_alive(pid: int, descriptor: int) -> bool:
+    """Whether a process lives, by its pidfd where there is one (else -1)."""
+    if descriptor >= 0:
+        return not select.select([descriptor], [], [], 0)[0]
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def pid_namespace() -> str:
+    """What tells apart the processes whose pids mean the same, where there are namespaces."""
+    status = stat_or_none("/proc/self/ns/pid")
+    return str(status.st_ino) if status is not None else "-"
+
+
+def hold_service(service: Service, pid: int) -> None:
+    """Let a service stay for as long as a process lives; asking it counts as use."""
+    if service.nonce is None:
+        return
+    with contextlib.suppress(OSError):
+        send_order(service, "hold", False, {"pid": pid, "namespace": pid_namespace()})
 
 
 def wait_until_ready(service: Service) -> None:
@@ -10427,19 +10774,14 @@ def stop_service(service: Service) -> None:
     """Ask a service to stop, and return when it is gone."""
     pidfile = os.path.join(datastore_folder(service.root), PIDFILE)
     try:
-        os.kill(service.pid, signal.SIGTERM)
-    except OSError as error:
-        raise ServiceError(f"Process {service.pid} cannot be stopped: {error.strerror}.") from None
-    deadline = time.monotonic() + SHUTDOWN_SECONDS + 10
-    while time.monotonic() < deadline:
-        try:
-            lock = LockedFile.acquire(pidfile, fcntl.LOCK_SH | fcntl.LOCK_NB, os.O_RDONLY)
-        except FileNotFoundError:
-            return
-        if lock is not None:
-            lock.release()
-            return
-        time.sleep(0.01)
+        if service.nonce is None:
+            raise ConnectionRefusedError
+        send_order(service, "stop", waits=True)
+    except OSError:
+        if os.path.exists(pidfile):
+            stop_process(service, pidfile)
+    if is_free_soon(pidfile, STOP_SECONDS):
+        return
     raise ServiceError(f"Process {service.pid} was told to stop, but is still there.")
 
 
@@ -10552,6 +10894,7 @@ def do_run(arguments: Arguments) -> None:
     options = resolve_options(arguments)
     lease = acquire_lease(options.root)
     service, _ = ensure_service(options)
+    hold_service(service, os.getpid())  # the command may close the lease, as sudo does
     lease.keep_on_exec()
     if shutil.which(command[0]):
         print_notice(f"runs are shown at {service.url} and by `{PROGRAM} show`")
@@ -10621,6 +10964,8 @@ def do_status(arguments: Arguments) -> None:
         failure.exit_code = CANNOT_BE_TOLD
         raise
     if arguments.json:
+        for service in services:
+            hold_service(service, os.getpid())
         told = [service.public() for service in services]
         print(json.dumps(told if arguments.all else next(iter(told), None), indent=2))
     else:
@@ -10668,6 +11013,7 @@ def do_url(arguments: Arguments) -> None:
             raise ServiceError(f"No service runs for {resolve_root(arguments)}.")
     else:
         service, _ = ensure_service(resolve_options(arguments))
+    hold_service(service, asking_process())
     print(service.url)
 
 
@@ -10684,12 +11030,48 @@ def do_ui(arguments: Arguments) -> None:
     """
     service, _ = ensure_service(resolve_options(arguments))
     wait_until_ready(service)
+    hold_service(service, asking_process())
     print(service.url, flush=True)
     if not arguments.no_browser:
         import webbrowser
 
         if not webbrowser.open(service.url):
             raise ServiceError("There is no browser to open it in.")
+
+
+SHELLS = frozenset(
+    ("ash", "bash", "busybox", "csh", "dash", "fish", "ksh", "mksh", "sh", "tcsh", "zsh")
+)
+
+
+def asking_process() -> int:
+    """The shell that has asked, for which a service is to stay; without one, this process.
+
+    A command substitution runs in a copy of its shell, which ends with it: what counts is the
+    shell, the nearest above it that runs another command line.
+    """
+    asking = os.getppid()
+    name, _, command_line = describe_process(asking)
+    if name not in SHELLS:
+        return os.getpid()
+    while True:
+        parent = describe_process(asking)[1]
+        if not command_line or describe_process(parent)[2] != command_line:
+            return asking
+        asking = parent
+
+
+def describe_process(pid: int) -> tuple[str, int, bytes]:
+    """The name, the parent and the command line of a process: "", 0 and b"" if that is not told."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as f:
+            told = f.read()
+        with open(f"/proc/{pid}/cmdline", "rb") as f:
+            command_line = f.read()
+        name = told[told.index(b"(") + 1 : told.rindex(b")")].decode(errors="replace")
+        return name, int(told[told.rindex(b")") + 1 :].split()[1]), command_line
+    except (OSError, ValueError, IndexError):
+        return "", 0, b""
 
 
 def mention_page(service: Service) -> None:
@@ -10701,6 +11083,7 @@ def mention_page(service: Service) -> None:
 def do_env(arguments: Arguments) -> None:
     """Print the settings as `export` lines for a shell's eval; starts a service where none runs."""
     service, _ = ensure_service(resolve_options(arguments))
+    hold_service(service, asking_process())
     print_settings(arguments, service)
 
 

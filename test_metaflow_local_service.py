@@ -6511,6 +6511,105 @@ def is_refused(ran: subprocess.CompletedProcess[str], *words: object, code: int 
     return True
 
 
+def test_a_folder_that_was_moved_gets_a_service_of_its_own(cli: Cli, tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    one = Api(cli("url", "--root", old).stdout.strip())
+    first = running(old)
+    one.new_flow("OfOne")
+    old.rename(new)
+    (old / ".metaflow").mkdir(parents=True)
+    assert one.get("/flows").status == 503
+    assert cli("url", "--root", new).returncode == 0
+    assert running(new).pid != first.pid
+    assert [entry.name for entry in (old / ".metaflow").iterdir()] == []
+    with contextlib.closing(Api(running(new).url)) as two:
+        assert [flow["flow_id"] for flow in two.get("/flows").json] == ["OfOne"]
+    one.close()
+
+
+def test_a_folder_that_is_back_soon_is_served_again(daemon: Api, cli: Cli) -> None:
+    service, datastore = running(cli.folder), cli.folder / ".metaflow"
+    datastore.rename(cli.folder / "away")
+    told = daemon.get("/flows")
+    (cli.folder / "away").rename(datastore)
+    assert (told.status, "not in its place" in told.json["message"]) == (503, True)
+    assert daemon.get("/flows").status == 200
+    assert running(cli.folder) == service
+
+
+def test_a_folder_that_is_deleted_ends_its_service_and_frees_its_port(cli: Cli) -> None:
+    port = cli("url", "--idle-timeout", 0).stdout.strip().rpartition(":")[2]
+    shutil.rmtree(cli.folder / ".metaflow")
+    again = cli("start", "--port", port)
+    assert again.stdout.startswith("Started"), again.stderr
+
+
+def test_copies_of_a_root_have_services_of_their_own(daemon: Api, cli: Cli, tmp_path: Path) -> None:
+    shutil.copytree(cli.folder, tmp_path / "copy")
+    assert running(tmp_path / "copy") is None
+    assert cli("url", "--root", tmp_path / "copy").stdout.strip() != daemon.url
+
+
+def test_a_root_keeps_its_port(daemon: Api, cli: Cli) -> None:
+    assert cli("stop").returncode == 0
+    assert cli("url").stdout.strip() == daemon.url
+    assert cli("stop").returncode == 0
+    (cli.folder / ".metaflow" / mls.PORT_FILE).write_text("many")
+    assert cli("url").returncode == 0
+
+
+def test_a_host_name_that_changes_proves_nothing(daemon: Api, cli: Cli) -> None:
+    service = running(cli.folder)
+    pidfile(cli.folder).write_text(json.dumps(service._replace(machine="other")._asdict()))
+    assert cli("url").stdout.strip() == daemon.url
+    assert cli("stop").stdout.startswith("Stopped")
+
+
+def test_a_process_that_is_not_the_service_is_not_stopped(daemon: Api, cli: Cli) -> None:
+    service = running(cli.folder)
+    with subprocess.Popen(["sleep", "60"]) as bystander:
+        others = service._replace(pid=bystander.pid, port=1, url="http://127.0.0.1:1")
+        pidfile(cli.folder).write_text(json.dumps(others._asdict()))
+        assert is_refused(cli("stop"), bystander.pid, "is not it")
+        assert bystander.poll() is None
+        bystander.kill()
+    pidfile(cli.folder).write_text(json.dumps(service._replace(pid=0)._asdict()))
+    assert cli("stop").stdout.startswith("Stopped")
+
+
+def test_a_pidfile_of_an_earlier_version_will_do(daemon: Api, cli: Cli) -> None:
+    service = running(cli.folder)
+    told = {"pid": service.pid, "port": service.port}
+    pidfile(cli.folder).write_text(json.dumps(told))
+    assert cli("url", "--no-start").stdout.strip() == daemon.url
+    assert cli("stop").stdout.startswith("Stopped")
+
+
+def test_an_order_without_the_nonce_is_a_request_like_others(daemon: Api, cli: Cli) -> None:
+    for nonce in ("", "guessed"):
+        headers = {"x-local-service-nonce": nonce}
+        assert daemon("POST", "/stop", headers=headers).status in (404, 405)
+    assert stays(cli.folder)
+
+
+def test_a_service_stays_for_the_shell_that_has_asked(cli: Cli) -> None:
+    script = 'eval "$(PROGRAM)"; echo; read line'
+    words = cli.command("env", "--idle-timeout", 0.2)
+    shell = subprocess.Popen(
+        ["sh", "-c", script.replace("PROGRAM", shlex.join(words))],
+        cwd=cli.folder,
+        env=cli.environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert shell.stdout is not None
+    shell.stdout.readline()
+    assert stays(cli.folder, 2)
+    shell.communicate("\n")
+    assert eventually(lambda: not running(cli.folder))
+
+
 def test_a_root_has_one_service(cli: Cli) -> None:
     first, second = cli("start").stdout, cli("start").stdout
     assert (first.split()[0], second.split()[0]) == ("Started", "Running")
@@ -6615,7 +6714,10 @@ def test_stop_returns_when_all_but_the_log_is_gone(daemon: Api, cli: Cli) -> Non
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((daemon.host, daemon.port))
     left = [path.name for path in (cli.folder / ".metaflow").iterdir() if path.is_file()]
-    assert (left, list((cli.home / "services").iterdir())) == ([mls.LOG_FILE], [])
+    assert (sorted(left), list((cli.home / "services").iterdir())) == (
+        [mls.LOG_FILE, mls.PORT_FILE],
+        [],
+    )
 
 
 # ==================================================================================================
@@ -6799,7 +6901,9 @@ def test_a_daemon_has_only_files_of_its_own_open(daemon: Api, cli: Cli) -> None:
         return sorted(link.partition(":")[0] for link in links)
 
     # The log is stdout, stderr and the logger's own; the pipe wakes the main thread.
-    own = ["/dev/null", *[log] * 3, str(pidfile(cli.folder)), "pipe", "pipe", "socket"]
+    datastore = str(cli.folder / ".metaflow")  # held, so that it is known again
+    pidfile_path = str(pidfile(cli.folder))
+    own = ["/dev/null", *[log] * 3, datastore, pidfile_path, "pipe", "pipe", "socket"]
     assert eventually(lambda: [f for f in files() if f != "anon_inode"] == sorted(own)), files()
     assert os.readlink(f"/proc/{pid}/cwd") == "/"
     assert os.getsid(pid) != os.getsid(0)
