@@ -6588,7 +6588,7 @@ def test_a_pidfile_of_an_earlier_version_will_do(daemon: Api, cli: Cli) -> None:
 def test_an_order_without_the_nonce_is_a_request_like_others(daemon: Api, cli: Cli) -> None:
     for nonce in ("", "guessed"):
         headers = {"x-local-service-nonce": nonce}
-        assert daemon("POST", "/stop", headers=headers).status in (404, 405)
+        assert daemon.request("POST", "/stop", headers=headers).status in (404, 405)
     assert stays(cli.folder)
 
 
