@@ -2929,6 +2929,19 @@ class Cause(TypedDict):
     stderr: list[str]  # the last lines of the attempt's
 
 
+class Difference(TypedDict):
+    """What is not the same in runs that are compared."""
+
+    section: str  # one of COMPARED_SECTIONS
+    name: str
+    values: list[Any]  # by run, in their order; None where a run has none
+
+
+class Comparison(TypedDict):
+    runs: list[RunRow]
+    differences: list[Difference]
+
+
 class RunRow(_Run):
     """A run. Times are epoch milliseconds, but for heartbeats; durations are milliseconds.
 
@@ -2942,6 +2955,7 @@ class RunRow(_Run):
     finished_at: int | None
     duration: int | None
     cause: Cause | None
+    origin_run_id: str | None  # of the run that it was resumed from
 
 
 class StepRow(Step):
@@ -2961,6 +2975,9 @@ class AttemptRow(Task):
     finished_at: int | None
     duration: int
     cause: Cause | None  # of one that was caught too, although its status is completed
+    foreach_label: str | None  # the values of the foreach loops that it is in
+    origin_pathspec: str | None  # of the task that it is a clone of
+    is_log_stored: bool  # whether its log is complete, or will never come
 
 
 class MetadatumRow(Metadatum):
@@ -3010,6 +3027,13 @@ compute for long without writing anything, which is not to be shown as a failure
 no task goes on, is judged like one that sends heartbeats: by RUN_HEARTBEAT_CUTOFF."""
 
 PARAMETERS_STEP = "_parameters"
+MOST_RUNS_LOOKED_BACK = 100
+"""How far back the last run that succeeded is looked for."""
+
+LONGEST_COMPARED = 2000
+"""How long the text of an artifact may be that is compared by its value."""
+
+DEFAULT_START_STEP = "start"
 DEFAULT_END_STEP = "end"
 
 MAX_ATTEMPTS = 6
@@ -3035,6 +3059,7 @@ class Verdict(NamedTuple):
     status: str
     finished_at: int | None
     cause: Cause | None
+    origin_run_id: str | None
     heartbeat: int | None
     seen: Sequence[tuple[Ids, Version]]
 
@@ -3047,6 +3072,30 @@ def cause_weight(cause: Cause | None) -> int:
     if cause is None:
         return 0
     return 1000 + len(cause["message"] or "") + sum(50 + len(line) for line in cause["stderr"])
+
+
+class History(NamedTuple):
+    """What the records of a task say of it."""
+
+    attempts: list[Attempt]
+    foreach_label: str | None
+    origin_run_id: str | None  # of the run that its run was resumed from
+    origin_pathspec: str | None
+
+
+ATTEMPT_FIELDS = ("attempt", "attempt-done", "attempt_ok")
+HISTORY_FIELDS = (*ATTEMPT_FIELDS, "foreach-stack", "origin-run-id", "origin-task-id")
+
+STORING_SECONDS = 300
+"""How long the log of an attempt may come after its end, if its scheduler does not say so."""
+
+
+def format_foreach_stack(value: MetadatumValue) -> str | None:
+    """The values of nested foreach loops in a line: alone where there is one, else by name."""
+    frames = [value] if isinstance(value, str) else value or []
+    if len(frames) == 1:
+        return frames[0].partition("=")[2] or frames[0]
+    return ", ".join(frames) or None
 
 
 class Graph(TypedDict, total=False):
@@ -3438,7 +3487,7 @@ class Model:
         self.clock = clock
         self.search = search
         # By pathspec, with the version of the task.
-        self._attempts: Cache[tuple[Version, list[Attempt]]] = Cache(ATTEMPTS_IN_MEMORY)
+        self._histories: Cache[tuple[Version, History]] = Cache(ATTEMPTS_IN_MEMORY)
         self._verdicts: Cache[Verdict] = Cache(VERDICTS_IN_MEMORY, Verdict.weight)
         # By pathspec, attempt and status, with the versions of the task's records and files.
         self._causes: Cache[tuple[Sequence[Version | None], Cause | None]] = Cache(
@@ -3484,6 +3533,7 @@ class Model:
             row["status"], row["finished_at"] = verdict.status, verdict.finished_at
             row["duration"] = elapsed_ms(row["ts_epoch"], verdict.finished_at, now)
             row["cause"] = verdict.cause
+            row["origin_run_id"] = verdict.origin_run_id
         return row
 
     def status(self, run: Run) -> str:
@@ -3511,6 +3561,7 @@ class Model:
             "finished_at": None,
             "duration": None,
             "cause": None,
+            "origin_run_id": None,
         }
 
     def _known_verdict(self, ids: Ids, heartbeat: int | None) -> Verdict | None:
@@ -3535,7 +3586,8 @@ class Model:
             status, finished_at = self._state_of_run(row, tasks, now)
             cause = self._cause_of_run(row, tasks) if status == FAILED else None
         settled = [(teller, version) for teller, version in seen if version is not None]
-        verdict = Verdict(status, finished_at, cause, heartbeat, settled)
+        origin = self._origin_run_id(ids)
+        verdict = Verdict(status, finished_at, cause, origin, heartbeat, settled)
         if status == RUNNING:
             self._unfinished[ids] = None
         else:
@@ -3640,7 +3692,8 @@ class Model:
         return self._with_causes(ids[:2], rows)[::-1]
 
     def _attempt_rows(self, ids: Ids, task: Task, now: float) -> list[AttemptRow]:
-        attempts = self._with_unnoticed(ids, self._attempts_of(ids) or [Attempt()])
+        history = self._history(ids)
+        attempts = self._with_unnoticed(ids, history.attempts or [Attempt()])
         heartbeat, created = task["last_heartbeat_ts"], task["ts_epoch"]
         is_alive, last_sign = True, created
         if attempts[-1].done_at is None:
@@ -3652,20 +3705,23 @@ class Model:
             status, end = attempt_status(attempts, number, created, is_alive, last_sign)
             if status == RUNNING and attempt.started_at is None and heartbeat is None:
                 status = PENDING
-            rows.append(
-                {
-                    **task,
-                    **shared_columns(task),
-                    "task_name": _given_name(task["task_id"]),
-                    "attempt_id": number,
-                    "status": status,
-                    "task_ok": None,
-                    "started_at": attempt.started_at,
-                    "finished_at": end,
-                    "duration": elapsed_ms(attempt.started_at or created, end, now),
-                    "cause": None,
-                }
-            )
+            row: AttemptRow = {
+                **task,
+                **shared_columns(task),
+                "task_name": _given_name(task["task_id"]),
+                "attempt_id": number,
+                "status": status,
+                "task_ok": None,
+                "started_at": attempt.started_at,
+                "finished_at": end,
+                "duration": elapsed_ms(attempt.started_at or created, end, now),
+                "cause": None,
+                "foreach_label": history.foreach_label,
+                "origin_pathspec": history.origin_pathspec,
+                "is_log_stored": False,
+            }
+            row["is_log_stored"] = self._is_log_stored(ids, row, now)
+            rows.append(row)
         return rows
 
     def _with_unnoticed(self, ids: Ids, attempts: Sequence[Attempt]) -> list[Attempt]:
@@ -3702,18 +3758,52 @@ class Model:
 
     def _attempts_of(self, ids: Ids) -> list[Attempt]:
         """What the records of a task say of its attempts; none where none has begun."""
+        return self._history(ids).attempts
+
+    def _history(self, ids: Ids) -> History:
         key, version = "/".join(ids), self.store.version(ids)
-        known = self._attempts.get(key)
+        known = self._histories.get(key)
         if known is not None and known[0] == version:
             return known[1]
-        metadata = self.store.metadata(ids, fields=("attempt", "attempt-done", "attempt_ok"))
-        attempts = attempts_from_metadata(metadata, self.store.attempts_with_artifacts(ids))
+        metadata = list(self.store.metadata(ids, fields=HISTORY_FIELDS))
+        of_attempts = [m for m in metadata if m["field_name"] in ATTEMPT_FIELDS]
+        attempts = attempts_from_metadata(of_attempts, self.store.attempts_with_artifacts(ids))
         for number, attempt in enumerate(attempts):
             if attempt.is_ok is None:
                 attempts[number] = self._completed_by_artifact(ids, number, attempt)
+        told = {m["field_name"]: m["value"] for m in reversed(metadata)}
+        origin_run = str(told.get("origin-run-id") or "None")
+        origin_task = told.get("origin-task-id")
+        history = History(
+            attempts,
+            format_foreach_stack(told.get("foreach-stack", [])),
+            None if origin_run == "None" else origin_run,
+            f"{ids[0]}/{origin_run}/{ids[2]}/{origin_task}" if origin_task else None,
+        )
         if version is not None:
-            self._attempts.put(key, (version, attempts))
-        return attempts
+            self._histories.put(key, (version, history))
+        return history
+
+    def _origin_run_id(self, ids: Ids) -> str | None:
+        """The run that a run was resumed from, as its first step tells."""
+        step = (self.graph(ids) or {}).get("start_step")
+        for name in (PARAMETERS_STEP, step if isinstance(step, str) else DEFAULT_START_STEP):
+            for task in self.store.task_ids((*ids, name))[:1]:
+                origin = self._history(task).origin_run_id
+                if origin is not None:
+                    return origin
+        return None
+
+    def _is_log_stored(self, ids: Ids, row: AttemptRow, now: float) -> bool:
+        """Whether what an attempt has written is stored, or will never be: its scheduler stores it
+        after the end, and leaves a file then."""
+        if row["finished_at"] is None:
+            return False
+        is_old = now * 1000 - row["finished_at"] > STORING_SECONDS * 1000
+        is_of_no_process = row["origin_pathspec"] is not None or ids[2].startswith("_")
+        if is_old or is_of_no_process or row["status"] == PENDING:
+            return True
+        return self._process_end(ids, row["attempt_id"]) is not None
 
     def _completed_by_artifact(self, ids: Ids, number: int, attempt: Attempt) -> Attempt:
         """An attempt of which no metadatum says how it ended, but the artifact `_task_ok`."""
@@ -3822,6 +3912,70 @@ class Model:
             with contextlib.suppress(OSError, ValueError):
                 return raised_in_value(self.value(artifact, LARGEST_VALUE))
         return None
+
+    # -- comparing runs ----------------------------------------------------------------------------
+
+    def compare(self, runs: Sequence[Ids], has_equal: bool = False) -> Comparison | None:
+        """What differs between runs, and with `has_equal` what does not; None where one is not."""
+        rows = [self.run(ids) for ids in runs]
+        if None in rows:
+            return None
+        found = cast("list[RunRow]", rows)
+        facts = [self._facts(run_row_ids(row), row) for row in found]
+        return {"runs": found, "differences": compare_facts(facts, has_equal)}
+
+    def changes(self, ids: Ids) -> Comparison | None:
+        """What differs between a run and the last one of its flow before it that succeeded, which
+        comes first; None where there is none."""
+        run = self.store.run(ids)
+        before = None if run is None else run_sort_key(run)
+        earlier = itertools.islice(self.store.runs(ids[:1], before), MOST_RUNS_LOOKED_BACK)
+        rows = map(self.judge, map(self._run_row, earlier))
+        last = next((row for row in rows if row["status"] == COMPLETED), None)
+        return None if last is None or run is None else self.compare([run_row_ids(last), ids])
+
+    def _facts(self, ids: Ids, row: RunRow) -> Facts:
+        parameters = {name: told["value"] for name, told in self.parameters(ids).items()}
+        steps = self.steps(ids, self._tasks(ids, self.clock()), self.clock())
+        artifacts = self._last_artifacts(ids, [step["step_name"] for step in steps])
+        return {
+            "parameters": parameters,
+            "artifacts": {n: v for n, v in artifacts.items() if n not in parameters},
+            "durations": {
+                step["step_name"]: step["duration"]
+                for step in steps
+                if not step["step_name"].startswith("_")
+            },
+            "tags": dict.fromkeys(row["tags"] or (), True),
+            "code": self._code(ids),
+        }
+
+    def _last_artifacts(self, ids: Ids, steps: Iterable[str]) -> dict[str, str]:
+        """The artifacts of a run with the values that they had last; what is large by its digest.
+
+        Steps of many tasks are left out, since their artifacts have a value for each.
+        """
+        last: dict[str, ArtifactRow] = {}
+        for step in steps:
+            tasks = self.store.task_ids((*ids, step))
+            if len(tasks) == 1 and not step.startswith("_"):
+                last.update((row["name"], row) for row in self.artifacts(tasks[0], None))
+        shown = {name: row for name, row in last.items() if name[:1] != "_" and name != "name"}
+        return {name: self._comparable(row) for name, row in shown.items()}
+
+    def _comparable(self, row: ArtifactRow) -> str:
+        content = self.with_value(row).get("content", "")
+        is_small = 0 < len(content) <= LONGEST_COMPARED
+        return content if is_small else f"sha {row['sha']}"
+
+    def _code(self, ids: Ids) -> dict[str, str]:
+        """The digest of the package of the code of a run, where one was made."""
+        for step in self.store.steps(ids):
+            for task in self.store.task_ids((*ids, step["step_name"]))[:1]:
+                for metadatum in self.store.metadata(task, fields=("code-package",)):
+                    with contextlib.suppress(ValueError, LookupError, TypeError):
+                        return {"package": str(json.loads(value_text(metadatum))["sha"])}
+        return {}
 
     # -- what the flow is --------------------------------------------------------------------------
 
@@ -4043,6 +4197,22 @@ class Model:
             finally:
                 os.close(folder)
         return []
+
+
+COMPARED_SECTIONS = ("parameters", "artifacts", "durations", "tags", "code")
+Facts = Mapping[str, Mapping[str, Any]]
+"""What is compared of a run: by section, the values by their names."""
+
+
+def compare_facts(facts: Sequence[Facts], has_equal: bool = False) -> list[Difference]:
+    """What differs between runs by what is known of each; `has_equal`: and what does not."""
+    differences: list[Difference] = []
+    for section in COMPARED_SECTIONS:
+        for name in sorted({name for of_run in facts for name in of_run[section]}):
+            values = [of_run[section].get(name) for of_run in facts]
+            if has_equal or any(value != values[0] for value in values):
+                differences.append({"section": section, "name": name, "values": values})
+    return differences
 
 
 def run_row_ids(row: RunRow) -> Ids:
@@ -8034,8 +8204,10 @@ class Resource(NamedTuple):
 class Snapshot:
     """What is computed once for all resources that are looked at together."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, is_live: bool = False) -> None:
+        """`is_live`: whether it is for those who have subscribed."""
         self.model = model
+        self.is_live = is_live
         self.now = model.clock()
         self._tasks: dict[Ids, list[AttemptRow]] = {}
         self._runs: dict[Ids, RunRow | None] = {}
@@ -8410,16 +8582,14 @@ def metadata_resource(look: Snapshot, query: Query, *task: str) -> Resource:
 
 @ui_resource(TASK + "/artifacts")
 def artifacts_resource(look: Snapshot, query: Query, *task: str) -> Resource:
-    """The artifacts of an attempt of a task, with their values if `postprocess` says so."""
+    """The artifacts of an attempt of a task, with their values if `postprocess` says so; to who
+    has subscribed always, since the official UI asks for none then, but shows them."""
     ids, attempt = task_ids(*task), parse_attempt(query)
 
     def rows() -> Iterable[ArtifactRow]:
         found = select_rows(look.model.artifacts(ids, attempt), query, UI_ARTIFACT_COLUMNS)
-        return (
-            map(look.model.with_value, found)
-            if first_value(query, "postprocess") == "true"
-            else found
-        )
+        is_valued = look.is_live or first_value(query, "postprocess") == "true"
+        return map(look.model.with_value, found) if is_valued else found
 
     return Resource(rows, ("name", "attempt_id"), lambda: look.model.store.version(ids))
 
@@ -8456,6 +8626,37 @@ def ui_run_artifacts(model: Model, request: Request, flow: str, run: str) -> Res
     below = (artifact_row(a) for a in model.store.artifacts_below(run_ids(flow, run)))
     remote = (row for row in below if row["ds_type"] != "local")
     return envelope_page(request, select_rows(remote, request.query, UI_ARTIFACT_COLUMNS))
+
+
+MOST_COMPARED = 5
+
+
+@ui_route("GET", "/api/compare")
+def ui_compare(model: Model, request: Request) -> Response:
+    """What differs between runs, each named as FLOW/RUN; with `all=true` also what does not."""
+    named_runs = [value for name, value in request.query if name == "run"]
+    if not 2 <= len(named_runs) <= MOST_COMPARED or any(r.count("/") != 1 for r in named_runs):
+        raise BadQuery(f"2 to {MOST_COMPARED} runs are compared, each as run=FLOW/RUN.")
+    runs = [run_ids(*pathspec.split("/")) for pathspec in named_runs]
+    has_equal = first_value(request.query, "all") == "true"
+    return envelope_one(request, model.compare(runs, has_equal))
+
+
+@ui_route("GET", UI_RUN + "/changes")
+def ui_changes(model: Model, request: Request, flow: str, run: str) -> Response:
+    """What differs from the last run of the flow that succeeded; null where there is none."""
+    return envelope(request, model.changes(run_ids(flow, run)))
+
+
+class ServiceRow(TypedDict):
+    """A running service of this user."""
+
+    root: str
+    url: str
+    is_this: bool
+
+
+ListServices = Callable[[], "list[ServiceRow]"]
 
 
 @ui_route("GET", UI_RUN + "/dag")
@@ -8802,7 +9003,29 @@ class Subscription:
         self._since = since * 1000
         self._stamp: object = None
         self._known: dict[object, int] = {}
+        self._ended: set[object] = set()  # the runs that were seen to have ended
         self._is_first_look = True
+
+    def depth(self) -> tuple[int, bool]:
+        """What orders subscriptions: runs first, then steps, then tasks."""
+        return (self.resource.count("/"), self.resource.endswith("/tasks"))
+
+    def _is_early(self, key: object, row: Mapping[str, Any], now: float) -> bool:
+        """Whether a row tells of an end that the page is to hear of later.
+
+        Of an attempt's when its log is there, since pages fetch that at once; of a run's a look
+        after it was seen, since the official UI does not paint what its tasks tell after that.
+        """
+        end = row.get("finished_at")
+        if end is None or now * 1000 - end > TOLD_SECONDS * 1000 or self._is_first_look:
+            return False
+        if "is_log_stored" in row:
+            return not row["is_log_stored"]
+        is_run = "run" in row
+        is_new = is_run and key not in self._ended
+        if is_run:
+            self._ended.add(key)
+        return is_new
 
     def frames(self, look: Snapshot) -> list[Mapping[str, object]]:
         """What is to be told now; after an exception it is to be told still."""
@@ -8813,6 +9036,9 @@ class Subscription:
         frames: list[Mapping[str, object]] = []
         for row in list(found.rows()):  # all of them, before any counts as told
             key = tuple(row[field] for field in found.key)
+            if self._is_early(key, row, look.now):
+                stamp = None  # and is looked at again
+                continue
             state = hash(row_fingerprint(row))
             known = self._known.get(key)
             self._known[key] = state
@@ -8823,6 +9049,10 @@ class Subscription:
         self._stamp = stamp
         self._is_first_look = False
         return frames
+
+
+TOLD_SECONDS = 60
+"""How long the end of a task is kept from pages at most, while its log is not stored."""
 
 
 def row_fingerprint(row: Mapping[str, Any]) -> str:
@@ -8850,7 +9080,7 @@ class Feed:
         self._next_look = 0.0
         self._last_told = time.monotonic()
         self._waiting: list[Subscription] = []  # for their turn in this look
-        self._look = Snapshot(model)
+        self._look = Snapshot(model, is_live=True)
 
     def run(self) -> None:
         """Serve the page until it goes, or is silent for too long; OSError, BadFrame."""
@@ -8871,8 +9101,9 @@ class Feed:
             elif self._subscriptions and now >= self._next_look:
                 is_idle = now - self._last_told > IDLE_SECONDS
                 self._next_look = now + (IDLE_LOOK_SECONDS if is_idle else LOOK_SECONDS)
-                self._look = Snapshot(self._model)
-                self._waiting = list(self._subscriptions.values())[::-1]
+                self._look = Snapshot(self._model, is_live=True)
+                # Tasks are told of before steps, and these before runs: the last is popped first.
+                self._waiting = sorted(self._subscriptions.values(), key=Subscription.depth)
 
     def _patience(self) -> float:
         """How long the next message may be waited for, in seconds."""
@@ -9130,9 +9361,12 @@ class UiService(MetadataService):
         ui_folder: str | None = None,
         credentials: Credentials | None = None,
         search: Search = search_in_place,
+        list_services: ListServices = list,
     ) -> None:
-        """`ui_folder`: a build of the official UI; `credentials`: what requests have to bring."""
+        """`ui_folder`: a build of the official UI; `credentials`: what requests have to bring;
+        `list_services`: finds all running services of this user."""
         super().__init__(store, search)
+        self._list_services = list_services
         self._ui_folder = None if ui_folder is None else os.path.realpath(ui_folder)
         self._credentials = credentials
 
@@ -9159,6 +9393,8 @@ class UiService(MetadataService):
         if request.path == ["api", "login"]:
             return self._login(request)
         self._refuse_writing_page(request)
+        if request.path == ["api", "services"] and request.method in ("GET", "HEAD"):
+            return envelope_page(request, self._list_services())
         mounted = mounted_path(request.path)
         if mounted and request.method not in ("GET", "HEAD"):
             allowed = [("Allow", "GET, HEAD")]
@@ -10642,12 +10878,24 @@ class Daemon:
             store = Store(self._options.root)
             store.prepare_to_write()
             search, credentials = PatternSearcher().search, self._server.access.credentials
-            return UiService(store, self._options.ui_folder, credentials, search)
+            folder, list_services = self._options.ui_folder, self._list_services
+            return UiService(store, folder, credentials, search, list_services)
         except (Exception, SystemExit) as error:
             log.exception("cannot start")
             self._idle_timeout = BROKEN_IDLE_TIMEOUT
             reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             return BrokenService(f"The service cannot start: {reason}.")
+
+    def _list_services(self) -> list[ServiceRow]:
+        """All running services of this user."""
+        return [
+            {
+                "root": service.root,
+                "url": service.url,
+                "is_this": service.port == self._server.server_port,
+            }
+            for service in self._options.registry.services()
+        ]
 
     def _is_wanted(self, idle_seconds: float) -> bool:
         if self._is_gone() or not self._owns_root():
@@ -11639,6 +11887,51 @@ def content_line(row: ArtifactRow) -> str:
     if "content" in row:
         return value_line(row["content"])
     return f"({row['postprocess_error']['detail']})"
+
+
+# -- compare ---------------------------------------------------------------------------------------
+
+
+@subcommand(
+    f"{PROGRAM} compare TrainFlow/latest TrainFlow/latest-failed",
+    ("pathspecs", {"nargs": "+", "metavar": "RUN"}),
+    ("--all", {"action": "store_true", "help": "also what does not differ"}),
+    JSON_OPTION,
+)
+def do_compare(arguments: Arguments) -> None:
+    """Say what differs between runs.
+
+    RUN is a run as for `show`; of one alone, what has changed since the last one of its flow that
+    succeeded.
+    """
+    model = open_model(arguments)
+    runs = [resolve_pathspec(model, pathspec) for pathspec in arguments.pathspecs]
+    for ids in runs:
+        if len(ids) != RUN_DEPTH:
+            raise ServiceError(f"{'/'.join(ids)} is no run.", exit_code=2)
+    compared = model.compare(runs, arguments.all) if len(runs) > 1 else model.changes(runs[0])
+    if compared is None:
+        raise ServiceError(f"No run before {'/'.join(runs[0])} has succeeded.")
+    if arguments.json:
+        print_json(compared)
+        return
+    print_table(RUN_TITLES, map(run_cells, compared["runs"]), ("TAGS", "CAUSE"))
+    print()
+    titles = ("WHAT", *("/".join(run_row_ids(row)) for row in compared["runs"]))
+    rows = [difference_cells(difference) for difference in compared["differences"]]
+    if rows:
+        print_table(titles, rows, titles[1:])
+    else:
+        print("Nothing differs.")
+
+
+def difference_cells(difference: Difference) -> Sequence[str]:
+    values = difference["values"]
+    if difference["section"] == "durations":
+        shown = [format_duration(value) for value in values]
+    else:
+        shown = ["" if value is None else value_line(value) for value in values]
+    return (f"{difference['section']} {difference['name']}", *shown)
 
 
 # -- logs ------------------------------------------------------------------------------------------

@@ -3949,6 +3949,105 @@ def test_values_are_shown_or_why_they_are_not(zoo: Api) -> None:
     assert value("end", "big")["postprocess_error"]["id"] == "artifact-too-large"
 
 
+@pytest.mark.parametrize(
+    ("stack", "label"),
+    [
+        (["xs=a"], "a"),
+        (["xs=a", "ys=1"], "xs=a, ys=1"),
+        ("xs=b=c", "b=c"),
+        ([], None),
+        (None, None),
+    ],
+)
+def test_a_task_in_a_foreach_is_named_by_its_value(ui: Api, stack: Any, label: str | None) -> None:
+    task = ui.new_task_of_its_own()
+    ui.post(f"{task}/metadata", [metadatum("attempt", "0"), metadatum("foreach-stack", stack)])
+    (row,) = ui.get(f"/api{task}/attempts").json["data"]
+    assert row["foreach_label"] == label
+
+
+def test_a_cloned_task_and_a_resumed_run_say_where_they_come_from(ui: Api) -> None:
+    task = ui.new_task_of_its_own()
+    origin = [metadatum("origin-run-id", "1234"), metadatum("origin-task-id", "7")]
+    ended = [metadatum("attempt", "0"), metadatum("attempt_ok", "True")]
+    ui.post(f"{task}/metadata", [*ended, *origin])
+    (row,) = ui.get(f"/api{task}/attempts").json["data"]  # 7 is no number of an attempt
+    assert row["origin_pathspec"] == "Flow/1234/start/7"
+    assert (row["attempt_id"], row["is_log_stored"]) == (0, True)
+    run = task.split("/steps/")[0]
+    assert ui.get(f"/api{run}").json["data"]["origin_run_id"] == "1234"
+
+
+def test_a_run_that_was_not_resumed_has_no_origin(ui: Api) -> None:
+    task = ui.new_task_of_its_own()
+    ui.post(f"{task}/metadata", [metadatum("origin-run-id", "None")])
+    assert ui.get(f"/api{task.split('/steps/')[0]}").json["data"]["origin_run_id"] is None
+
+
+def test_a_log_is_stored_when_the_scheduler_says_so_or_after_minutes(
+    store: mls.Store, ui: Api
+) -> None:
+    task, ids = make_running_task(ui, store.folder)
+
+    def is_stored(model: mls.Model) -> bool:
+        (row,) = model.attempts(ids, model.clock())
+        return row["is_log_stored"]
+
+    now, later = mls.Model(store), mls.Model(store, lambda: time.time() + mls.STORING_SECONDS + 1)
+    assert not is_stored(now)
+    ui.post(f"{task}/metadata", [metadatum("attempt_ok", "True")])
+    assert not is_stored(now)
+    assert is_stored(later)
+    Path(store.folder, *ids, "0.runtime").write_text('{"return_code": 0, "success": true}')
+    assert is_stored(now)
+
+
+def test_pages_hear_of_the_end_of_a_task_when_its_log_is_there(store: mls.Store, ui: Api) -> None:
+    task, ids = make_running_task(ui, store.folder)
+    run = task.split("/steps/")[0]
+    model = mls.Model(store)
+    subscription = mls.Subscription("u", f"{run}/tasks", 0)
+
+    def told() -> list[str]:
+        frames = subscription.frames(mls.Snapshot(model, is_live=True))
+        return [frame["data"]["status"] for frame in frames]
+
+    assert told() == ["running"]
+    ui.post(f"{task}/metadata", [metadatum("attempt_ok", "True")])
+    assert told() == []
+    Path(store.folder, *ids, "0.runtime").write_text('{"return_code": 0, "success": true}')
+    assert told() == ["completed"]
+
+
+def test_runs_are_compared_by_what_differs(zoo: Api) -> None:
+    run = zoo_run(zoo).removeprefix("/flows/").replace("/runs/", "/")
+    run = run.removeprefix("/api/flows/")
+    same = zoo.get(f"/api/compare?run={run}&run={run}").json["data"]
+    assert same["differences"] == []
+    whole = zoo.get(f"/api/compare?run={run}&run={run}&all=true").json["data"]
+    sections = {difference["section"] for difference in whole["differences"]}
+    assert {"parameters", "artifacts", "durations"} <= sections
+    for query in ("", f"run={run}", f"run={run}&run=nonsense"):
+        assert zoo.get(f"/api/compare?{query}").status == 400
+    assert zoo.get(f"/api/compare?run={run}&run=None/1").status == 404
+
+
+def test_facts_of_runs_differ_by_section_and_name() -> None:
+    empty: dict[str, dict[str, Any]] = {section: {} for section in mls.COMPARED_SECTIONS}
+    one = {**empty, "parameters": {"n": 1, "m": 5}, "tags": {"x": True}}
+    other = {**empty, "parameters": {"n": 2, "m": 5}}
+    assert mls.compare_facts([one, other]) == [
+        {"section": "parameters", "name": "n", "values": [1, 2]},
+        {"section": "tags", "name": "x", "values": [True, None]},
+    ]
+    assert [d["name"] for d in mls.compare_facts([one, other], True)] == ["m", "n", "x"]
+
+
+def test_the_services_of_a_user_are_listed(daemon: Api, cli: Cli) -> None:
+    (row,) = daemon.get("/api/services").json["data"]
+    assert row == {"root": str(cli.folder), "url": daemon.url, "is_this": True}
+
+
 def test_an_image_is_sent_as_one_and_nothing_else_is(store: mls.Store, ui: Api) -> None:
     task = ui.new_task_of_its_own()
     image = b"\x89PNG\r\n\x1a\n" + b"0" * 200
