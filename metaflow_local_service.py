@@ -10149,6 +10149,35 @@ def decode_segment(segment: str) -> str:
     return urllib.parse.unquote_to_bytes(segment.encode("latin-1")).decode()
 
 
+ORDER_SECONDS = 5.0
+"""How long a service may take to do what it is asked."""
+
+
+def send_order(
+    address: tuple[str, int], nonce: str, order: str, waits: bool, **fields: object
+) -> Mapping[str, Any]:
+    """Tell a service itself to do something, and what it says to that, if that is waited for.
+
+    OSError where it is not there. Its nonce proves to it that we have read its pidfile; that it
+    takes the nonce proves to us that it is the one that has written it.
+    """
+    headers = {NONCE_HEADER: nonce, **fields}
+    lines = [f"POST /{order} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+    with socket.create_connection(address, timeout=ORDER_SECONDS) as connection:
+        connection.sendall("\r\n".join([*lines, "", ""]).encode())
+        if not waits:
+            return {}
+        with connection.makefile("rb") as f:
+            head, _, body = f.read().partition(b"\r\n\r\n")
+    try:
+        if b" 200 " not in head.partition(b"\r\n")[0]:
+            raise ValueError
+        told: Mapping[str, Any] = json.loads(body)
+    except ValueError:
+        raise ConnectionRefusedError("another program answers there") from None
+    return told
+
+
 # ==================================================================================================
 # Registry: which service runs where: pidfile locks and leases
 # ==================================================================================================
@@ -10190,6 +10219,13 @@ class Service(NamedTuple):
         inner = ("key", "is_stopping", "nonce", "device", "inode")
         return {k: v for k, v in self._asdict().items() if k not in inner}
 
+    def order(self, order: str, waits: bool = True, **fields: object) -> Mapping[str, Any]:
+        """Tell the service to do something, see `send_order`; OSError where it takes no orders."""
+        if self.nonce is None:
+            raise ConnectionRefusedError("it takes no orders")
+        host = urllib.parse.urlsplit(self.url).hostname or self.host
+        return send_order((host, self.port), self.nonce, order, waits, **fields)
+
     def serves(self, folder: str) -> bool:
         """Whether this .metaflow is the one that it serves, under whatever name.
 
@@ -10207,40 +10243,10 @@ class Service(NamedTuple):
         if is_in_place and self.machine == own_name():
             return True
         try:
-            told = send_order(self, "identify", waits=True)
+            told = self.order("identify")
         except OSError:
             return False
         return bool(told.get("serves"))
-
-
-ORDER_SECONDS = 5.0
-"""How long a service may take to do what it is asked."""
-
-
-def send_order(
-    service: Service, order: str, waits: bool, fields: Mapping[str, object] = MappingProxyType({})
-) -> Mapping[str, Any]:
-    """Tell a service itself to do something, and what it says to that, if that is waited for.
-
-    OSError where it is not there. Its nonce proves to it that we have read its pidfile; that it
-    takes the nonce proves to us that it is the one that has written it.
-    """
-    host = urllib.parse.urlsplit(service.url).hostname or service.host
-    headers = {NONCE_HEADER: service.nonce, **fields}
-    lines = [f"POST /{order} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
-    with socket.create_connection((host, service.port), timeout=ORDER_SECONDS) as connection:
-        connection.sendall("\r\n".join([*lines, "", ""]).encode())
-        if not waits:
-            return {}
-        with connection.makefile("rb") as f:
-            head, _, body = f.read().partition(b"\r\n\r\n")
-    try:
-        if b" 200 " not in head.partition(b"\r\n")[0]:
-            raise ValueError
-        told: Mapping[str, Any] = json.loads(body)
-    except ValueError:
-        raise ConnectionRefusedError("another program answers there") from None
-    return told
 
 
 def datastore_folder(root: str) -> str:
@@ -10989,10 +10995,8 @@ def pid_namespace() -> str:
 
 def hold_service(service: Service, pid: int) -> None:
     """Let a service stay for as long as a process lives; asking it counts as use."""
-    if service.nonce is None:
-        return
     with contextlib.suppress(OSError):
-        send_order(service, "hold", False, {"pid": pid, "namespace": pid_namespace()})
+        service.order("hold", waits=False, pid=pid, namespace=pid_namespace())
 
 
 def wait_until_ready(service: Service) -> None:
@@ -11022,9 +11026,7 @@ def stop_service(service: Service) -> None:
     """Ask a service to stop, and return when it is gone."""
     pidfile = os.path.join(datastore_folder(service.root), PIDFILE)
     try:
-        if service.nonce is None:
-            raise ConnectionRefusedError
-        send_order(service, "stop", waits=True)
+        service.order("stop")
     except OSError:
         if os.path.exists(pidfile):
             stop_process(service, pidfile)
