@@ -108,6 +108,9 @@ ENV_HOME = "METAFLOW_LOCAL_SERVICE_HOME"
 ENV_UI_DIR = "METAFLOW_LOCAL_SERVICE_UI_DIR"
 ENV_SYSROOT = "METAFLOW_DATASTORE_SYSROOT_LOCAL"
 ENV_KEY = "METAFLOW_SERVICE_AUTH_KEY"
+ENV_EXPORTED = "METAFLOW_LOCAL_SERVICE_EXPORTED"
+"""What commands of this program have exported in place of the user's own, as JSON; see
+`describe_exports`."""
 
 log = logging.getLogger(PROGRAM)
 
@@ -175,35 +178,135 @@ def home_folder(environment: Environment) -> str:
     return os.path.expanduser(environment.get(ENV_HOME) or f"~/.{PROGRAM}")
 
 
-def configured_sysroot(environment: Environment) -> str | None:
-    """DATASTORE_SYSROOT_LOCAL as Metaflow would find it: the environment, else its profile file."""
-    if environment.get(ENV_SYSROOT):
-        return environment[ENV_SYSROOT]
-    home = os.path.expanduser(environment.get("METAFLOW_HOME") or "~/.metaflowconfig")
-    profile = environment.get("METAFLOW_PROFILE")
+def describe_exports(settings: Mapping[str, str], user: Environment) -> str:
+    """The value of ENV_EXPORTED for settings that are exported into a user's environment.
+
+    By variable, what it is set to and what the user had there. Only of the variables that this
+    program reads itself, and where they differ: what is as before stays the user's own.
+    """
+    return json.dumps(
+        {
+            name: (settings[name], user.get(name))
+            for name in (ENV_SYSROOT, ENV_KEY)
+            if name in settings and settings[name] != user.get(name)
+        }
+    )
+
+
+def user_environment(environment: Environment) -> dict[str, str]:
+    """The environment without what this program has exported into it, as `run` and `env` do.
+
+    A variable that is no longer what it was set to then has been set by the user since.
+    """
+    user = dict(environment)
     try:
-        with open(os.path.join(home, f"config_{profile}.json" if profile else "config.json")) as f:
-            configured = json.load(f).get(ENV_SYSROOT)
-    except (OSError, ValueError, AttributeError):
-        return None
-    return configured if isinstance(configured, str) else None
+        for name, (exported, before) in json.loads(user.pop(ENV_EXPORTED, "{}")).items():
+            if user.get(name) == exported:
+                del user[name]
+                if isinstance(before, str):
+                    user[name] = before
+    except (ValueError, TypeError, AttributeError):
+        log.debug("%s is not of this program's making", ENV_EXPORTED)
+    return user
+
+
+def nearest_project(here: str) -> str | None:
+    """The nearest folder from `here` upwards that has a .metaflow, None where none has."""
+    above = os.path.realpath(here)
+    while not os.path.isdir(os.path.join(above, DATASTORE_DIR)):
+        if above == os.path.dirname(above):
+            return None
+        above = os.path.dirname(above)
+    return above
+
+
+def read_configuration(path: str) -> dict[str, object]:
+    """What a configuration file of Metaflow's says; nothing where it makes no sense.
+
+    Metaflow refuses to be imported then, and the command says so itself.
+    """
+    try:
+        with open(path, encoding="utf-8") as f:
+            configuration = json.load(f)
+    except (OSError, ValueError):
+        return {}
+    return configuration if isinstance(configuration, dict) else {}
+
+
+def configured_sysroot(environment: Environment, here: str) -> str | None:
+    """DATASTORE_SYSROOT_LOCAL as Metaflow finds it when it runs in the folder `here`.
+
+    The first of the environment, the project's configuration and the profile's that names it
+    decides, even if it says nothing (null). The value is used as it stands: a `~` is not expanded.
+    """
+    if ENV_SYSROOT in environment:
+        return environment[ENV_SYSROOT]
+    project = nearest_project(here)
+    profile = environment.get("METAFLOW_PROFILE")
+    home = environment.get("METAFLOW_HOME", "~/.metaflowconfig")
+    file = f"config_{profile}.json" if profile else "config.json"
+    paths = [os.path.join(project, DATASTORE_DIR, "config.json")] if project else []
+    paths.append(os.path.join(here, os.path.expanduser(os.path.join(home, file))))
+    for path in paths:
+        configuration = read_configuration(path)
+        if ENV_SYSROOT in configuration:
+            sysroot = configuration[ENV_SYSROOT]
+            return sysroot if isinstance(sysroot, str) else None
+    return None
 
 
 def root_folder(option: str | None, environment: Environment, here: str) -> str:
     """The folder whose .metaflow is meant, the one that local mode would use, as a real path.
 
-    `--root`, else Metaflow's DATASTORE_SYSROOT_LOCAL, else the nearest folder from `here` upwards
-    that has a .metaflow, else `here`.
+    `--root`, else Metaflow's DATASTORE_SYSROOT_LOCAL if the user has set it, else the nearest
+    folder from `here` upwards that has a .metaflow, else `here`.
     """
-    named = option or configured_sysroot(environment)
-    if named:
-        return os.path.realpath(os.path.join(here, os.path.expanduser(named)))
-    above = os.path.realpath(here)
-    while not os.path.isdir(os.path.join(above, DATASTORE_DIR)):
-        if above == os.path.dirname(above):
-            return os.path.realpath(here)
-        above = os.path.dirname(above)
-    return above
+    if option:
+        return os.path.realpath(os.path.join(here, os.path.expanduser(option)))
+    sysroot = configured_sysroot(user_environment(environment), here)
+    if sysroot is not None:
+        return os.path.realpath(os.path.join(here, sysroot))
+    return nearest_project(here) or os.path.realpath(here)
+
+
+def has_proxy(host: str, environment: Environment) -> bool:
+    """Whether clients that heed the usual variables ask a proxy for http://`host`."""
+    names = ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
+    exceptions = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
+    if not any(map(environment.get, names)) or exceptions.strip() == "*":
+        return False
+    return not any(is_excepted(host, name.strip()) for name in exceptions.split(","))
+
+
+def is_excepted(host: str, exception: str) -> bool:
+    """Whether a name, address or network in no_proxy excepts a host."""
+    if "/" not in exception:
+        name = exception.strip("[]").lstrip(".").lower()
+        return name != "" and (host == name or host.endswith(f".{name}"))
+    import ipaddress
+
+    try:
+        return ipaddress.ip_address(host) in ipaddress.ip_network(exception, strict=False)
+    except ValueError:
+        return False
+
+
+def proxy_exceptions(host: str, environment: Environment) -> dict[str, str]:
+    """no_proxy and NO_PROXY with `host` added to what is there; nothing where no proxy is set.
+
+    Programs differ in which of the two they read first, so both say all. A `*`, which excepts all
+    hosts, does so only where it stands alone.
+    """
+    if not any(name.lower().endswith("_proxy") and environment[name] for name in environment):
+        return {}
+    names = (host, f"[{host}]") if ":" in host else (host,)  # some want an IPv6 address in brackets
+    exceptions = {}
+    for name, other in (("no_proxy", "NO_PROXY"), ("NO_PROXY", "no_proxy")):
+        there = (environment.get(name) or environment.get(other) or "").strip(", ")
+        listed = [exception.strip() for exception in there.split(",")]
+        added = [] if there == "*" else [n for n in names if n not in listed]
+        exceptions[name] = ",".join(filter(None, (there, *added)))
+    return exceptions
 
 
 # ==================================================================================================
@@ -10207,12 +10310,20 @@ class Service(NamedTuple):
     device: int = 0  # of the .metaflow that it serves
     inode: int = 0
 
-    def settings(self) -> dict[str, str]:
-        """The environment in which Metaflow uses the service."""
-        settings = {"METAFLOW_SERVICE_URL": self.url, "METAFLOW_DEFAULT_METADATA": "service"}
-        if self.key is not None:
-            settings[ENV_KEY] = self.key
-        return settings
+    def settings(self, user: Environment) -> dict[str, str]:
+        """What is to be set in a user's environment for Metaflow to use the service.
+
+        The root is among it, so that records, artifacts and logs of a flow stay together.
+        """
+        host = urllib.parse.urlsplit(self.url).hostname or self.host
+        key = {} if self.key is None else {ENV_KEY: self.key}
+        settings = {
+            "METAFLOW_SERVICE_URL": self.url,
+            "METAFLOW_DEFAULT_METADATA": "service",
+            ENV_SYSROOT: self.root,
+            **proxy_exceptions(host, user),
+        }
+        return {**settings, ENV_EXPORTED: describe_exports({**settings, **key}, user), **key}
 
     def public(self) -> dict[str, object]:
         """All of it that others may see."""
@@ -11092,7 +11203,11 @@ def resolve_options(arguments: Arguments, idle_timeout: float = DEFAULT_IDLE_TIM
 
     port = chosen(arguments.port, ENV_PORT, parse_port)
     timeout = chosen(arguments.idle_timeout, ENV_IDLE_TIMEOUT, parse_seconds)
-    key = from_environment(os.environ, ENV_KEY, parse_key)
+    root = resolve_root(arguments)
+    # A key that this program has exported of another root's service is not the user's.
+    is_of_root = os.environ.get(ENV_SYSROOT) == root
+    user = os.environ if is_of_root else user_environment(os.environ)
+    key = from_environment(user, ENV_KEY, parse_key)
     if key is not None and len(key) < SHORTEST_KEY:
         print_notice(f"the key in {ENV_KEY} has less than {SHORTEST_KEY} characters: easy to guess")
     if key is None and not arguments.generate_key and not is_loopback(arguments.host):
@@ -11100,7 +11215,7 @@ def resolve_options(arguments: Arguments, idle_timeout: float = DEFAULT_IDLE_TIM
             f"To listen on {arguments.host} takes a key: set {ENV_KEY}, or give --generate-key.", 2
         )
     return Options(
-        root=resolve_root(arguments),
+        root=root,
         host=arguments.host,
         port=port or 0,
         idle_timeout=idle_timeout if timeout is None else timeout,
@@ -11113,14 +11228,18 @@ def resolve_options(arguments: Arguments, idle_timeout: float = DEFAULT_IDLE_TIM
 
 
 def command_settings(arguments: Arguments, service: Service) -> dict[str, str]:
-    """The environment in which a command uses the service.
+    """What is to be set for a command that uses the service."""
+    user = user_environment(os.environ)
+    here = current_folder()
+    sysroot = configured_sysroot(user, here)
+    if arguments.root and sysroot is not None and root_folder(None, user, here) != service.root:
+        print_notice(f"--root wins over {ENV_SYSROOT}, which is {sysroot!r}")
+    return service.settings(user)
 
-    With --root, artifacts are to go where the metadata does, unless something else is set.
-    """
-    settings = service.settings()
-    if arguments.root is not None and not os.environ.get(ENV_SYSROOT):
-        settings[ENV_SYSROOT] = service.root
-    return settings
+
+def command_environment(arguments: Arguments, service: Service) -> dict[str, str]:
+    """The environment of a command that uses the service."""
+    return {**user_environment(os.environ), **command_settings(arguments, service)}
 
 
 @subcommand(
@@ -11148,7 +11267,7 @@ def do_run(arguments: Arguments) -> None:
     lease.keep_on_exec()
     if shutil.which(command[0]):
         print_notice(f"runs are shown at {service.url} and by `{PROGRAM} show`")
-    exec_command(command, {**os.environ, **command_settings(arguments, service)})
+    exec_command(command, command_environment(arguments, service))
 
 
 def exec_command(command: Sequence[str], environment: Environment) -> NoReturn:
@@ -11178,9 +11297,13 @@ def do_start(arguments: Arguments) -> None:
 
 
 def print_settings(arguments: Arguments, service: Service) -> None:
+    """Print the settings as a shell's commands."""
     import shlex
 
-    for name, value in command_settings(arguments, service).items():
+    settings = command_settings(arguments, service)
+    for name in os.environ.keys() - user_environment(os.environ).keys() - settings.keys():
+        print(f"unset {name}")  # of another service
+    for name, value in settings.items():
         print(f"export {name}={shlex.quote(value)}")
 
 
@@ -11264,6 +11387,9 @@ def do_url(arguments: Arguments) -> None:
     else:
         service, _ = ensure_service(resolve_options(arguments))
     hold_service(service, asking_process())
+    host = urllib.parse.urlsplit(service.url).hostname or service.host
+    if has_proxy(host, os.environ):
+        print_notice(f"a proxy is set, which {host} has to be excepted from: add it to no_proxy")
     print(service.url)
 
 
@@ -11334,6 +11460,8 @@ def do_env(arguments: Arguments) -> None:
     """Print the settings as `export` lines for a shell's eval; starts a service where none runs."""
     service, _ = ensure_service(resolve_options(arguments))
     hold_service(service, asking_process())
+    if os.environ.get(ENV_SYSROOT) != service.root:
+        print_notice(f"with these settings, flows of any folder are recorded in {service.root}")
     print_settings(arguments, service)
 
 
@@ -12256,13 +12384,11 @@ def do_demo(arguments: Arguments) -> None:
     lease = acquire_lease(options.root)
     service, _ = ensure_service(options)
     wait_until_ready(service)
-    settings = command_settings(arguments, service)
+    environment = command_environment(arguments, service)
     users = (os.environ.get(name) for name in ("METAFLOW_USER", "SUDO_USER", "USERNAME", "USER"))
     if all(user in (None, "", "root") for user in users):
-        settings["METAFLOW_USER"] = "demo"  # Metaflow wants a name, which a fresh container lacks
-    ran = subprocess.run(
-        [sys.executable, flow, "run", "--tag", "demo"], env={**os.environ, **settings}
-    )
+        environment["METAFLOW_USER"] = "demo"  # Metaflow wants one, which a fresh container lacks
+    ran = subprocess.run([sys.executable, flow, "run", "--tag", "demo"], env=environment)
     if ran.returncode != 0:
         raise ServiceError("The demo flow failed; what it said is above.", ran.returncode)
     print_recorded(service, folder, program)

@@ -503,7 +503,8 @@ def test_ci_runs_the_one_test_command_of_the_readme_and_ends_as_it_does(tmp_path
         (None, {"METAFLOW_PROFILE": "work"}, "of-the-profile"),
         (None, {"METAFLOW_PROFILE": "missing"}, "."),
         (None, {}, "of-the-config"),
-        (None, {"METAFLOW_DATASTORE_SYSROOT_LOCAL": ""}, "of-the-config"),
+        (None, {"METAFLOW_DATASTORE_SYSROOT_LOCAL": ""}, "."),
+        (None, {"METAFLOW_DATASTORE_SYSROOT_LOCAL": "~"}, "~"),
     ],
 )
 def test_the_root_is_what_is_said_most_directly(
@@ -539,18 +540,38 @@ def test_one_root_has_one_name_whatever_links_lead_there(project: Path, tmp_path
         assert mls.root_folder(option, {"METAFLOW_HOME": "/nowhere"}, here) == str(project)
 
 
-@pytest.mark.parametrize("source", ["environment", "profile", "ancestor"])
-def test_metaflow_itself_would_use_the_same_root(cli: Cli, source: str) -> None:
-    environment = {"METAFLOW_HOME": str(cli.home)}
-    if source == "environment":
-        environment["METAFLOW_DATASTORE_SYSROOT_LOCAL"] = "relative"
-    elif source == "profile":
-        environment["METAFLOW_PROFILE"] = "work"
-        content = {"METAFLOW_DATASTORE_SYSROOT_LOCAL": str(cli.home / "elsewhere")}
-        (cli.home / "config_work.json").write_text(json.dumps(content))
+SYSROOT = "METAFLOW_DATASTORE_SYSROOT_LOCAL"
+
+
+@pytest.mark.parametrize(
+    ("environment", "of_project", "of_profile"),
+    [
+        ({}, {}, {}),
+        ({SYSROOT: "relative"}, {SYSROOT: "/project"}, {SYSROOT: "/profile"}),
+        ({SYSROOT: ""}, {SYSROOT: "/project"}, {}),
+        ({SYSROOT: "~/home"}, {}, {}),
+        ({}, {SYSROOT: "~/home"}, {SYSROOT: "/profile"}),
+        ({}, {SYSROOT: "relative"}, {SYSROOT: "/profile"}),
+        ({}, {SYSROOT: ""}, {SYSROOT: "/profile"}),
+        ({}, {SYSROOT: None}, {SYSROOT: "/profile"}),
+        ({"METAFLOW_HOME": ""}, {"other": ""}, {SYSROOT: "/profile"}),
+    ],
+)
+def test_metaflow_itself_would_use_the_same_root(
+    cli: Cli,
+    environment: dict[str, str],
+    of_project: dict[str, str | None],
+    of_profile: dict[str, str | None],
+) -> None:
+    if of_project and not hasattr(metaflow.metaflow_config_funcs, "init_local_config"):
+        pytest.skip("this Metaflow reads no configuration of a project")
+    environment = {"METAFLOW_HOME": str(cli.home), "METAFLOW_PROFILE": "work", **environment}
     (cli.folder / ".metaflow").mkdir()
+    (cli.folder / ".metaflow" / "config.json").write_text(json.dumps(of_project))
     below = cli.folder / "a" / "b"
     below.mkdir(parents=True)
+    for folder in (cli.home, below):
+        (folder / "config_work.json").write_text(json.dumps(of_profile))
     asked = subprocess.run(
         [
             sys.executable,
@@ -566,6 +587,70 @@ def test_metaflow_itself_would_use_the_same_root(cli: Cli, source: str) -> None:
     )
     theirs = os.path.realpath(below / asked.stdout.strip())
     assert os.path.join(mls.root_folder(None, environment, str(below)), ".metaflow") == theirs
+
+
+def test_what_was_exported_is_not_the_users_setting_unless_they_set_it_since() -> None:
+    user = {"PATH": "/bin", SYSROOT: "sub"}
+    exports = {SYSROOT: "/here/sub", mls.ENV_KEY: "theirs"}
+    within = {**user, **exports, mls.ENV_EXPORTED: mls.describe_exports(exports, user)}
+    assert mls.user_environment(within) == user
+    assert mls.user_environment({**within, SYSROOT: "/new"}) == {**user, SYSROOT: "/new"}
+    same = mls.describe_exports({SYSROOT: "/set"}, {SYSROOT: "/set"})
+    assert mls.user_environment({SYSROOT: "/set", mls.ENV_EXPORTED: same}) == {SYSROOT: "/set"}
+
+
+@pytest.mark.parametrize("mark", ["", "{", "[]", "5", '{"a": 5}', '{"PATH": ["/bin", 5]}'])
+def test_a_mark_of_exports_that_is_not_ours_does_no_harm(mark: str) -> None:
+    environment = {"HOME": "/", mls.ENV_EXPORTED: mark}
+    assert mls.user_environment(environment) == {"HOME": "/"}
+
+
+PROXIED = {"http_proxy": "http://proxy:3128"}
+
+
+@pytest.mark.parametrize(
+    ("host", "environment", "expected"),
+    [
+        ("127.0.0.1", {}, None),
+        ("127.0.0.1", {"http_proxy": ""}, None),
+        ("127.0.0.1", PROXIED, ["127.0.0.1", "127.0.0.1"]),
+        ("127.0.0.1", {"ALL_PROXY": "socks5://p"}, ["127.0.0.1", "127.0.0.1"]),
+        ("::1", PROXIED, ["::1,[::1]", "::1,[::1]"]),
+        ("localhost", {**PROXIED, "no_proxy": "*"}, ["*", "*"]),
+        ("localhost", {**PROXIED, "no_proxy": "a, b,"}, ["a, b,localhost", "a, b,localhost"]),
+        ("localhost", {"no_proxy": "a", "NO_PROXY": "b"}, ["a,localhost", "b,localhost"]),
+        ("localhost", {"no_proxy": "localhost,a"}, ["localhost,a", "localhost,a"]),
+        ("localhost", {"no_proxy": "*,a"}, ["*,a,localhost", "*,a,localhost"]),
+    ],
+)
+def test_the_host_is_excepted_from_proxies_and_what_was_excepted_stays(
+    host: str, environment: dict[str, str], expected: list[str] | None
+) -> None:
+    exceptions = mls.proxy_exceptions(host, environment)
+    assert (list(exceptions.values()) or None) == expected
+    assert list(exceptions) == (["no_proxy", "NO_PROXY"] if expected else [])
+    assert mls.proxy_exceptions(host, {**environment, **exceptions}) == exceptions
+    assert not mls.has_proxy(host, {**environment, **exceptions})
+
+
+@pytest.mark.parametrize(
+    ("exceptions", "is_caught"),
+    [
+        ("", True),
+        ("localhost", True),
+        ("127.0.0.1", False),
+        ("a, 127.0.0.1", False),
+        ("127.0.0.0/8", False),
+        ("10.0.0.0/8", True),
+        ("a/b", True),
+        (" * ", False),
+        ("7.0.0.1", True),
+    ],
+)
+def test_whether_a_proxy_would_be_asked_is_known(exceptions: str, is_caught: bool) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        assert mls.has_proxy("127.0.0.1", {**PROXIED, name: exceptions}) is is_caught
+    assert not mls.has_proxy("127.0.0.1", {"https_proxy": "http://proxy"})
 
 
 @given(st.text(max_size=7) | st.integers(-9, 99999).map(str))
@@ -7077,17 +7162,114 @@ def test_a_key_is_made_once_and_is_the_services_from_then_on(cli: Cli) -> None:
     assert re.fullmatch(r"export METAFLOW_SERVICE_AUTH_KEY=[\w-]{32}", first[-1])
 
 
-def test_run_gives_its_command_the_two_settings(daemon: Api, cli: Cli) -> None:
+def test_run_gives_its_command_the_settings(daemon: Api, cli: Cli) -> None:
     told = cli("run", "env", METAFLOW_SERVICE_URL="http://other").stdout.splitlines()
     assert f"METAFLOW_SERVICE_URL={daemon.url}" in told
     assert "METAFLOW_DEFAULT_METADATA=service" in told
-    assert not [line for line in told if line.startswith("METAFLOW_DATASTORE_SYSROOT_LOCAL")]
+    assert f"{SYSROOT}={cli.folder}" in told
 
 
 def test_a_root_on_the_command_line_is_where_artifacts_go_too(cli: Cli) -> None:
-    command = ("run", "--root", "root", "printenv", "METAFLOW_DATASTORE_SYSROOT_LOCAL")
-    assert cli(*command).stdout == f"{cli.folder / 'root'}\n"
-    assert cli(*command, METAFLOW_DATASTORE_SYSROOT_LOCAL="/else").stdout == "/else\n"
+    command, root = ("run", "--root", "root", "printenv", SYSROOT), cli.folder / "root"
+    told = cli(*command)
+    assert (told.stdout, without_mention(told.stderr)) == (f"{root}\n", "")
+    assert without_mention(cli(*command, **{SYSROOT: str(root)}).stderr) == ""
+    over = cli(*command, **{SYSROOT: "/else"})
+    assert over.stdout == f"{root}\n"
+    assert re.fullmatch(r".*--root wins over.*'/else'\n", without_mention(over.stderr))
+
+
+SHORT_FLOW = """
+from metaflow import FlowSpec, step
+
+class Flow(FlowSpec):
+    @step
+    def start(self):
+        self.value = 42
+        self.next(self.end)
+
+    @step
+    def end(self):
+        pass
+
+if __name__ == "__main__":
+    Flow()
+"""
+
+
+@pytest.mark.parametrize("how", ["tilde", "relative", "project", "root over another", "sub"])
+def test_records_and_artifacts_of_a_flow_stay_together(cli: Cli, how: str) -> None:
+    (cli.folder / "sub" / ".metaflow").mkdir(parents=True)
+    (cli.folder / "flow.py").write_text(SHORT_FLOW)
+    options: list[str] = []
+    folder, environment = cli.folder / "sub", {}
+    if how == "tilde":
+        environment, root = {SYSROOT: "~/x"}, cli.folder / "sub" / "~" / "x"
+    elif how == "relative":
+        environment, root = {SYSROOT: "other"}, cli.folder / "sub" / "other"
+    elif how == "project":
+        root = cli.home / "elsewhere"
+        configuration = folder / ".metaflow" / "config.json"
+        configuration.write_text(json.dumps({SYSROOT: str(root)}))
+    elif how == "root over another":
+        environment, root = {SYSROOT: str(cli.home)}, cli.home / "named"
+        options = ["--root", str(root)]
+    else:
+        folder = root = cli.folder
+    command = "cd ../sub; " if how != "sub" else "cd sub; "
+    command += f"{shlex.quote(sys.executable)} ../flow.py run"
+    ran = cli("run", *options, "sh", "-c", command, cwd=folder, **environment)
+    assert ran.returncode == 0, ran.stderr
+    (flow,) = [path.parent for path in cli.folder.parent.rglob("*/.metaflow/*/data")]
+    assert flow.parent == root / ".metaflow"
+    assert [path.name for path in flow.iterdir() if path.name.isdigit()]
+
+
+def test_within_another_projects_shell_run_means_the_project_it_is_in(
+    cli: Cli, tmp_path: Path
+) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    for folder in (a, b):
+        (folder / ".metaflow").mkdir(parents=True)
+    key = cli("env", "--generate-key", cwd=a)
+    assert "recorded in" in key.stderr
+    script = f'eval "$(PROGRAM)"; printenv {SYSROOT}; PROGRAM >/dev/null; cd {b}; RUN'
+    run = shlex.join(cli.command("run", "sh", "-c", f"printenv {SYSROOT}; env"))
+    shell = in_shell(cli, script.replace("RUN", run), "env", cwd=a)
+    told = shell.stdout.splitlines()
+    assert told[:2] == [str(a), str(b)], shell
+    assert not [line for line in told if line.startswith("METAFLOW_SERVICE_AUTH_KEY=")]
+    assert f"METAFLOW_SERVICE_URL={running(b).url}" in told
+    assert shell.stderr.count("flows of any folder are recorded") == 1
+    url = shlex.join(cli.command("url"))
+    nested = cli("run", "sh", "-c", f"cd {b}; {url}; cd {a}; {url}", cwd=a)
+    assert nested.stdout.splitlines() == [running(b).url, running(a).url]
+
+
+def test_settings_of_another_service_are_taken_back(cli: Cli, tmp_path: Path) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    for folder in (a, b):
+        (folder / ".metaflow").mkdir(parents=True)
+    assert cli("start", "--generate-key", cwd=a).returncode == 0
+    script = f'eval "$(PROGRAM)"; cd {b}; eval "$(PROGRAM)"; env'
+    told = in_shell(cli, script, "env", cwd=a).stdout
+    assert f"METAFLOW_SERVICE_URL={running(b).url}\n" in told
+    assert "METAFLOW_SERVICE_AUTH_KEY=" not in told
+
+
+def test_a_proxy_does_not_come_between(cli: Cli) -> None:
+    proxy = {"http_proxy": "http://127.0.0.1:9", "all_proxy": "http://127.0.0.1:9"}
+    proxy["NO_PROXY"] = "intern.example"
+    (cli.folder / "flow.py").write_text(SHORT_FLOW)
+    ran = cli("run", sys.executable, "flow.py", "run", **proxy)
+    assert ran.returncode == 0, ran.stderr
+    told = cli("run", "printenv", "no_proxy", "NO_PROXY", **proxy).stdout.split()
+    assert told == ["intern.example,127.0.0.1"] * 2
+    assert "export no_proxy=intern.example,127.0.0.1\n" in cli("env", **proxy).stdout
+    url = cli("url", **proxy)
+    assert (url.returncode, url.stdout) == (0, f"{running(cli.folder).url}\n")
+    assert re.fullmatch(r".*proxy.*127\.0\.0\.1.*no_proxy\n", url.stderr)
+    assert cli("url", **proxy, no_proxy="127.0.0.1").stderr == ""
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
