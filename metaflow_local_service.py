@@ -1782,6 +1782,41 @@ def read_json(file: io.BufferedReader, limit: int) -> Any:
         raise ValueError("It is nested too deeply.") from None
 
 
+# -- where cards are -------------------------------------------------------------------------------
+
+CARD_ROOTS_FILE = f"{PROGRAM}.cards"
+MOST_CARD_ROOTS = 100
+
+
+def read_card_roots(folder: str) -> list[str]:
+    """The other datastores in which cards of runs of this one may be; see `note_card_root`."""
+    try:
+        with open(os.path.join(folder, CARD_ROOTS_FILE), encoding="utf-8") as f:
+            noted = json.load(f)
+    except (OSError, ValueError, RecursionError):
+        return []
+    return [root for root in noted if isinstance(root, str)] if isinstance(noted, list) else []
+
+
+def note_card_root(folder: str, here: str) -> None:
+    """Note in a datastore where the cards of a command go that runs in the folder `here`.
+
+    Metaflow's card store does not heed the root that is set: it takes the nearest .metaflow above
+    the working directory, or makes one there. Where it cannot be noted, cards are not found.
+    """
+    root = os.path.join(nearest_project(here) or os.path.realpath(here), DATASTORE_DIR)
+    noted = read_card_roots(folder)
+    if os.path.realpath(root) == os.path.realpath(folder) or root in noted:
+        return
+    path = os.path.join(folder, CARD_ROOTS_FILE)
+    temporary = os.path.join(folder, f"{TEMPORARY}cards-{os.getpid()}")
+    with contextlib.suppress(OSError):
+        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        with open(descriptor, "w", encoding="utf-8") as f:
+            json.dump([*noted, root][-MOST_CARD_ROOTS:], f)
+        os.replace(temporary, path)
+
+
 def decompress(blob: bytes, limit: int) -> bytes:
     """What a blob of the datastore holds; TooLarge where that is more than the limit."""
     import zlib
@@ -4247,6 +4282,11 @@ class Model:
         """The cards of a task."""
         return [card for card, _ in self.card_files(ids)]
 
+    def count_missing_cards(self, ids: Ids) -> int:
+        """How many cards of a task are recorded whose files are not found."""
+        recorded = {m["field_name"] for m in self.store.metadata(ids) if m["type"] == "card-info"}
+        return len(recorded - {card["hash"] for card in self.cards(ids)})
+
     def card(self, ids: Ids, card_hash: str) -> bytes | None:
         """The HTML of a card, None where there is none; TooLarge."""
         for card, place in self.card_files(ids):
@@ -4266,7 +4306,8 @@ class Model:
     def _card_folders(self, ids: Ids, kind: str) -> list[Place]:
         """Where a task's cards may be: Metaflow before 2022 left the step out."""
         flow, run, step, task = ids
-        roots = dict.fromkeys((self.datastore_root(ids, None), self.store.folder))
+        own, noted = self.store.folder, read_card_roots(self.store.folder)
+        roots = dict.fromkeys((self.datastore_root(ids, None), own, *noted))
         return [
             (root, CARDS_DIR, flow, "runs", run, *below, kind)
             for root in roots
@@ -7537,7 +7578,7 @@ function cardPart(attempt, owner) {
   const box = h("div", {id: "cards"});
   owner.signal.addEventListener("abort", () => known.forEach((card) => cards.delete(card)));
   return newPart("cards", "Cards", async () => {
-    const {data} = await getIfAny(attempt.base + "/cards?data=true", []);
+    const {data, missing = 0} = await getIfAny(attempt.base + "/cards?data=true", []);
     for (const row of data) {
       const card = known.get(row.hash) || newCard(attempt.base, row, known.size + 1);
       known.set(row.hash, card);
@@ -7546,7 +7587,9 @@ function cardPart(attempt, owner) {
       card.tell();
     }
     if (!known.size) {
-      return emptyLine("cards", "Cards", noneOf(attempt));
+      const gone = `${plural(missing, "card")} recorded, but the files are not found.`;
+      const isGone = missing && attempt.phase() === "settled";
+      return emptyLine("cards", "Cards", isGone ? gone : noneOf(attempt));
     }
     sync(box, [...known.values()].map(({node}) => node)); // moved, a frame would be loaded anew
     return box;
@@ -8210,7 +8253,11 @@ def parse_count(query: Query, name: str, default: int) -> int:
 
 
 def envelope(
-    request: Request, data: object, status: int = 200, pages: Mapping[str, int | None] | None = None
+    request: Request,
+    data: object,
+    status: int = 200,
+    pages: Mapping[str, int | None] | None = None,
+    further: Mapping[str, object] = MappingProxyType({}),
 ) -> Response:
     """What the UI's backend answers, in its envelope; `pages`: of a list, by their relation.
 
@@ -8220,6 +8267,7 @@ def envelope(
         name: None if n is None else page_link(request, n) for name, n in (pages or {}).items()
     }
     body: dict[str, object] = {
+        **further,
         "data": data,
         "status": status,
         "links": {**links, "self": page_link(request)},
@@ -8241,11 +8289,12 @@ def envelope_page(
     next_page: int | None = None,
     last_page: int | None = None,
     status: int = 200,
+    further: Mapping[str, object] = MappingProxyType({}),
 ) -> Response:
-    """A list: whole, unless it is said to be a page."""
+    """A list: whole, unless it is said to be a page; `further`: what else is told of it."""
     previous = max(1, page - 1)
     pages = {"self": page, "first": 1, "prev": previous, "next": next_page, "last": last_page}
-    return envelope(request, rows, status, pages)
+    return envelope(request, rows, status, pages, further)
 
 
 def envelope_rows(request: Request, rows: list[Any]) -> Response:
@@ -8828,14 +8877,17 @@ def find_log(
 
 @ui_route("GET", UI_TASK + "/cards")
 def ui_cards(model: Model, request: Request, *task: str) -> Response:
-    """The cards of a task; with `data=true` each with what it shows at the moment, or null."""
+    """The cards of a task; with `data=true` each with what it shows at the moment, or null.
+
+    `missing` counts those that are recorded, but whose files are not found.
+    """
     ids = task_ids(*task)
-    cards = model.cards(ids)
-    if first_value(request.query, "data") != "true":
-        return envelope_page(request, cards, last_page=1)
-    found = ((card, card_snapshot(model, ids, card["hash"])) for card in cards)
-    rows = [{**card, "data": None if now is None else now[1]} for card, now in found]
-    return envelope_page(request, rows, last_page=1)
+    rows: list[Mapping[str, object]] = [*model.cards(ids)]
+    missing = {"missing": model.count_missing_cards(ids)}
+    if first_value(request.query, "data") == "true":
+        found = ((card, card_snapshot(model, ids, str(card["hash"]))) for card in rows)
+        rows = [{**card, "data": None if now is None else now[1]} for card, now in found]
+    return envelope_page(request, rows, last_page=1, further=missing)
 
 
 def card_snapshot(model: Model, ids: Ids, card_hash: str) -> tuple[Card, object] | None:
@@ -11267,6 +11319,7 @@ def do_run(arguments: Arguments) -> None:
     lease.keep_on_exec()
     if shutil.which(command[0]):
         print_notice(f"runs are shown at {service.url} and by `{PROGRAM} show`")
+    note_card_root(datastore_folder(service.root), current_folder())
     exec_command(command, command_environment(arguments, service))
 
 
@@ -12290,7 +12343,9 @@ def do_card(arguments: Arguments) -> None:
         if arguments.id in (None, card["id"])
     ]
     if not found:
-        raise ServiceError(f"There is no such card in {'/'.join(ids)}.")
+        missing = sum(map(model.count_missing_cards, tasks_below(model, ids)))
+        where = f"{missing} recorded, but their files are not found" if missing else "none"
+        raise ServiceError(f"There is no such card in {'/'.join(ids)}: {where}.")
     if arguments.open and len(found) > 1:
         only_one("/".join(ids), [(*task, card["id"] or card["type"]) for task, card, _ in found])
     for task, card, path in found:
@@ -12384,6 +12439,7 @@ def do_demo(arguments: Arguments) -> None:
     lease = acquire_lease(options.root)
     service, _ = ensure_service(options)
     wait_until_ready(service)
+    note_card_root(datastore_folder(service.root), folder)
     environment = command_environment(arguments, service)
     users = (os.environ.get(name) for name in ("METAFLOW_USER", "SUDO_USER", "USERNAME", "USER"))
     if all(user in (None, "", "root") for user in users):

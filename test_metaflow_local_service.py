@@ -4133,6 +4133,49 @@ def test_the_services_of_a_user_are_listed(daemon: Api, cli: Cli) -> None:
     assert row == {"root": str(cli.folder), "url": daemon.url, "is_this": True}
 
 
+CARD_FLOW = """
+from metaflow import FlowSpec, card, step
+
+class CardFlow(FlowSpec):
+    @card(type="blank")
+    @step
+    def start(self):
+        self.next(self.end)
+
+    @step
+    def end(self):
+        pass
+
+if __name__ == "__main__":
+    CardFlow()
+"""
+
+
+def test_cards_are_found_that_go_where_the_command_works_and_not_into_the_root(cli: Cli) -> None:
+    """Metaflow's card store takes the nearest .metaflow above the working directory."""
+    (cli.folder / "flow.py").write_text(CARD_FLOW)
+    (cli.folder / ".metaflow").mkdir()
+    elsewhere = cli.folder.parent / "elsewhere"
+    elsewhere.mkdir()
+    ran = cli("run", "--root", elsewhere, sys.executable, "flow.py", "run")
+    assert ran.returncode == 0, ran.stderr
+    told = cli("card", "CardFlow/latest/start", "--root", elsewhere)
+    assert told.returncode == 0, told.stderr
+    assert Path(told.stdout.strip()).is_file()
+    shutil.rmtree(cli.folder / ".metaflow" / "mf.cards", ignore_errors=True)
+    gone = cli("card", "CardFlow/latest/start", "--root", elsewhere)
+    if not (elsewhere / ".metaflow" / "mf.cards").exists():  # Metaflow may come to heed the root
+        assert (gone.returncode, "1 recorded" in gone.stderr) == (1, True)
+
+
+def test_cards_that_are_recorded_but_cannot_be_found_are_counted(ui: Api) -> None:
+    task = ui.new_task_of_its_own()
+    uuid = "e22d3134c65f4295b6a40d9aece26fca"
+    ui.post(f"{task}/metadata", [{**metadatum(uuid, "{}"), "type": "card-info"}])
+    reply = ui.get(f"/api{task}/cards").json
+    assert (reply["data"], reply["missing"]) == ([], 1)
+
+
 def test_an_image_is_sent_as_one_and_nothing_else_is(store: mls.Store, ui: Api) -> None:
     task = ui.new_task_of_its_own()
     image = b"\x89PNG\r\n\x1a\n" + b"0" * 200
