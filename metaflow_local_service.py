@@ -11024,6 +11024,23 @@ MISSING_SECONDS = 1.2
 """How long the folder of a service may be missing before it is gone for good."""
 
 
+M_MMAP_THRESHOLD = -3
+"""Which of its parameters glibc's mallopt(3) is to set."""
+
+LARGE_BLOCK = 4 * 2**20
+
+
+def free_large_blocks_at_once() -> None:
+    """Have the memory of large answers given back when they are sent, where the C library is glibc.
+
+    It would keep that for later, for every thread on its own: 600 MB after 30 answers of 30 MB.
+    """
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
+
+
 class Daemon:
     """The service of a root while it runs: what it owns, for whom it stays, and when it goes."""
 
@@ -11048,6 +11065,7 @@ class Daemon:
 
     def run(self, handler: logging.Handler) -> None:
         """Import Metaflow and answer requests until nobody needs it, and leave nothing behind."""
+        free_large_blocks_at_once()
         handler.setFormatter(OneLineFormatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
         log.setLevel(logging.DEBUG if self._options.is_debug else logging.INFO)

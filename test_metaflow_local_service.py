@@ -5883,13 +5883,15 @@ def served_bytes(size: int) -> Iterator[Api]:
 def test_a_slow_reader_who_goes_on_reading_is_not_cut_off(
     impatient: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mls, "REQUEST_SECONDS", 1.5)
-    size = 2**20
-    with served_bytes(size) as api, stuck(api, b"GET / HTTP/1.1\r\n\r\n") as wire:
+    monkeypatch.setattr(mls, "REQUEST_SECONDS", 1.0)
+    size = 2**22
+    with served_bytes(size) as api, Wire(api) as wire:
+        wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+        wire.send(b"GET / HTTP/1.1\r\n\r\n")
         began, taken = time.monotonic(), 0
-        while taken < size and (data := wire.socket.recv(2**12)):
+        while taken < size and (data := wire.socket.recv(2**14)):
             taken += len(data)
-            time.sleep(0.012)
+            time.sleep(len(data) / 2**21)
         assert taken >= size
         assert time.monotonic() - began > mls.REQUEST_SECONDS
 
