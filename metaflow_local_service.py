@@ -490,17 +490,30 @@ def id_order(identifier: Id) -> IdOrder:
 STAMP = 10**15
 """Numbers from here on (16 digits) are microseconds: local mode's run ids, our metadata ids."""
 
+AHEAD = 1000
+"""A run whose id has to be ahead of the clock, since an earlier one of its flow was made when the
+clock was wrong, gets a multiple of this: so it is known that its id does not say when it was made.
+"""
+
 
 def run_sort_key(run: Run) -> SortKey:
-    """Where a run stands in its flow.
+    """Where a run stands in its flow: when it was made, and its id.
 
-    A run of local mode's stands where its id says that it was made: this costs no look at the file,
-    and holds when local mode changes the run's tags, and with them its ts_epoch.
+    A run of local mode's was made when its id says: this costs no look at the file, and holds when
+    local mode changes the run's tags, and with them its ts_epoch. Of an id that may be ahead of the
+    clock the record knows better.
     """
     number = run["run_number"]
-    if isinstance(number, int) and number >= STAMP:
-        return (number // 1000, id_order(number))
-    return (run["ts_epoch"], id_order(number))
+    if not isinstance(number, int) or number < STAMP:
+        return (run["ts_epoch"], id_order(number))
+    made = number // 1000
+    return (made if number % AHEAD else min(made, run["ts_epoch"]), id_order(number))
+
+
+def is_dated_by_id(key: SortKey) -> bool:
+    """Whether the sort key of a run follows from its id alone."""
+    number = key[1][1]
+    return isinstance(number, int) and number >= STAMP and key[0] == number // 1000
 
 
 def flow_sort_key(flow: Flow) -> SortKey:
@@ -788,14 +801,17 @@ class Cache(dict[str, T]):
 class Clock:
     """Microsecond time stamps that strictly increase, also when the machine's clock does not."""
 
-    def __init__(self) -> None:
+    def __init__(self, step: int = 1) -> None:
+        """`step`: what all stamps that are not the time now are multiples of."""
+        self._step = step
         self._lock = threading.Lock()
         self._last = 0  # guarded by _lock
 
     def stamp(self, above: int = 0) -> int:
-        """The time now; later than at all calls before, and than `above`."""
+        """The time now if that is later than at all calls before and than `above`, else later."""
         with self._lock:
-            self._last = max(time.time_ns() // 1000, self._last + 1, above + 1)
+            now, before = time.time_ns() // 1000, max(self._last, above)
+            self._last = now if now > before else (before // self._step + 1) * self._step
             return self._last
 
 
@@ -873,7 +889,7 @@ class Store:
         # runs take 25 ms of the processor for each list, in turn 8.
         self._writing = threading.Lock()
         self.long_reads = threading.Lock()
-        self._run_clock = Clock()
+        self._run_clock = Clock(AHEAD)
         self._record_clock = Clock()
         self._temporary_names = itertools.count(time.time_ns())
 
@@ -1068,7 +1084,7 @@ class Store:
                 unborn.append(name)
             else:
                 moments.append(moment)
-        if len(ids) + 1 == RUN_DEPTH and any(id_order(STAMP) > m[1] or m[1][0] for m in moments):
+        if len(ids) + 1 == RUN_DEPTH and not all(map(is_dated_by_id, moments)):
             version = None  # local mode changes the ts_epoch of a run with its tags
         listing = Listing(version, sorted(moments), unborn)
         self._listings.put(folder, listing)
@@ -1081,10 +1097,13 @@ class Store:
         """
         name = ids[-1]
         identifier = wire_id(name) if len(ids) in (RUN_DEPTH, TASK_DEPTH) else name
-        if len(ids) == RUN_DEPTH and isinstance(identifier, int) and identifier >= STAMP:
+        is_run = len(ids) == RUN_DEPTH
+        if is_run and isinstance(identifier, int) and identifier >= STAMP and identifier % AHEAD:
             return (identifier // 1000, id_order(identifier))
         record = self._record(ids, make)
-        return None if record is None else (record["ts_epoch"], id_order(identifier))
+        if record is None:
+            return None
+        return run_sort_key(record) if is_run else (record["ts_epoch"], id_order(identifier))
 
     def _files_of(self, ids: Ids) -> TaskFiles:
         return self._files_in(self._meta_of(ids), ids)
@@ -1304,7 +1323,11 @@ class Store:
             files.setdefault(name, _labelled(raw, row.labels, now))
         with self._writing:
             meta = self._meta_of(ids)
-            new = [file for file in files.items() if not os.path.lexists(f"{meta}/{file[0]}")]
+            new = [
+                (name, raw)
+                for name, raw in files.items()
+                if self._read(f"{meta}/{name}", (*ids, name), _artifact) is None
+            ]
             self._add(ids, new)
         return len(new)
 
@@ -1335,7 +1358,7 @@ class Store:
             left = [tag for tag in before if tag not in gone]
             tags = list(dict.fromkeys((*left, *(tag for tag in add if tag not in system))))
             if tags != before:
-                self._add(ids, [(SELF_FILE, {**raw, "tags": tags})])
+                self._add(ids, [(SELF_FILE, {**raw, "tags": tags})], replaces=True)
         return tags
 
     def _require(self, ids: Ids, make: Callable[[Ids, Raw], T], kind: str) -> T:
@@ -1402,19 +1425,23 @@ class Store:
     ) -> None:
         """Put a new object's record in its folder; `is_claimed`: which was just made for it.
 
-        Local mode's datastore may have made the folder before, but never a record.
+        Local mode's datastore may have made the folder before. A record there that cannot be read,
+        as a crash of the machine may leave one, counts as none and is replaced.
         """
         folder, meta = self._folder_of(ids), self._meta_of(ids)
+        path = f"{meta}/{SELF_FILE}"
         if not is_claimed:
             self._require_real(os.path.dirname(folder))
             is_claimed = make_folder(folder)
-            if not is_claimed and os.path.lexists(f"{meta}/{SELF_FILE}"):
+            if not is_claimed and self._record(ids, make) is not None:
                 raise AlreadyExists(f"There is already a {'/'.join(ids)}.")
+            if os.path.isdir(path) and not os.path.islink(path):
+                raise NotStorable(f"{path} is a folder, and no record can be put there.")
         try:
             make_folder(meta)
-            (version,) = self._write([(f"{meta}/{SELF_FILE}", raw)])
+            (version,) = self._write([(path, raw)])
             # To read it again could fail for want of a descriptor, although it is there.
-            self._records.put(f"{meta}/{SELF_FILE}", (version, make(ids, raw)))
+            self._records.put(path, (version, make(ids, raw)))
         except OSError:
             if is_claimed:
                 remove_folder(meta)
@@ -1438,12 +1465,14 @@ class Store:
         run_or_task["last_heartbeat_ts"] = now
         return True
 
-    def _add(self, ids: Ids, files: Sequence[tuple[str, Raw]]) -> None:
-        """Add files to an object's own, or replace them."""
+    def _add(self, ids: Ids, files: Sequence[tuple[str, Raw]], replaces: bool = False) -> None:
+        """Add files to an object's own; `replaces`: or put them in place of some."""
         meta = self._meta_of(ids)
         if files:
             self._require_real(meta)
-            self._write([(f"{meta}/{name}", raw) for name, raw in files])
+            self._write([(f"{meta}/{name}", raw) for name, raw in files], replaces)
+        if replaces:
+            sync_folder(meta)
 
     def _require_real(self, folder: str) -> None:
         """Refuse to write where a symbolic link leads."""
@@ -1471,8 +1500,11 @@ class Store:
             raw["last_heartbeat_ts"] = now // 1000
         return _labelled(raw, labels, now)
 
-    def _write(self, files: Sequence[tuple[str, Raw]]) -> list[Version]:
+    def _write(self, files: Sequence[tuple[str, Raw]], replaces: bool = False) -> list[Version]:
         """Put all records in place, or none: each is complete before it has its name.
+
+        One that `replaces` another is on the disk before, so that no crash of the machine takes
+        both. What is new is not waited for, as in local mode: a flow would wait at every step.
 
         Returns the versions of their files.
         """
@@ -1482,7 +1514,7 @@ class Store:
         try:
             for path, raw in files:
                 staged.append(self._temporary_in(os.path.dirname(path)))
-                versions.append(self._stage(staged[-1], json.dumps(raw).encode()))
+                versions.append(self._stage(staged[-1], json.dumps(raw).encode(), replaces))
             for temporary, (path, _) in zip(staged, files):
                 os.rename(temporary, path)
                 placed.append(path)
@@ -1495,11 +1527,13 @@ class Store:
     def _temporary_in(self, folder: str) -> str:
         return f"{folder}/{TEMPORARY}{next(self._temporary_names)}"
 
-    def _stage(self, path: str, content: bytes) -> Version:
+    def _stage(self, path: str, content: bytes, is_synced: bool = False) -> Version:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         try:
             if os.write(descriptor, content) != len(content):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+            if is_synced:
+                os.fsync(descriptor)
             return file_version(os.fstat(descriptor))
         finally:
             os.close(descriptor)
@@ -1549,6 +1583,15 @@ def make_folder(path: str) -> bool:
                 f"{os.path.basename(path)!r} cannot be used: it is a file or link."
             ) from None
         return False
+
+
+def sync_folder(path: str) -> None:
+    """Return when the names in a folder are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def remove_folder(path: str) -> None:
@@ -9651,7 +9694,20 @@ KEEP_ALIVE_SECONDS = 75.0
 """How long a connection may be silent between two requests."""
 
 REQUEST_SECONDS = 30.0
-"""How long a request may take to arrive, and an answer to be taken."""
+"""How long a request may take to arrive, and the reader of an answer may take none of it."""
+
+SMALL_ANSWER = 2**16
+"""So many bytes of an answer are sent at once, and are not counted."""
+
+MOST_UNSENT = 128 * 2**20
+"""How many bytes of answers may wait for their readers, in all."""
+
+STALLED_SECONDS = 5.0
+"""After how long a reader that takes nothing is dropped, where another needs the room."""
+
+SEND_BUFFER = 2**17
+"""What a socket holds of an answer. The kernel would let it grow to megabytes, and a reader who
+takes 40 kB in a second would seem to take nothing for half a minute."""
 
 SHUTDOWN_SECONDS = 10.0
 """How long requests in flight may go on when the service stops."""
@@ -9667,27 +9723,33 @@ class Access(NamedTuple):
     credentials: Credentials | None  # what every request must bring, if anything
 
     def check(self, fields: Mapping[str, str]) -> None:
-        """Refuse a request that a foreign web page can send."""
-        host = fields.get("host")
-        if host is not None and not self._is_ours(host):
+        """Refuse a request that a foreign web page can send.
+
+        A page that rebinds its own name to this machine's address still sends that name as the
+        Host. With a key, which no foreign page has, any name may lead here.
+        """
+        host, origin = fields.get("host"), fields.get("origin")
+        if self.credentials is None and host is not None and not is_loopback_host(host):
             raise HttpError(403, "The Host header names another host.")
-        origin = fields.get("origin")
-        if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
+        if origin is None:
+            # Browsers send no Origin with most GETs, but say whose page has asked.
+            is_foreign_page = fields.get("sec-fetch-site", "none") not in ("none", "same-origin")
+        else:
+            is_foreign_page = origin not in (f"http://{host}", f"https://{host}")
+        if is_foreign_page:
             raise HttpError(403, "Requests from pages of another origin are not answered.")
 
-    def _is_ours(self, host: str) -> bool:
-        """Whether a Host header can only be meant for us.
 
-        A page that rebinds its own name to this machine's address still sends that name. Whoever
-        listens beyond this machine is reached by addresses and names of its own, and has a key.
-        """
-        try:
-            name = urllib.parse.urlsplit(f"//{host}").hostname or ""
-        except ValueError:
-            return False
-        if name == self.host.lower() or is_loopback(name):
-            return True
-        return not is_loopback(self.host) and (is_address(name) or name == own_name())
+HOST_HEADER = re.compile(r"(?:\[([0-9a-f:.]+)\]|([0-9a-z.-]+))(?::([1-9][0-9]{0,4}))?", re.ASCII)
+
+
+def is_loopback_host(header: str) -> bool:
+    """Whether a Host header (RFC 9110, 7.2) names this machine for itself alone, and is proper."""
+    match = HOST_HEADER.fullmatch(header.lower())
+    if match is None or int(match.group(3) or 0) > 65535:
+        return False
+    address, name = match.group(1, 2)
+    return is_loopback(name) if address is None else address == "::1"
 
 
 STRANGERS_ARE_REFUSED = (
@@ -9858,13 +9920,15 @@ class Server(http.server.ThreadingHTTPServer):
         self._connections: dict[Connection, float] = {}  # until when each may be silent
         self._busy: set[Connection] = set()
         self._pages: set[Connection] = set()  # those that went on as something else than HTTP
-        self._lock = threading.Condition()  # guards all three, and the time of the last request
+        self._unsent: dict[Connection, int] = {}  # bytes that wait for their readers
+        self._lock = threading.Condition()  # guards all four, and the time of the last request
         self._last_request = time.monotonic()
         self._wake_reader, self._wake_writer = os.pipe()
         super().__init__((host, port), Connection)
 
     def server_bind(self) -> None:
         """Bind without the look-up of the machine's name, which can take seconds."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # inherited
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.access.host, self.server_address[1]
 
@@ -9969,6 +10033,40 @@ class Server(http.server.ThreadingHTTPServer):
         """The connection begins to send an answer."""
         self._connections[connection] = time.monotonic() + REQUEST_SECONDS
 
+    def note_unsent(self, connection: Connection, size: int) -> bool:
+        """So much of an answer waits for its reader, who has just taken some or is the first to
+        be asked. False where there is no room for it, with what others have not taken.
+
+        Room is made by dropping those that have taken nothing for the longest time.
+        """
+        now = time.monotonic()
+        dropped = []
+        with self._lock:
+            self._unsent.pop(connection, None)
+            excess = sum(self._unsent.values()) + size - MOST_UNSENT
+            for other in sorted(self._unsent, key=self._last_progress) if excess > 0 else ():
+                if excess <= 0 or now - self._last_progress(other) < STALLED_SECONDS:
+                    break
+                excess -= self._unsent.pop(other)
+                dropped.append(other)
+            has_room = excess <= 0 or not self._unsent
+            if has_room:
+                self._unsent[connection] = size
+                self._connections[connection] = now + REQUEST_SECONDS
+        for other in dropped:
+            other.drop()
+        return has_room
+
+    def _last_progress(self, connection: Connection) -> float:
+        """When a reader of an answer last took some of it. Under _lock."""
+        return self._connections.get(connection, 0.0) - REQUEST_SECONDS
+
+    def note_sent(self, connection: Connection) -> None:
+        """Nothing of an answer waits any more; what comes next may take as long as it takes."""
+        with self._lock:
+            self._unsent.pop(connection, None)
+            self._connections[connection] = math.inf
+
     def note_upgraded(self, connection: Connection) -> None:
         """The connection becomes that of an open page: no request, but a reason to be there.
 
@@ -9987,6 +10085,7 @@ class Server(http.server.ThreadingHTTPServer):
         with self._lock:
             self._busy.discard(connection)
             self._pages.discard(connection)
+            self._unsent.pop(connection, None)
             self._connections.pop(connection, None)
             self._lock.notify()
 
@@ -10131,9 +10230,14 @@ class Connection(http.server.BaseHTTPRequestHandler):
             return None
 
     def send(self, data: bytes, seconds: float) -> None:
-        """Send all of it; OSError where that takes longer."""
+        """Send all of it; OSError where nothing of it is taken for so long, or no room is left."""
         self.connection.settimeout(seconds)
-        self.connection.sendall(data)
+        unsent = memoryview(data)
+        while unsent:
+            if not self.server.note_unsent(self, len(unsent)):
+                raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+            unsent = unsent[self.connection.send(unsent) :]
+        self.server.note_sent(self)
 
     do_GET = do_HEAD = do_POST = do_PATCH = do_PUT = do_DELETE = do_OPTIONS = do_TRACE = respond
     do_CONNECT = respond
@@ -10141,7 +10245,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def _request(self) -> Request:
         target = self.path
         if target.startswith(("http://", "https://")):
-            target = "/" + target.split("/", 3)[3] if target.count("/") > 2 else "/"
+            # Whose host counts then, in place of the header (RFC 9112, 3.2.2).
+            self.fields["host"], _, rest = target.partition("//")[2].partition("/")
+            target = f"/{rest}"
         path, _, query = target.partition("?")
         if not path.startswith("/"):
             raise HttpError(400, "The path does not begin with a slash.")
@@ -10226,6 +10332,13 @@ class Connection(http.server.BaseHTTPRequestHandler):
         raise HttpError(431, "The body has too many trailers.")
 
     def _send(self, response: Response) -> None:
+        has_content = self.command != "HEAD" and response.status != 204
+        is_large = has_content and len(response.content) > SMALL_ANSWER
+        if is_large and not self.server.note_unsent(self, len(response.content)):
+            response = error_response(
+                HttpError(503, "Too much waits for other readers; try again.")
+            )
+            is_large = False
         self.server.note_sending(self)
         self.send_response(response.status)
         if response.status != 204:
@@ -10238,7 +10351,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             self.send_header("Connection", "close")
         self.end_headers()
-        if self.command != "HEAD":
+        if is_large:
+            self.wfile.flush()
+            self.send(response.content, KEEP_ALIVE_SECONDS)
+        elif has_content:
             self.wfile.write(response.content)
 
     # -- seams of http.server ----------------------------------------------------------------------
@@ -10960,6 +11076,23 @@ MISSING_SECONDS = 1.2
 """How long the folder of a service may be missing before it is gone for good."""
 
 
+M_MMAP_THRESHOLD = -3
+"""Which of its parameters glibc's mallopt(3) is to set."""
+
+LARGE_BLOCK = 4 * 2**20
+
+
+def free_large_blocks_at_once() -> None:
+    """Have the memory of large answers given back when they are sent, where the C library is glibc.
+
+    It would keep that for later, for every thread on its own: 600 MB after 30 answers of 30 MB.
+    """
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
+
+
 class Daemon:
     """The service of a root while it runs: what it owns, for whom it stays, and when it goes."""
 
@@ -10984,6 +11117,7 @@ class Daemon:
 
     def run(self, handler: logging.Handler) -> None:
         """Import Metaflow and answer requests until nobody needs it, and leave nothing behind."""
+        free_large_blocks_at_once()
         handler.setFormatter(OneLineFormatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
         log.setLevel(logging.DEBUG if self._options.is_debug else logging.INFO)

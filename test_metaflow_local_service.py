@@ -14,6 +14,7 @@ import enum
 import errno
 import fcntl
 import functools
+import gc
 import gzip
 import hashlib
 import http.client
@@ -5591,6 +5592,10 @@ def test_whatever_comes_is_answered_without_a_failure_and_stays_in_the_root(
 OUR_HOSTS = ["localhost", "LocalHost:1", "127.0.0.1:65535", "127.1.2.3", "[::1]:80"]
 FOREIGN_HOSTS = ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "127.evil"]
 FOREIGN_HOSTS += ["evil.example#@localhost", "192.0.2.1", "0.0.0.0", "[::2]", "[", ""]
+FOREIGN_HOSTS += ["evil@127.0.0.1", "127.0.0.1#x", "127.0.0.1/x", "127.0.0.1?x", "localhost\\x"]
+FOREIGN_HOSTS += ["localhost:", "localhost:0", "localhost:65536", "localhost:8x", "localhost:80:80"]
+FOREIGN_HOSTS += ["localhost, localhost", "localhost.", "localhost x", "::1", "[::1]x", "[::1%lo]"]
+FOREIGN_HOSTS += ["[127.0.0.1]", "[localhost]", "127.1", "localhost@evil.example", "evil:localhost"]
 
 
 @pytest.mark.parametrize("host", OUR_HOSTS + FOREIGN_HOSTS)
@@ -5641,13 +5646,40 @@ def test_every_request_needs_the_key(store: mls.Store, line: str) -> None:
         assert answer_to(api, line, "X-API-Key: the-key", body=b"{}").status in (200, 404)
 
 
-def test_a_service_for_other_machines_is_meant_by_any_address_but_not_by_any_name(
-    store: mls.Store,
+@pytest.mark.parametrize("where", ["127.0.0.1", "0.0.0.0"])
+def test_with_a_key_a_service_is_meant_by_whatever_name_leads_there(
+    store: mls.Store, where: str
 ) -> None:
-    with served(store, host="0.0.0.0", key="the-key") as api:
-        for host in ("192.0.2.1:80", "[2001:db8::1]", socket.gethostname(), "localhost"):
+    with served(store, host=where, key="the-key") as api:
+        for host in ("192.0.2.1:80", "[2001:db8::1]", "metadata", "host.docker.internal:1234"):
             assert answer_to(api, "GET /ping", "x-api-key: the-key", host=host).status == 200
-        assert answer_to(api, "GET /ping", "x-api-key: the-key", host="evil.example").status == 403
+            foreign = ["x-api-key: the-key", "Origin: http://evil.example"]
+            assert answer_to(api, "GET /ping", *foreign, host=host).status == 403
+            assert answer_to(api, "GET /ping", host=host).status == 401
+
+
+def test_the_host_of_an_absolute_target_counts_in_place_of_the_header(api: Api) -> None:
+    for host in OUR_HOSTS:
+        assert answer_to(api, f"GET http://{host}/ping", host="evil.example").status == 200
+    for host in ("evil.example", "evil@127.0.0.1", "localhost.evil.example:80", ""):
+        assert answer_to(api, f"GET http://{host}/ping").status == 403
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
+@pytest.mark.parametrize(
+    ("site", "is_let_in"),
+    [("none", True), ("same-origin", True), ("same-site", False), ("cross-site", False)],
+)
+def test_what_a_browser_says_is_another_sites_request_is_refused(
+    api: Api, method: str, site: str, is_let_in: bool
+) -> None:
+    line, headers = f"{method} /flows/Flow", [f"Sec-Fetch-Site: {site}"]
+    with Wire(api) as wire:
+        wire.send(http_request(line, "Content-Length: 2", *headers, body=b"{}"))
+        reply = wire.answer(to=method)
+    assert reply is not None
+    assert (reply.status != 403) == is_let_in
+    assert len(api.get("/flows").json) == (is_let_in and method == "POST")
 
 
 def test_the_key_is_told_to_nobody_but_the_user(cli: Cli, project: Path) -> None:
@@ -5864,6 +5896,72 @@ def test_a_stuck_client_costs_one_thread_for_a_while_and_holds_up_nobody(
         assert eventually(lambda: threading.active_count() <= before + 2)
         assert len(wires) == 8
         assert api.get("/ping").status == 200
+
+
+@contextlib.contextmanager
+def served_bytes(size: int) -> Iterator[Api]:
+    """A service that answers every request with so many bytes."""
+    server = mls.Server("127.0.0.1", 0, None)
+    mls.TICK_SECONDS = 0.01
+
+    class Answers:
+        def answer(self, request: mls.Request) -> mls.Response:
+            return mls.Response(bytes(size), kind="application/octet-stream")
+
+        def is_public(self, method: str, path: Sequence[str]) -> bool:
+            return True
+
+    thread = threading.Thread(target=server.serve, args=(Answers(), lambda idle: True))
+    thread.start()
+    client = Api(server.url)
+    try:
+        yield client
+    finally:
+        client.close()
+        server.stop()
+        thread.join()
+        server.finish()
+
+
+def test_a_slow_reader_who_goes_on_reading_is_not_cut_off(
+    impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mls, "REQUEST_SECONDS", 1.0)
+    size = 2**22
+    with served_bytes(size) as api, Wire(api) as wire:
+        wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+        wire.send(b"GET / HTTP/1.1\r\n\r\n")
+        began, taken = time.monotonic(), 0
+        while taken < size and (data := wire.socket.recv(2**14)):
+            taken += len(data)
+            time.sleep(len(data) / 2**21)
+        assert taken >= size
+        assert time.monotonic() - began > mls.REQUEST_SECONDS
+
+
+def test_what_waits_for_readers_is_bounded_in_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    size = 2**23
+    monkeypatch.setattr(mls, "MOST_UNSENT", 3 * size)
+    with served_bytes(size) as api, contextlib.ExitStack() as clients:
+        servers = [o for o in gc.get_objects() if isinstance(o, mls.Server)]
+        (server,) = (o for o in servers if o.server_port == api.port)
+
+        def waiting() -> int:
+            return sum(list(server._unsent.values()))
+
+        wires = [clients.enter_context(stuck(api, b"GET / HTTP/1.1\r\n\r\n")) for _ in range(8)]
+        assert eventually(lambda: waiting() > size)
+        refused = 0
+        while api.get("/").status == 503:
+            refused += 1
+            assert 0 < waiting() <= mls.MOST_UNSENT
+            # Others have read nothing for long: now there is room.
+            monkeypatch.setattr(mls, "STALLED_SECONDS", 0)
+        assert refused <= 1
+        assert waiting() <= mls.MOST_UNSENT
+        assert len(wires) == 8
 
 
 @pytest.mark.parametrize("content", STUCK.values(), ids=list(STUCK))
@@ -6337,6 +6435,96 @@ def test_ids_increase_also_when_the_clock_goes_back(
             monkeypatch.setattr(time, "time_ns", lambda: now - 9_000 * 10**9)
             ids += [api.post(f"{flow}/run").json["run_number"] for _ in range(3)]
     assert ids == sorted(set(ids))
+
+
+def test_a_run_after_one_of_a_wrong_clock_shows_its_own_time(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (project / ".metaflow").mkdir()
+    now, future = time.time_ns(), 2_208_988_800 * 10**9  # 2040
+    monkeypatch.setattr(time, "time_ns", lambda: future)
+    with served(mls.Store(str(project))) as api:
+        wrong = api.post(f"{api.new_flow()}/run").json
+    monkeypatch.setattr(time, "time_ns", lambda: now)
+    store = mls.Store(str(project))
+    with served(store) as api:
+        right = [api.post("/flows/Flow/run").json for _ in range(3)]
+        api.new_run(api.new_flow("Other"))
+    ids = [run["run_number"] for run in (wrong, *right)]
+    assert ids == sorted(set(ids))
+    assert [run["ts_epoch"] // 10**6 for run in (wrong, *right)] == [
+        moment // 10**12 for moment in (future, now, now, now)
+    ]
+    rows = list(mls.Model(store).runs())
+    assert [row["ts_epoch"] for row in rows] == sorted((r["ts_epoch"] for r in rows), reverse=True)
+    assert {r["run_number"]: r["ts_epoch"] for r in rows if r["flow_id"] == "Flow"} == {
+        run["run_number"]: run["ts_epoch"] for run in (wrong, *right)
+    }
+    listed = [run["run_number"] for run in store.runs(("Flow",))]
+    assert listed == [ids[0], *ids[:0:-1]]
+
+
+# -- what a crash of the machine leaves ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 100, b'{"flow_id', b"[]", b"null"])
+def test_a_record_that_cannot_be_read_counts_as_none_and_is_replaced(
+    api: Api, project: Path, content: bytes
+) -> None:
+    task = api.new_task(api.new_step(api.new_run(api.new_flow(), run_number="run-1")), task_id="t")
+    assert api.post(f"{task}/artifact", [artifact("x")]).json == {"artifacts_created": 1}
+    flow, run, step = task.split("/runs")[0], task.split("/steps")[0], task.split("/tasks")[0]
+    made = [
+        (flow, flow, {}),
+        (run, f"{flow}/run", {"run_number": "run-1"}),
+        (step, f"{step}/step", {}),
+        (task, f"{step}/task", {"task_id": "t"}),
+    ]
+    for path, way, body in made:
+        (project / ".metaflow").joinpath(*ids_in(path), "_meta", "_self.json").write_bytes(content)
+        assert api.get(path).status == 404
+        assert api.post(way, body).status == 200
+        assert (api.get(path).status, api.post(way, body).status) == (200, 409)
+    (file,) = project.rglob("0_artifact_x.json")
+    file.write_bytes(content)
+    assert api.get(f"{task}/artifacts").json == []
+    assert api.post(f"{task}/artifact", [artifact("x")]).json == {"artifacts_created": 1}
+    assert [a["name"] for a in api.get(f"{task}/artifacts").json] == ["x"]
+    assert [r["run_number"] for r in api.get(f"{flow}/runs").json] == ["run-1"]
+    assert by_local_mode(project, "run", "Flow")
+
+
+def test_a_folder_in_place_of_a_record_is_one_sentence(api: Api, project: Path) -> None:
+    (project / ".metaflow" / "Flow" / "_meta" / "_self.json").mkdir(parents=True)
+    refused = api.post("/flows/Flow")
+    assert refused.status in range(400, 500)
+    assert "is a folder" in refused.json["message"]
+
+
+def test_tags_are_on_the_disk_before_they_replace_others(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the order of the system calls; what a crash leaves then is the file system's promise."""
+    run = api.new_run(api.new_flow())
+    calls: list[tuple[str, str]] = []
+    fsync, rename = os.fsync, os.rename
+
+    def note_fsync(descriptor: int) -> None:
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        calls.append(("fsync", "folder" if is_folder else "file"))
+        fsync(descriptor)
+
+    def note_rename(source: str, target: str) -> None:
+        calls.append(("rename", os.path.basename(target)))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "rename", note_rename)
+    assert api.patch(f"{run}/tag/mutate", {"tags_to_add": ["new"]}).status == 200
+    assert calls == [("fsync", "file"), ("rename", "_self.json"), ("fsync", "folder")]
+    calls.clear()
+    api.new_run("/flows/Flow")
+    assert [call for call, _ in calls] == ["rename"]
 
 
 # -- nothing lost ----------------------------------------------------------------------------------
