@@ -4464,15 +4464,22 @@ class HttpError(Exception):
         self.headers = tuple(headers)
 
 
-NUL_ESCAPE = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
-"""A NUL character as JSON has it; behind an odd number of backslashes it is text."""
+JSON_ESCAPE = re.compile(rb"\\(?:u0000|.)", re.DOTALL)
+
+
+def has_nul(body: bytes) -> bool:
+    """Whether the JSON in a body has a NUL character. Escape by escape, which holds up nobody."""
+    nul = b"\\u0000"
+    return nul in body and any(escape[0] == nul for escape in JSON_ESCAPE.finditer(body))
 
 
 MOST_VALUES = 300_000
 """How many values the JSON of a request may have: they take some 50 ms to parse, while nothing else
 is done. An artifact has 20; this is five times what Metaflow sends for an attempt with 3,000."""
 
-JSON_PIECE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{,]', re.DOTALL)
+JSON_MARK = re.compile(rb'["\\\[{,](?:(?<=\\).)?', re.DOTALL)
+"""An escape, the beginning or end of a text, or what stands before a value: a byte or two. To match
+whole texts would begin anew at every quote of a text without end, and hold up everybody."""
 
 
 def count_values(body: bytes) -> int:
@@ -4484,8 +4491,15 @@ def count_values(body: bytes) -> int:
     rough = body.count(b",") + body.count(b"[") + body.count(b"{")
     if rough <= MOST_VALUES:
         return rough
-    separators = (1 for piece in JSON_PIECE.finditer(body) if len(piece[0]) == 1)
-    return sum(itertools.islice(separators, MOST_VALUES + 1))
+    values, is_text = 0, False
+    for mark in JSON_MARK.finditer(body):
+        if mark[0] == b'"':
+            is_text = not is_text
+        elif not is_text and len(mark[0]) == 1:
+            values += 1
+            if values > MOST_VALUES:
+                break
+    return values
 
 
 class Request(NamedTuple):
@@ -4510,7 +4524,7 @@ class Request(NamedTuple):
             value = json.loads(self.body.decode(), parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
             raise HttpError(400, f"The body is not JSON: {error}.") from None
-        if b"\\u0000" in self.body and NUL_ESCAPE.search(self.body):
+        if has_nul(self.body):
             raise HttpError(400, "The body has a NUL character in it.")
         return value
 
@@ -9764,9 +9778,15 @@ NETLINK_SOCK_DIAG = 4
 SOCK_DIAG_BY_FAMILY = 20
 INET_DIAG_OWNER = struct.Struct("=II")  # uid and inode, at the end of an inet_diag_msg
 INET_DIAG_OWNER_AT = 16 + 4 + 48 + 12
+INET_DIAG_STATE_AT = 16 + 1
 ANY_COOKIE = b"\xff" * 8
 NO_INODE = 0
 """Of a socket that no process holds any more; its uid reads as 0 then."""
+
+
+CONNECTED_STATES = frozenset((1, 4, 5, 8, 9, 11))
+"""Of TCP, as Linux numbers them: a connection that both ends know, if one may have closed its half.
+Not one that is being made, nor a socket that listens, which stands for all ends at its port."""
 
 
 class SocketOwner(NamedTuple):
@@ -9774,30 +9794,36 @@ class SocketOwner(NamedTuple):
 
     uid: int
     inode: int
+    state: int
 
 
 Endpoint = tuple[str, int]
 
 
-def is_foreign(connection: socket.socket) -> bool:
-    """Whether the other end of a connection within this machine is another user's than ours.
+def tells_owners(listener: socket.socket) -> bool:
+    """Whether the kernel can be asked whose a socket is: whether it knows of one that listens.
 
-    Only the same user and root count as our own, and only if the kernel says so. An end that it
-    does not know, though it knows ours, proves nothing and is foreign. Where it cannot be asked at
-    all (macOS, some sandboxes), and of connections from other machines, nothing is known: False.
+    It cannot on macOS and in some sandboxes. This is found out once and not of a connection, whose
+    other end could vanish at the moment of the question to look as if nothing could be known.
     """
     if not sys.platform.startswith("linux"):
         return False
-    ours, theirs = (
-        plain_endpoint(connection.getsockname()),
-        plain_endpoint(connection.getpeername()),
-    )
-    if not is_loopback(ours[0]):
-        return False
-    owner = find_socket_owner(theirs, ours)
-    if owner is None:
-        return find_socket_owner(ours, theirs) is not None
-    return owner.inode == NO_INODE or owner.uid not in (0, os.geteuid())
+    ours = plain_endpoint(listener.getsockname())
+    owner = find_socket_owner(ours, ("::" if ":" in ours[0] else "0.0.0.0", 0))
+    return owner is not None and owner.inode == os.fstat(listener.fileno()).st_ino
+
+
+def is_foreign(connection: socket.socket) -> bool:
+    """Whether it is not proven that the other end of a connection is our own user's, or root's.
+
+    OSError where the connection has ended: another process may have its port by then.
+    """
+    ours = plain_endpoint(connection.getsockname())
+    owner = find_socket_owner(plain_endpoint(connection.getpeername()), ours)
+    connection.getpeername()  # still the same one, or this fails
+    if owner is None or owner.inode == NO_INODE or owner.state not in CONNECTED_STATES:
+        return True
+    return owner.uid not in (0, os.geteuid())
 
 
 def plain_endpoint(address: Sequence[Any]) -> Endpoint:
@@ -9836,7 +9862,8 @@ def ask_kernel_for_owner(local: Endpoint, remote: Endpoint) -> SocketOwner | Non
     kind = int.from_bytes(response[4:6], sys.byteorder)
     if kind != SOCK_DIAG_BY_FAMILY or len(response) < INET_DIAG_OWNER_AT + INET_DIAG_OWNER.size:
         return None
-    return SocketOwner(*INET_DIAG_OWNER.unpack_from(response, INET_DIAG_OWNER_AT))
+    uid, inode = INET_DIAG_OWNER.unpack_from(response, INET_DIAG_OWNER_AT)
+    return SocketOwner(uid, inode, response[INET_DIAG_STATE_AT])
 
 
 def read_owner_from_proc(local: Endpoint, remote: Endpoint) -> SocketOwner | None:
@@ -9850,7 +9877,7 @@ def read_owner_from_proc(local: Endpoint, remote: Endpoint) -> SocketOwner | Non
             for line in f:
                 fields = line.split()
                 if (fields[1], fields[2]) in wanted:
-                    return SocketOwner(int(fields[7]), int(fields[9]))
+                    return SocketOwner(int(fields[7]), int(fields[9]), int(fields[3], 16))
     return None
 
 
@@ -9914,6 +9941,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.access = Access(host, None if key is None else Credentials(key))
         self.service: MetadataService | BrokenService
         self.owner: Owner | None = None
+        self.refuses_strangers = False  # other users of this machine; found out when it serves
         self.is_closing = False
         self._is_accepting = False
         self._is_open = threading.Event()  # whether there is a service to answer requests
@@ -9963,6 +9991,7 @@ class Server(http.server.ThreadingHTTPServer):
         `is_wanted` is asked now and then, with the seconds since the last request.
         """
         self.service = service
+        self.refuses_strangers = self.access.credentials is None and tells_owners(self.socket)
         self._last_request = time.monotonic()
         self._is_open.set()
         if not self._is_accepting:
@@ -10026,7 +10055,6 @@ class Server(http.server.ThreadingHTTPServer):
 
     def note_answering(self, connection: Connection) -> None:
         """The connection has received a request, which may take as long as it takes."""
-        connection.has_asked = True
         self._connections[connection] = math.inf
 
     def note_sending(self, connection: Connection) -> None:
@@ -10144,7 +10172,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        self.has_asked = False  # whether a whole request has come
+        self.has_asked = False  # whether it has got beyond what is answered without the key
         self._is_stranger: bool | None = None  # None until somebody wants to know
         self.server.note_waiting(self)
 
@@ -10264,18 +10292,19 @@ class Connection(http.server.BaseHTTPRequestHandler):
             raise HttpError(400, f"There are more than {MOST_PARAMETERS} parameters.") from None
         body_limit, port = LARGEST_BODY, self.server.server_port
         credentials = self.server.access.credentials
-        if self.server.service.is_public(self.command, segments):
+        is_public = self.server.service.is_public(self.command, segments)
+        if is_public:
             body_limit = LARGEST_PUBLIC_BODY
         elif credentials is not None:
             credentials.check(self.fields, port)
         body = self._body(body_limit)
+        self.has_asked = self.has_asked or not is_public
         return Request(self.command, segments, parameters, body, self.fields, port)
 
     def _refuse_stranger(self) -> None:
         """Refuse what another user of this machine sends to a service without a key."""
         if self._is_stranger is None:
-            has_key = self.server.access.credentials is not None
-            self._is_stranger = not has_key and is_foreign(self.connection)
+            self._is_stranger = self.server.refuses_strangers and is_foreign(self.connection)
         if self._is_stranger:
             raise HttpError(403, STRANGERS_ARE_REFUSED)
 
@@ -11065,7 +11094,7 @@ class OneLineFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         message = super().formatMessage(record)
-        return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", escape_character, message)
+        return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", escape_character, message)
 
 
 def escape_character(match: Match[str]) -> str:

@@ -5315,13 +5315,33 @@ def test_a_body_that_is_too_large_is_told_the_limit(
         (b"{" * 2_000_000, 413),
         (b"[" * 100_000, 400),
         (b'{"user_name": "' + b"a,[{" * 1_000_000 + b'"}', 200),  # commas of a text count for one
+        (b'{"user_name": "' + b'\\",' * 400_000 + b'"}', 200),
+        (b'{"user_name": "\\\\", "tags": [' + b'"",' * 400_000 + b'""]}', 413),
+        # A pattern for whole texts would begin anew at every quote of this, until the end of days.
+        (b'["' + b'\\"' * 1_000_000 + b"," * 400_000, 400),
     ],
-    ids=["lists", "texts", "open", "deep", "text"],
+    ids=["lists", "texts", "open", "deep", "text", "escapes", "end of a text", "no end of a text"],
 )
 def test_a_body_of_too_many_values_is_refused_before_it_is_parsed(
     api: Api, body: bytes, status: int
 ) -> None:
     assert api.request("POST", "/flows/Flow", body).status == status
+
+
+@pytest.mark.parametrize(
+    ("text", "has_nul"),
+    [
+        (rb"\u0000", True),
+        (rb"\\u0000", False),
+        (rb"\\\u0000", True),
+        (rb"\\\\u0000 \n\u0001", False),
+        (rb"\"\u0000\"", True),
+        (b"\\\\" * 1_000_000 + rb"\u0000", True),
+    ],
+    ids=["NUL", "text", "text and NUL", "texts", "in quotes", "after many"],
+)
+def test_a_nul_is_told_from_a_text_that_looks_like_one(text: bytes, has_nul: bool) -> None:
+    assert mls.has_nul(b'{"user_name": "%s"}' % text) == has_nul
 
 
 def test_what_metaflow_sends_at_most_is_taken(api: Api) -> None:
@@ -6115,7 +6135,9 @@ def test_the_owner_of_a_connection_is_found_both_ways(host: str, way: str) -> No
     with connected(host) as (ours, client):
         inode = os.fstat(client.fileno()).st_ino
         ends = client.getsockname()[:2], ours.getsockname()[:2]
-        assert getattr(mls, way)(*ends) == (os.geteuid(), inode)
+        owner = getattr(mls, way)(*ends)
+        assert (owner.uid, owner.inode) == (os.geteuid(), inode)
+        assert owner.state in mls.CONNECTED_STATES
         assert getattr(mls, way)((host, 1), ends[1]) is None
 
 
@@ -6150,14 +6172,72 @@ def test_without_netlink_the_kernel_is_asked_by_proc_and_without_both_not_at_all
         assert not mls.is_foreign(ours)
         monkeypatch.setattr(mls.os, "geteuid", lambda: 12345)
         assert mls.is_foreign(ours) == (os.fstat(client.fileno()).st_uid != 0)
+
+
+def reset(client: socket.socket) -> None:
+    """End a connection at once, so that the other end is gone as well."""
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+
+
+@linux_only
+@pytest.mark.parametrize("has_netlink", [True, False])
+@pytest.mark.parametrize("has_listener", [True, False])
+def test_who_resets_a_connection_while_the_kernel_is_asked_proves_nothing(
+    monkeypatch: pytest.MonkeyPatch, has_netlink: bool, has_listener: bool
+) -> None:
+    """What was sent before is still there to be read, and must not be taken for our user's."""
+    find = mls.find_socket_owner
+    with contextlib.ExitStack() as sockets, connected() as (ours, client):
+        port = client.getsockname()[1]
+
+        def reset_and_find(*ends: Any) -> Any:
+            if client.fileno() >= 0:
+                reset(client)
+                if has_listener:  # of ours, at the very port that the other user has had
+                    sockets.enter_context(socket.create_server(("127.0.0.1", port)))
+            return find(*ends)
+
+        monkeypatch.setattr(mls, "find_socket_owner", reset_and_find)
+        if not has_netlink:
+            monkeypatch.setattr(mls, "ask_kernel_for_owner", lambda *_: None)
+        with pytest.raises(OSError):
+            mls.is_foreign(ours)
+
+
+@linux_only
+def test_a_socket_that_listens_stands_for_no_end_of_a_connection() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, connected() as (ours, _):
+        for way in (mls.ask_kernel_for_owner, mls.read_owner_from_proc):
+            owner = way(server.getsockname(), ours.getsockname())
+            assert owner is None or owner.state not in mls.CONNECTED_STATES
+
+
+@linux_only
+def test_whether_the_kernel_can_be_asked_is_found_out_by_what_listens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert mls.tells_owners(server)
+        monkeypatch.setattr(mls, "ask_kernel_for_owner", lambda *_: None)
+        assert mls.tells_owners(server)
         monkeypatch.setattr(mls, "read_owner_from_proc", lambda *_: None)
-        assert not mls.is_foreign(ours)
+        assert not mls.tells_owners(server)
+
+
+@linux_only
+def test_where_the_kernel_cannot_be_asked_everybody_is_answered(
+    store: mls.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mls, "find_socket_owner", lambda *_: None)
+    with served(store) as api:
+        assert api.get("/ping").status == 200
 
 
 def test_the_log_has_no_character_that_a_terminal_takes_for_a_command() -> None:
     formatter = mls.OneLineFormatter("%(message)s")
-    record = logging.makeLogRecord({"msg": "flow \x1b[31mred\nforged \x9b2J"})
-    assert formatter.format(record) == "flow \\x1b[31mred\\nforged \\x9b2J"
+    record = logging.makeLogRecord({"msg": "flow \x1b[31mred\nforged \x9b2J\u202e"})
+    assert formatter.format(record) == "flow \\x1b[31mred\\nforged \\x9b2J\\u202e"
 
 
 def test_connections_that_have_asked_for_nothing_make_room_for_others(
@@ -6169,6 +6249,18 @@ def test_connections_that_have_asked_for_nothing_make_room_for_others(
             clients.enter_context(Wire(api)).send(half)
         for _ in range(5):
             assert eventually(lambda: answer_to(api, "GET /ping").status == 200)
+
+
+def test_who_has_only_seen_the_page_makes_room_for_who_has_the_key(
+    store: mls.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mls, "MOST_CONNECTIONS", 3)
+    with ui_served(store, key="the-key-of-the-service") as api, contextlib.ExitStack() as clients:
+        for _ in range(3):
+            wire = clients.enter_context(Wire(api))
+            wire.send(http_request("GET /"))
+            assert wire.answer().status == 200
+        assert api.get("/ping").status == 200
 
 
 def test_a_regular_expression_that_never_ends_holds_up_nobody(daemon: Api, cli: Cli) -> None:
