@@ -1700,8 +1700,8 @@ class FileOpener:
         self, descriptor: int, parent: os.stat_result, owners: Collection[int]
     ) -> io.BufferedReader:
         status = os.fstat(descriptor)
-        is_foreign = status.st_nlink > 1 and (may_others_write(parent) or not is_own(parent.st_uid))
-        if not stat.S_ISREG(status.st_mode) or status.st_uid not in owners or is_foreign:
+        is_unsafe = status.st_nlink > 1 and (may_others_write(parent) or not is_own(parent.st_uid))
+        if not stat.S_ISREG(status.st_mode) or status.st_uid not in owners or is_unsafe:
             os.close(descriptor)
             raise not_there()
         return open(descriptor, "rb")
@@ -8216,7 +8216,7 @@ def _count(name: str, text: str) -> int:
     return int(text)
 
 
-def columns(texts: Iterable[str], numbers: Iterable[str]) -> dict[str, Field]:
+def make_columns(texts: Iterable[str], numbers: Iterable[str]) -> dict[str, Field]:
     """The columns of rows by which these can be filtered and ordered."""
     return {
         **{name: Field(operator.itemgetter(name), _text) for name in texts},
@@ -8227,16 +8227,18 @@ def columns(texts: Iterable[str], numbers: Iterable[str]) -> dict[str, Field]:
 TASK_ID = Field(lambda row: str(row["task_id"]), _text)
 
 UI_RUN_COLUMNS: Mapping[str, Field] = {
-    **columns(("flow_id", "user_name", "user", "run", "run_id"), ("ts_epoch", "last_heartbeat_ts")),
+    **make_columns(
+        ("flow_id", "user_name", "user", "run", "run_id"), ("ts_epoch", "last_heartbeat_ts")
+    ),
     "run_number": RUN_FIELDS["run_number"],
 }
-UI_JUDGED_COLUMNS: Mapping[str, Field] = columns(("status",), ("finished_at", "duration"))
+UI_JUDGED_COLUMNS: Mapping[str, Field] = make_columns(("status",), ("finished_at", "duration"))
 """What takes to find out what has become of a run."""
 
-UI_FLOW_COLUMNS: Mapping[str, Field] = columns(("flow_id", "user_name"), ("ts_epoch",))
-UI_STEP_COLUMNS: Mapping[str, Field] = columns(("step_name",), ("ts_epoch", "duration"))
+UI_FLOW_COLUMNS: Mapping[str, Field] = make_columns(("flow_id", "user_name"), ("ts_epoch",))
+UI_STEP_COLUMNS: Mapping[str, Field] = make_columns(("step_name",), ("ts_epoch", "duration"))
 UI_TASK_COLUMNS: Mapping[str, Field] = {
-    **columns(
+    **make_columns(
         ("step_name", "status"),
         ("attempt_id", "ts_epoch", "started_at", "finished_at", "duration"),
     ),
@@ -8244,10 +8246,10 @@ UI_TASK_COLUMNS: Mapping[str, Field] = {
     "taskId": TASK_ID,  # so the official UI calls it
 }
 UI_METADATA_COLUMNS: Mapping[str, Field] = {
-    **columns(("step_name", "field_name", "value", "type"), ("attempt_id", "ts_epoch")),
+    **make_columns(("step_name", "field_name", "value", "type"), ("attempt_id", "ts_epoch")),
     "task_id": TASK_ID,
 }
-UI_ARTIFACT_COLUMNS: Mapping[str, Field] = columns(
+UI_ARTIFACT_COLUMNS: Mapping[str, Field] = make_columns(
     ("step_name", "name", "ds_type", "type"), ("attempt_id", "ts_epoch")
 )
 
@@ -11189,7 +11191,7 @@ class Daemon:
     def _is_held(self) -> bool:
         """Whether a process lives that it stays for; forgets those that have ended."""
         for pid, descriptor in list(self._holders.items()):
-            if is_alive(pid, descriptor):
+            if is_process_alive(pid, descriptor):
                 return True
             del self._holders[pid]
             if descriptor >= 0:
@@ -11300,7 +11302,7 @@ class Daemon:
                 os.unlink(PIDFILE, dir_fd=self._descriptor)
 
 
-def is_alive(pid: int, descriptor: int) -> bool:
+def is_process_alive(pid: int, descriptor: int) -> bool:
     """Whether a process lives, by its pidfd where there is one (else -1)."""
     if descriptor >= 0:
         return not select.select([descriptor], [], [], 0)[0]

@@ -428,6 +428,22 @@ def test_a_layer_names_only_what_is_defined_above_it_or_in_it() -> None:
 
 
 @structural
+def test_no_local_variable_bears_the_name_of_a_function_or_class() -> None:
+    tree = ast.parse(SOURCE)
+    of_module = {s.name for s in tree.body if isinstance(s, (ast.FunctionDef, ast.ClassDef))}
+    shadows = []
+    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        arguments = function.args
+        every = (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)
+        names = {argument.arg for argument in every}
+        for node in ast.walk(function):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add(node.id)
+        shadows += [f"{name} in {function.name}" for name in names & of_module]
+    assert shadows == []
+
+
+@structural
 @pytest.mark.parametrize("layer", FOREIGN)
 def test_a_layer_knows_nothing_of_what_is_not_its_business(layer: str) -> None:
     known = (s.used | s.imported for s in statements() if s.layer == layer)
