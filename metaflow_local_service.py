@@ -10855,7 +10855,8 @@ def _launch(options: Options) -> Service:
     if child == 0:
         _become_daemon(options, lock, server, writer)
     os.close(writer)
-    os.waitpid(child, 0)
+    with contextlib.suppress(ChildProcessError):  # nobody is told where SIGCHLD is ignored
+        os.waitpid(child, 0)
     with open(reader, encoding="utf-8") as f:
         failure = f.read()
     server.socket.close()
@@ -10967,6 +10968,7 @@ def _become_daemon(options: Options, lock: LockedFile, server: Server, ready: in
         log_file = os.path.join(datastore_folder(options.root), LOG_FILE)
         os.chdir("/")
         os.umask(0o077)
+        _take_defaults()
         _keep_only({ready, lock.descriptor, *server.descriptors()}, log_file)
         daemon = Daemon(options, lock, server)  # from here on it can be told to stop
         _register(options, daemon, server, log_file)
@@ -10980,6 +10982,37 @@ def _become_daemon(options: Options, lock: LockedFile, server: Server, ready: in
         log.exception("the service failed")
         os._exit(1)
     os._exit(0)
+
+
+RAISED_LIMITS = ("CPU", "FSIZE", "DATA", "AS", "RSS", "NOFILE", "NPROC", "MEMLOCK")
+"""The limits that a shell may have set for a command of its own. That of the stack is not among
+them: it is what each thread takes."""
+
+KEPT_VARIABLES = re.compile(
+    "(METAFLOW|PYTHON|LC|LD|DYLD|XDG)_?.*"
+    "|HOME|LANG|LANGUAGE|LOGNAME|PATH|SUDO_USER|TMPDIR|TZ|USER|USERNAME|VIRTUAL_ENV"
+)
+"""The environment variables that Python and Metaflow may need in a service."""
+
+
+def _take_defaults() -> None:
+    """Give up the limits, signals and environment of the process that started the service."""
+    import resource
+
+    for name in RAISED_LIMITS:
+        limit = getattr(resource, f"RLIMIT_{name}", None)
+        if limit is not None:
+            hard = resource.getrlimit(limit)[1]
+            with contextlib.suppress(OSError, ValueError):
+                resource.setrlimit(limit, (hard, hard))
+    python_ignores = (signal.SIGPIPE, signal.SIGXFSZ)
+    for number in signal.valid_signals() - set(python_ignores):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for variable in list(os.environ):
+        if not KEPT_VARIABLES.fullmatch(variable):
+            del os.environ[variable]
 
 
 def _keep_only(descriptors: set[int], log_file: str) -> None:
@@ -11274,7 +11307,9 @@ class Daemon:
 def is_alive(pid: int, descriptor: int) -> bool:
     """Whether a process lives, by its pidfd where there is one (else -1)."""
     if descriptor >= 0:
-        return not select.select([descriptor], [], [], 0)[0]
+        poll = select.poll()  # which takes any number of a descriptor, as `select` does not
+        poll.register(descriptor, select.POLLIN)
+        return not poll.poll(0)
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -7324,6 +7324,28 @@ def test_a_daemon_has_only_files_of_its_own_open(daemon: Api, cli: Cli) -> None:
     assert os.getsid(pid) != os.getsid(0)
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="/proc tells what a process has")
+def test_limits_signals_and_environment_are_not_those_of_the_starter(cli: Cli) -> None:
+    program = (
+        "import os, resource, signal, sys;"
+        "resource.setrlimit(resource.RLIMIT_CPU, (60, resource.getrlimit(resource.RLIMIT_CPU)[1]));"
+        "signal.signal(signal.SIGCHLD, signal.SIG_IGN);"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals());"
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    words = [sys.executable, "-c", program, *cli.command("url")]
+    assert cli.execute(words, SECRET="s").returncode == 0
+    pid = running(cli.folder).pid
+    limits = Path(f"/proc/{pid}/limits").read_text()
+    soft, hard = re.findall(r"Max cpu time +(\S+) +(\S+)", limits)[0]
+    assert soft == hard
+    states = dict(re.findall(r"(Sig\w+):\t(\w+)", Path(f"/proc/{pid}/status").read_text()))
+    assert int(states["SigBlk"], 16) == 0
+    assert not int(states["SigIgn"], 16) & 1 << signal.SIGCHLD - 1
+    os.kill(pid, signal.SIGTERM)
+    assert eventually(lambda: not running(cli.folder))
+
+
 @pytest.mark.parametrize("debug", ["1", "0"])
 def test_the_log_holds_every_request_when_asked_to(cli: Cli, debug: str) -> None:
     assert cli("start", METAFLOW_LOCAL_SERVICE_DEBUG=debug).returncode == 0
