@@ -10542,6 +10542,30 @@ def make_datastore_folder(root: str) -> str:
     return folder
 
 
+LOCK_SECONDS = SHUTDOWN_SECONDS + 5
+"""How long a lock is waited for: longer than a service takes to stop, for which commands wait."""
+
+
+def lock_descriptor(descriptor: int, path: str, how: int) -> None:
+    """flock what is open; BlockingIOError where it is locked and `how` is not to wait for that.
+
+    Failure where there are no locks, as on some network file systems, or somebody else has it for
+    too long, as every user can who may read it.
+    """
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if how & fcntl.LOCK_NB:
+                raise
+            if time.monotonic() > deadline:
+                raise ServiceError(f"{path} is locked by another process.") from None
+        except OSError as error:
+            raise ServiceError(f"{path} cannot be locked: {error.strerror}.") from None
+        time.sleep(0.002)
+
+
 class LockedFile:
     """An open file with a flock on it, which ends when no process has it open any more."""
 
@@ -10553,12 +10577,13 @@ class LockedFile:
     def acquire(cls, path: str, how: int, flags: int = os.O_RDWR | os.O_CREAT) -> LockedFile | None:
         """Lock a file of one's own, made if `flags` say so; None where `how` is not to wait for it.
 
-        FileNotFoundError where there is none, Failure where it belongs to somebody else or cannot
-        be opened.
+        It is made private where others may read it. FileNotFoundError where there is none, Failure
+        where it belongs to somebody else, is no file, or cannot be opened or locked.
         """
         while True:
             try:
-                descriptor = os.open(path, flags | os.O_NOFOLLOW, 0o600)
+                # O_NONBLOCK: not to wait for who has the other end of a FIFO.
+                descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
             except FileNotFoundError:
                 raise
             except OSError as error:
@@ -10567,7 +10592,11 @@ class LockedFile:
                 status = os.fstat(descriptor)
                 if status.st_uid != os.geteuid():
                     raise ServiceError(f"{path} belongs to another user.")
-                fcntl.flock(descriptor, how)
+                if not stat.S_ISREG(status.st_mode):
+                    raise ServiceError(f"{path} is not a file.")
+                if stat.S_IMODE(status.st_mode) & 0o077:
+                    os.fchmod(descriptor, 0o600)
+                lock_descriptor(descriptor, path, how)
                 # Whoever had it locked may have removed it meanwhile, and another may be there now.
                 current = stat_or_none(path)
                 if current is not None and os.path.samestat(current, status):
@@ -10595,7 +10624,9 @@ class LockedFile:
 def registry_lock(root: str, how: int) -> Iterator[None]:
     """Hold the lock of the root's folder: exclusive to start a service, shared to look for one.
 
-    It is held for milliseconds, and hides a service that is starting until it has started.
+    It is held for milliseconds, or for as long as a service takes to stop, and hides a service
+    that is starting until it has started. Failure where it cannot be had in time: every user may
+    lock a folder who may read it.
     """
     try:
         descriptor = os.open(datastore_folder(root), os.O_RDONLY | os.O_DIRECTORY)
@@ -10604,7 +10635,7 @@ def registry_lock(root: str, how: int) -> Iterator[None]:
             f"{datastore_folder(root)} cannot be opened: {error.strerror}."
         ) from None
     try:
-        fcntl.flock(descriptor, how)
+        lock_descriptor(descriptor, datastore_folder(root), how)
         yield
     finally:
         os.close(descriptor)
