@@ -10573,6 +10573,30 @@ def make_datastore_folder(root: str) -> str:
     return folder
 
 
+LOCK_SECONDS = SHUTDOWN_SECONDS + 5
+"""How long a lock is waited for: longer than a service takes to stop, for which commands wait."""
+
+
+def lock_descriptor(descriptor: int, path: str, how: int) -> None:
+    """flock what is open; BlockingIOError where it is locked and `how` is not to wait for that.
+
+    Failure where there are no locks, as on some network file systems, or somebody else has it for
+    too long, as every user can who may read it.
+    """
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if how & fcntl.LOCK_NB:
+                raise
+            if time.monotonic() > deadline:
+                raise ServiceError(f"{path} is locked by another process.") from None
+        except OSError as error:
+            raise ServiceError(f"{path} cannot be locked: {error.strerror}.") from None
+        time.sleep(0.002)
+
+
 class LockedFile:
     """An open file with a flock on it, which ends when no process has it open any more."""
 
@@ -10584,12 +10608,13 @@ class LockedFile:
     def acquire(cls, path: str, how: int, flags: int = os.O_RDWR | os.O_CREAT) -> LockedFile | None:
         """Lock a file of one's own, made if `flags` say so; None where `how` is not to wait for it.
 
-        FileNotFoundError where there is none, Failure where it belongs to somebody else or cannot
-        be opened.
+        It is made private where others may read it. FileNotFoundError where there is none, Failure
+        where it belongs to somebody else, is no file, or cannot be opened or locked.
         """
         while True:
             try:
-                descriptor = os.open(path, flags | os.O_NOFOLLOW, 0o600)
+                # O_NONBLOCK: not to wait for who has the other end of a FIFO.
+                descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
             except FileNotFoundError:
                 raise
             except OSError as error:
@@ -10598,7 +10623,11 @@ class LockedFile:
                 status = os.fstat(descriptor)
                 if status.st_uid != os.geteuid():
                     raise ServiceError(f"{path} belongs to another user.")
-                fcntl.flock(descriptor, how)
+                if not stat.S_ISREG(status.st_mode):
+                    raise ServiceError(f"{path} is not a file.")
+                if stat.S_IMODE(status.st_mode) & 0o077:
+                    os.fchmod(descriptor, 0o600)
+                lock_descriptor(descriptor, path, how)
                 # Whoever had it locked may have removed it meanwhile, and another may be there now.
                 current = stat_or_none(path)
                 if current is not None and os.path.samestat(current, status):
@@ -10626,7 +10655,9 @@ class LockedFile:
 def registry_lock(root: str, how: int) -> Iterator[None]:
     """Hold the lock of the root's folder: exclusive to start a service, shared to look for one.
 
-    It is held for milliseconds, and hides a service that is starting until it has started.
+    It is held for milliseconds, or for as long as a service takes to stop, and hides a service
+    that is starting until it has started. Failure where it cannot be had in time: every user may
+    lock a folder who may read it.
     """
     try:
         descriptor = os.open(datastore_folder(root), os.O_RDONLY | os.O_DIRECTORY)
@@ -10635,7 +10666,7 @@ def registry_lock(root: str, how: int) -> Iterator[None]:
             f"{datastore_folder(root)} cannot be opened: {error.strerror}."
         ) from None
     try:
-        fcntl.flock(descriptor, how)
+        lock_descriptor(descriptor, datastore_folder(root), how)
         yield
     finally:
         os.close(descriptor)
@@ -10886,7 +10917,8 @@ def _launch(options: Options) -> Service:
     if child == 0:
         _become_daemon(options, lock, server, writer)
     os.close(writer)
-    os.waitpid(child, 0)
+    with contextlib.suppress(ChildProcessError):  # nobody is told where SIGCHLD is ignored
+        os.waitpid(child, 0)
     with open(reader, encoding="utf-8") as f:
         failure = f.read()
     server.socket.close()
@@ -10998,6 +11030,7 @@ def _become_daemon(options: Options, lock: LockedFile, server: Server, ready: in
         log_file = os.path.join(datastore_folder(options.root), LOG_FILE)
         os.chdir("/")
         os.umask(0o077)
+        _take_defaults()
         _keep_only({ready, lock.descriptor, *server.descriptors()}, log_file)
         daemon = Daemon(options, lock, server)  # from here on it can be told to stop
         _register(options, daemon, server, log_file)
@@ -11011,6 +11044,37 @@ def _become_daemon(options: Options, lock: LockedFile, server: Server, ready: in
         log.exception("the service failed")
         os._exit(1)
     os._exit(0)
+
+
+RAISED_LIMITS = ("CPU", "FSIZE", "DATA", "AS", "RSS", "NOFILE", "NPROC", "MEMLOCK")
+"""The limits that a shell may have set for a command of its own. That of the stack is not among
+them: it is what each thread takes."""
+
+KEPT_VARIABLES = re.compile(
+    "(METAFLOW|PYTHON|LC|LD|DYLD|XDG)_?.*"
+    "|HOME|LANG|LANGUAGE|LOGNAME|PATH|SUDO_USER|TMPDIR|TZ|USER|USERNAME|VIRTUAL_ENV"
+)
+"""The environment variables that Python and Metaflow may need in a service."""
+
+
+def _take_defaults() -> None:
+    """Give up the limits, signals and environment of the process that started the service."""
+    import resource
+
+    for name in RAISED_LIMITS:
+        limit = getattr(resource, f"RLIMIT_{name}", None)
+        if limit is not None:
+            hard = resource.getrlimit(limit)[1]
+            with contextlib.suppress(OSError, ValueError):
+                resource.setrlimit(limit, (hard, hard))
+    python_ignores = (signal.SIGPIPE, signal.SIGXFSZ)
+    for number in signal.valid_signals() - set(python_ignores):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for variable in list(os.environ):
+        if not KEPT_VARIABLES.fullmatch(variable):
+            del os.environ[variable]
 
 
 def _keep_only(descriptors: set[int], log_file: str) -> None:
@@ -11305,7 +11369,9 @@ class Daemon:
 def is_process_alive(pid: int, descriptor: int) -> bool:
     """Whether a process lives, by its pidfd where there is one (else -1)."""
     if descriptor >= 0:
-        return not select.select([descriptor], [], [], 0)[0]
+        poll = select.poll()  # which takes any number of a descriptor, as `select` does not
+        poll.register(descriptor, select.POLLIN)
+        return not poll.poll(0)
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -7182,6 +7182,56 @@ def test_a_pid_that_is_anothers_by_now_is_left_alone(daemon: Api, cli: Cli) -> N
         bystander.kill()
 
 
+@pytest.mark.parametrize("name", [mls.PIDFILE, mls.LEASE])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_in_place_of_one_is_one_sentence(cli: Cli, name: str, make: Any) -> None:
+    datastore = cli.folder / ".metaflow"
+    datastore.mkdir()
+    make(datastore / name)
+    assert is_refused(cli("run", "true", timeout=60), datastore / name)
+    (datastore / name).rename(datastore / "other")
+
+
+@pytest.mark.parametrize("name", [mls.PIDFILE, mls.LEASE])
+def test_what_others_may_read_is_made_private(cli: Cli, name: str) -> None:
+    path = cli.folder / ".metaflow" / name
+    path.parent.mkdir()
+    path.touch()
+    path.chmod(0o644)
+    with cli.popen("run", "cat") as command:
+        assert running_soon(cli.folder)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        command.kill()
+
+
+def test_a_folder_that_another_process_locks_is_one_sentence(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datastore = cli.folder / ".metaflow"
+    datastore.mkdir()
+    monkeypatch.setattr(mls, "LOCK_SECONDS", 0.1)
+    descriptor = os.open(datastore, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(mls.ServiceError, match="locked by another process"):
+        running(cli.folder)
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize("reason", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_where_there_are_no_locks_is_one_sentence(
+    cli: Cli, reason: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(mls.fcntl, "flock", flock)
+    (cli.folder / ".metaflow").mkdir()
+    with pytest.raises(mls.ServiceError, match="cannot be locked"):
+        running(cli.folder)
+    with pytest.raises(mls.ServiceError, match="cannot be locked"):
+        mls.acquire_lease(str(cli.folder))
+
+
 def test_a_service_does_not_rewrite_its_pidfile_while_somebody_reads(daemon: Api, cli: Cli) -> None:
     service = running(cli.folder)
     with mls.registry_lock(str(cli.folder), fcntl.LOCK_SH):
@@ -7430,6 +7480,28 @@ def test_a_daemon_has_only_files_of_its_own_open(daemon: Api, cli: Cli) -> None:
     assert eventually(lambda: [f for f in files() if f != "anon_inode"] == sorted(own)), files()
     assert os.readlink(f"/proc/{pid}/cwd") == "/"
     assert os.getsid(pid) != os.getsid(0)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="/proc tells what a process has")
+def test_limits_signals_and_environment_are_not_those_of_the_starter(cli: Cli) -> None:
+    program = (
+        "import os, resource, signal, sys;"
+        "resource.setrlimit(resource.RLIMIT_CPU, (60, resource.getrlimit(resource.RLIMIT_CPU)[1]));"
+        "signal.signal(signal.SIGCHLD, signal.SIG_IGN);"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals());"
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    words = [sys.executable, "-c", program, *cli.command("url")]
+    assert cli.execute(words, SECRET="s").returncode == 0
+    pid = running(cli.folder).pid
+    limits = Path(f"/proc/{pid}/limits").read_text()
+    soft, hard = re.findall(r"Max cpu time +(\S+) +(\S+)", limits)[0]
+    assert soft == hard
+    states = dict(re.findall(r"(Sig\w+):\t(\w+)", Path(f"/proc/{pid}/status").read_text()))
+    assert int(states["SigBlk"], 16) == 0
+    assert not int(states["SigIgn"], 16) & 1 << signal.SIGCHLD - 1
+    os.kill(pid, signal.SIGTERM)
+    assert eventually(lambda: not running(cli.folder))
 
 
 @pytest.mark.parametrize("debug", ["1", "0"])
