@@ -9791,6 +9791,9 @@ CONNECTED_STATES = frozenset((1, 4, 5, 8, 9, 11))
 Not one that is being made, nor a socket that listens, which stands for all ends at its port."""
 
 
+OUT_OF_FILES = frozenset((errno.EMFILE, errno.ENFILE))
+
+
 class SocketOwner(NamedTuple):
     """What the kernel says of a socket."""
 
@@ -9841,7 +9844,9 @@ def find_socket_owner(local: Endpoint, remote: Endpoint) -> SocketOwner | None:
     """
     try:
         owner = ask_kernel_for_owner(local, remote)
-    except OSError:
+    except OSError as error:
+        if error.errno in OUT_OF_FILES:
+            raise  # which says nothing of the kernel
         owner = None
     return owner or read_owner_from_proc(local, remote)
 
@@ -10306,7 +10311,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def _refuse_stranger(self) -> None:
         """Refuse what another user of this machine sends to a service without a key."""
         if self._is_stranger is None:
-            self._is_stranger = self.server.refuses_strangers and is_foreign(self.connection)
+            try:
+                self._is_stranger = self.server.refuses_strangers and is_foreign(self.connection)
+            except OSError as error:
+                if error.errno not in OUT_OF_FILES:
+                    raise
+                raise HttpError(503, "The service has too many open files; try again.") from None
         if self._is_stranger:
             raise HttpError(403, STRANGERS_ARE_REFUSED)
 
@@ -11360,7 +11370,7 @@ class Daemon:
         if not self._is_lost and self._end_leases() and self._lease is not None:
             remove_file(self._lease.path)
         if self._owns_root():
-            if not self._is_lost:
+            if not os.path.exists(os.path.join(self._path, PIDFILE)) or not self._is_lost:
                 self._options.registry.remove(self._options.root)
             with contextlib.suppress(OSError):
                 os.unlink(PIDFILE, dir_fd=self._descriptor)

@@ -2889,7 +2889,8 @@ CAUSES = {
         "timed out", "limited", "1 of 1", TIMEOUT_EXCEPTION, "timed out after", "timeout"
     ),
     "retry": Expected("raised", "retried", "2 of 2", "ValueError", "attempt 1", "retry"),
-    "interrupt": Expected("killed", "start", "1 of 1", None, "interrupted", None),
+    # A task that is slow to end after Ctrl-C is killed by its scheduler.
+    "interrupt": Expected("killed", "start", "1 of 1", None, "interrupted|scheduler", None),
     "scheduler": Expected("scheduler gone", None, None, None, "without a word", None),
     "both": Expected("scheduler gone", None, None, None, "while start/", None),
 }
@@ -2987,13 +2988,14 @@ def test_a_run_that_failed_tells_the_task_the_attempt_the_exception_and_the_line
     assert cause["pathspec"] == f"CausesFlow/{run['run']}{of_task}"
     attempt = f"{cause['attempt_id'] + 1} of {cause['attempts']}" if expected.step else None
     assert (attempt, cause["type"]) == (expected.attempt, expected.type)
-    assert expected.message in cause["message"]
+    told = [message for message in expected.message.split("|") if message in cause["message"]]
+    assert told
     lines = CAUSES_FLOW.splitlines()
     line = lines[cause["line"] - 1].partition("  # ")[2] if cause["line"] else None
     assert line == expected.line
     assert cause["file"] == (str(folder / "causes.py") if line else None)
     assert not expected.line or f"causes.py:{cause['line']}" in cause["summary"]
-    assert " ".join(expected.message.split()) in cause["summary"]
+    assert " ".join(told[0].split()) in cause["summary"]
     assert any("is about to happen" in text for text in cause["stderr"]) == (
         expected.step == "start" and how not in ("import", "never")
     )
@@ -3978,7 +3980,7 @@ GOLDEN: Mapping[str, Any] = {
 }
 
 
-OUR_FIELDS = {"cause"}
+OUR_FIELDS = {"cause", "foreach_label", "origin_pathspec", "is_log_stored", "origin_run_id"}
 
 
 @pytest.mark.parametrize("path", GOLDEN)
@@ -4759,7 +4761,7 @@ def test_a_run_appears_moves_and_ends_on_a_page(ui: Api) -> None:
         assert page.frame()["data"]["tags"] == ["new"]
 
 
-def test_steps_and_attempts_of_a_run_appear_in_their_order(ui: Api) -> None:
+def test_steps_and_attempts_of_a_run_appear_in_their_order(store: mls.Store, ui: Api) -> None:
     run = ui.new_run(ui.new_flow())
     with Page(ui) as page:
         for part in ("", "/steps", "/tasks"):
@@ -4769,6 +4771,8 @@ def test_steps_and_attempts_of_a_run_appear_in_their_order(ui: Api) -> None:
         for number, is_ok in ((0, "False"), (1, "True")):
             ui.post(f"{task}/metadata", [metadatum("attempt", str(number), number)])
             ui.post(f"{task}/metadata", [metadatum("attempt_ok", is_ok, number)])
+            scheduler_file = Path(store.folder, *task.split("/")[2::2], f"{number}.runtime")
+            scheduler_file.write_text('{"success": true}')  # the log is stored
         told: list[tuple[str, Any, Any]] = []
         while ("", None, "completed") not in told or ("/tasks", 1, "completed") not in told:
             frame = page.frame()
@@ -4799,8 +4803,8 @@ def test_who_comes_back_is_told_what_has_changed_meanwhile(zoo: Api) -> None:
     with Page(zoo) as page:
         page.subscribe(f"{run}/steps", "silent")
         page.subscribe(f"{run}/steps?step_name=end", "back", since=1)
-        steps = {page.frame()["data"]["step_name"] for _ in range(2)}
-        assert steps <= {"_parameters", "start", "left", "right", "work", "collect", "join", "end"}
+        told = next(frame for frame in iter(page.frame, None) if frame["uuid"] == "back")
+        assert told["data"]["step_name"] == "end"
 
 
 def test_nothing_more_is_told_after_unsubscribing(ui: Api) -> None:
@@ -5843,7 +5847,8 @@ def test_a_link_in_the_way_of_a_record_is_not_followed(
         path.symlink_to(outside)
     assert api.post("/flows/Other").status == 400
     assert api.new_task(task.rsplit("/tasks/", 1)[0]).endswith("/3")
-    assert api.post(f"{task}/artifact", [artifact("name")]).json == {"artifacts_created": 0}
+    # A record that cannot be read counts as not there: the link itself is replaced.
+    assert api.post(f"{task}/artifact", [artifact("name")]).json == {"artifacts_created": 1}
     api.post(f"{task}/heartbeat")
     assert not outside.exists()
 
@@ -6879,9 +6884,10 @@ def test_a_flow_survives_its_service(cli: Cli, daemon: Api) -> None:
 
 
 def traces(cli: Cli) -> list[str]:
-    """What a service has made and not removed, but for its log."""
+    """What a service has made and not removed, but for its log and the port that it keeps."""
     left = [*all_paths(cli.folder / ".metaflow"), *all_paths(cli.home / "services")]
-    return [path.name for path in left if path.name != "metaflow-local-service.log"]
+    kept = ("metaflow-local-service.log", "metaflow-local-service.port")
+    return [path.name for path in left if path.name not in kept]
 
 
 @pytest.mark.skipif(not shutil.which("ps"), reason="there is no ps here")
