@@ -11041,15 +11041,16 @@ def _become_daemon(options: Options, lock: LockedFile, server: Server, ready: in
         os.chdir("/")
         os.umask(0o077)
         _take_defaults()
-        _keep_only({ready, lock.descriptor, *server.descriptors()}, log_file)
         daemon = Daemon(options, lock, server)  # from here on it can be told to stop
+        _lead_output_to(_open_log(daemon.descriptor))
+        _keep_only({ready, lock.descriptor, daemon.descriptor, *server.descriptors()})
         _register(options, daemon, server, log_file)
     except BaseException as error:
         os.write(ready, f"The service cannot start: {error}.".encode())
         os._exit(1)
     os.close(ready)
     try:
-        daemon.run(_log_handler(log_file))
+        daemon.run(LogFile(daemon.descriptor))
     except BaseException:
         log.exception("the service failed")
         os._exit(1)
@@ -11087,23 +11088,57 @@ def _take_defaults() -> None:
             del os.environ[variable]
 
 
-def _keep_only(descriptors: set[int], log_file: str) -> None:
-    """Close all files but these, and let the standard streams lead to the log file."""
-    null = os.open(os.devnull, os.O_RDONLY)
-    output = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
-    for number, descriptor in enumerate((null, output, output)):
-        os.dup2(descriptor, number)
+def _keep_only(descriptors: set[int]) -> None:
+    """Close all files but these and the standard streams."""
     for name in os.listdir("/dev/fd"):
         if int(name) > 2 and int(name) not in descriptors:
             with contextlib.suppress(OSError):
                 os.close(int(name))
 
 
-def _log_handler(log_file: str) -> logging.Handler:
-    """Two files of a megabyte at most."""
-    import logging.handlers
+def _open_log(folder: int) -> int:
+    """The log in an open folder, made private; where it is no file of ours, nothing is logged."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
+    with contextlib.suppress(OSError):
+        descriptor = os.open(LOG_FILE, flags, 0o600, dir_fd=folder)
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
+            os.fchmod(descriptor, 0o600)
+            return descriptor
+        os.close(descriptor)
+    return os.open(os.devnull, os.O_WRONLY)
 
-    return logging.handlers.RotatingFileHandler(log_file, maxBytes=2**20, backupCount=1)
+
+def _lead_output_to(output: int) -> None:
+    """Let stdout and stderr lead to an open file, and stdin to nothing. Closes the file."""
+    null = os.open(os.devnull, os.O_RDONLY)
+    for number, descriptor in enumerate((null, output, output)):
+        os.dup2(descriptor, number)
+    for descriptor in {null, output} - {0, 1, 2}:
+        os.close(descriptor)
+
+
+LONGEST_LOG = 2**20
+
+
+class LogFile(logging.StreamHandler):  # type: ignore[type-arg]  # no generic before 3.11
+    """Writes on stderr, which leads to the log of a folder: two files of a megabyte at most.
+
+    The folder is known by its descriptor, so that none is written to that has taken its place.
+    """
+
+    def __init__(self, folder: int) -> None:
+        binary = io.FileIO(2, "w", closefd=False)
+        super().__init__(io.TextIOWrapper(binary, "utf-8", "backslashreplace", write_through=True))
+        self._folder = folder
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if os.fstat(2).st_size > LONGEST_LOG:
+            with contextlib.suppress(OSError):
+                places = {"src_dir_fd": self._folder, "dst_dir_fd": self._folder}
+                os.replace(LOG_FILE, f"{LOG_FILE}.1", **places)
+                _lead_output_to(_open_log(self._folder))
+        super().emit(record)
 
 
 SEARCH_SECONDS = 5.0
@@ -11210,8 +11245,8 @@ class Daemon:
         self._lease: LockedFile | None = None
         self._idle_timeout = options.idle_timeout
         self._path = datastore_folder(options.root)
-        self._descriptor = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
-        self.folder = os.fstat(self._descriptor)
+        self.descriptor = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
+        self.folder = os.fstat(self.descriptor)
         self._missing_since: float | None = None
         self._is_lost = False  # another folder is in place of ours, or none is for good
         self._is_opening = True
@@ -11329,14 +11364,14 @@ class Daemon:
         now = time.monotonic()
         if self._missing_since is None:
             self._missing_since = now
-        was_deleted = os.fstat(self._descriptor).st_nlink == 0
+        was_deleted = os.fstat(self.descriptor).st_nlink == 0
         is_replaced = os.path.isdir(self._path)
         return was_deleted or is_replaced or now - self._missing_since > MISSING_SECONDS
 
     def _owns_root(self) -> bool:
         """Whether no other pidfile is in place of ours in the folder that is served."""
         try:
-            current = os.stat(PIDFILE, dir_fd=self._descriptor, follow_symlinks=False)
+            current = os.stat(PIDFILE, dir_fd=self.descriptor, follow_symlinks=False)
         except OSError:
             return True
         return os.path.samestat(current, os.fstat(self.lock.descriptor))
@@ -11373,7 +11408,7 @@ class Daemon:
             if not os.path.exists(os.path.join(self._path, PIDFILE)) or not self._is_lost:
                 self._options.registry.remove(self._options.root)
             with contextlib.suppress(OSError):
-                os.unlink(PIDFILE, dir_fd=self._descriptor)
+                os.unlink(PIDFILE, dir_fd=self.descriptor)
 
 
 def is_process_alive(pid: int, descriptor: int) -> bool:

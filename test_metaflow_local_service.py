@@ -7479,10 +7479,10 @@ def test_a_daemon_has_only_files_of_its_own_open(daemon: Api, cli: Cli) -> None:
         links = [os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()]
         return sorted(link.partition(":")[0] for link in links)
 
-    # The log is stdout, stderr and the logger's own; the pipe wakes the main thread.
+    # The log is stdout and stderr; the pipe wakes the main thread.
     datastore = str(cli.folder / ".metaflow")  # held, so that it is known again
     pidfile_path = str(pidfile(cli.folder))
-    own = ["/dev/null", *[log] * 3, datastore, pidfile_path, "pipe", "pipe", "socket"]
+    own = ["/dev/null", *[log] * 2, datastore, pidfile_path, "pipe", "pipe", "socket"]
     assert eventually(lambda: [f for f in files() if f != "anon_inode"] == sorted(own)), files()
     assert os.readlink(f"/proc/{pid}/cwd") == "/"
     assert os.getsid(pid) != os.getsid(0)
@@ -7508,6 +7508,26 @@ def test_limits_signals_and_environment_are_not_those_of_the_starter(cli: Cli) -
     assert not int(states["SigIgn"], 16) & 1 << signal.SIGCHLD - 1
     os.kill(pid, signal.SIGTERM)
     assert eventually(lambda: not running(cli.folder))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("other")])
+def test_a_service_does_without_a_log_where_there_can_be_none(cli: Cli, make: Any) -> None:
+    log = cli.folder / ".metaflow" / mls.LOG_FILE
+    log.parent.mkdir()
+    make(log)
+    assert cli("start", timeout=60).returncode == 0
+    assert not (log.parent / "other").exists()
+
+
+def test_a_long_log_is_put_aside(cli: Cli) -> None:
+    log = cli.folder / ".metaflow" / mls.LOG_FILE
+    log.parent.mkdir()
+    log.write_bytes(b"x" * (mls.LONGEST_LOG + 1))
+    log.chmod(0o644)
+    assert cli("start").returncode == 0
+    assert log.with_name(f"{log.name}.1").read_bytes()[:1] == b"x"
+    assert "serving" in log.read_text()
+    assert stat.S_IMODE(log.stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize("debug", ["1", "0"])
