@@ -12875,6 +12875,9 @@ def prepare_standard_streams() -> None:
         sys.stdout.reconfigure(errors="surrogateescape")
 
 
+UNWRITABLE_OUTPUT = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF, errno.EFBIG))
+
+
 def main() -> NoReturn:
     """Do what the command line says; what cannot be done is one line on stderr.
 
@@ -12890,6 +12893,11 @@ def main() -> NoReturn:
     except KeyboardInterrupt:
         exit_code = 130
     except BrokenPipeError:
+        exit_code = 1
+    except OSError as error:
+        if error.filename is not None or error.errno not in UNWRITABLE_OUTPUT:
+            raise
+        print_notice(f"the output cannot be written: {error.strerror}")
         exit_code = 1
     os._exit(exit_code)
 
