@@ -12704,6 +12704,8 @@ def do_demo(arguments: Arguments) -> None:
     program = f"{sys.executable} {called}" if called.endswith(".py") else called
     folder = os.path.normpath(os.path.join(current_folder(), arguments.folder))
     flow = os.path.join(folder, "demo_flow.py")
+    if arguments.root is not None:
+        arguments.root = os.path.abspath(arguments.root)  # seen from here, not from the demo
     try:
         os.makedirs(folder, exist_ok=True)
         with open(flow, "w", encoding="utf-8") as f:
