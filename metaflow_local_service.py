@@ -3275,8 +3275,8 @@ def format_foreach_stack(value: MetadatumValue) -> str | None:
     """The values of nested foreach loops in a line: alone where there is one, else by name."""
     frames = [value] if isinstance(value, str) else value or []
     if len(frames) == 1:
-        return frames[0].partition("=")[2] or frames[0]
-    return ", ".join(frames) or None
+        return str(frames[0]).partition("=")[2] or str(frames[0])
+    return ", ".join(map(str, frames)) or None
 
 
 class Graph(TypedDict, total=False):
@@ -4391,13 +4391,24 @@ Facts = Mapping[str, Mapping[str, Any]]
 """What is compared of a run: by section, the values by their names."""
 
 
+LEAST_DELAY_MS = 1000
+
+
+def is_different(section: str, values: Sequence[Any]) -> bool:
+    """Whether values are not the same: durations only if by a second and by a quarter, the others
+    as JSON, in which 1 is not true."""
+    if section == "durations" and None not in values:
+        return max(values) - min(values) > max(LEAST_DELAY_MS, max(values) / 4)
+    return len({json.dumps(value, sort_keys=True) for value in values}) > 1
+
+
 def compare_facts(facts: Sequence[Facts], has_equal: bool = False) -> list[Difference]:
     """What differs between runs by what is known of each; `has_equal`: and what does not."""
     differences: list[Difference] = []
     for section in COMPARED_SECTIONS:
         for name in sorted({name for of_run in facts for name in of_run[section]}):
             values = [of_run[section].get(name) for of_run in facts]
-            if has_equal or any(value != values[0] for value in values):
+            if has_equal or is_different(section, values):
                 differences.append({"section": section, "name": name, "values": values})
     return differences
 
