@@ -4398,7 +4398,8 @@ def is_different(section: str, values: Sequence[Any]) -> bool:
     """Whether values are not the same: durations only if by a second and by a quarter, the others
     as JSON, in which 1 is not true."""
     if section == "durations" and None not in values:
-        return max(values) - min(values) > max(LEAST_DELAY_MS, max(values) / 4)
+        longest, shortest = max(values), min(values)
+        return bool(longest - shortest > max(LEAST_DELAY_MS, longest / 4))
     return len({json.dumps(value, sort_keys=True) for value in values}) > 1
 
 
