@@ -3271,12 +3271,15 @@ STORING_SECONDS = 300
 """How long the log of an attempt may come after its end, if its scheduler does not say so."""
 
 
-def format_foreach_stack(value: MetadatumValue) -> str | None:
+def format_foreach_frames(frames: Sequence[str]) -> str | None:
     """The values of nested foreach loops in a line: alone where there is one, else by name."""
-    frames = [value] if isinstance(value, str) else value or []
     if len(frames) == 1:
-        return str(frames[0]).partition("=")[2] or str(frames[0])
-    return ", ".join(map(str, frames)) or None
+        return frames[0].partition("=")[2] or frames[0]
+    return ", ".join(frames) or None
+
+
+MOST_ORIGINS = 20
+"""How often a run may have been resumed for its clones to be in the loops of the first one."""
 
 
 class Graph(TypedDict, total=False):
@@ -3955,15 +3958,33 @@ class Model:
         told = {m["field_name"]: m["value"] for m in reversed(metadata)}
         origin_run = str(told.get("origin-run-id") or "None")
         origin_task = told.get("origin-task-id")
+        frames = self.foreach_frames(ids)
         history = History(
             attempts,
-            format_foreach_stack(told.get("foreach-stack", [])),
+            format_foreach_frames(frames),
             None if origin_run == "None" else origin_run,
             f"{ids[0]}/{origin_run}/{ids[2]}/{origin_task}" if origin_task else None,
         )
         if version is not None:
             self._histories.put(key, (version, history))
         return history
+
+    def foreach_frames(self, ids: Ids, hops: int = MOST_ORIGINS) -> list[str]:
+        """The loops that a task is in, the outermost first, each as NAME=VALUE.
+
+        A clone says nothing of loops: it is where its origin was.
+        """
+        fields = ("foreach-stack", "origin-run-id", "origin-task-id")
+        told = {m["field_name"]: m["value"] for m in self.store.metadata(ids, fields=fields)}
+        stack = told.get("foreach-stack")
+        if stack is None and hops > 0 and "origin-task-id" in told:
+            origin = (ids[0], str(told.get("origin-run-id")), ids[2], str(told["origin-task-id"]))
+            with contextlib.suppress(NotStorable):
+                for name in origin:
+                    check_name(name)
+                return self.foreach_frames(origin, hops - 1)
+        frames = [stack] if isinstance(stack, str) else stack or []
+        return [frame for frame in frames if isinstance(frame, str)]
 
     def _origin_run_id(self, ids: Ids) -> str | None:
         """The run that a run was resumed from, as its first step tells."""
@@ -3980,11 +4001,24 @@ class Model:
         after the end, and leaves a file then."""
         if row["finished_at"] is None:
             return False
-        is_old = now * 1000 - row["finished_at"] > STORING_SECONDS * 1000
-        is_of_no_process = row["origin_pathspec"] is not None or ids[2].startswith("_")
-        if is_old or is_of_no_process or row["status"] == PENDING:
+        if now * 1000 - row["finished_at"] > STORING_SECONDS * 1000:
             return True
-        return self._process_end(ids, row["attempt_id"]) is not None
+        return not self._awaits_log(ids, row, now) or self.has_log(ids, row["attempt_id"])
+
+    def _awaits_log(self, ids: Ids, row: AttemptRow, now: float) -> bool:
+        """Whether the log of an attempt comes to this machine, and who stores it is alive.
+
+        The scheduler numbers its tasks. Those with names are others': a task of @parallel starts
+        its own, the output of which goes into its log.
+        """
+        if not isinstance(row["task_id"], int):
+            return False
+        run = self.store.run(ids[:2])
+        heartbeat = None if run is None else run["last_heartbeat_ts"]
+        if heartbeat is not None and now - heartbeat > TASK_HEARTBEAT_CUTOFF:
+            return False
+        kinds = self.store.metadata(ids, fields=("ds-type",))  # clones have none
+        return any(value_text(m) == "local" for m in kinds)
 
     def _completed_by_artifact(self, ids: Ids, number: int, attempt: Attempt) -> Attempt:
         """An attempt of which no metadatum says how it ended, but the artifact `_task_ok`."""
@@ -4300,12 +4334,13 @@ class Model:
         return lines
 
     def has_log(self, ids: Ids, attempt: int) -> bool:
-        """Whether what an attempt has written is stored."""
+        """Whether what an attempt has written is stored, of which there are files even if it has
+        written nothing."""
         for stream in LOG_STREAMS.values():
             with self._open_logs(ids, attempt, stream) as files:
-                if files:
-                    return True
-        return False
+                if not files:
+                    return False
+        return True
 
     @contextlib.contextmanager
     def _open_logs(
@@ -8422,6 +8457,17 @@ class Resource(NamedTuple):
     key: tuple[str, ...] = ()  # the fields that tell a row from others
     stamp: Callable[[], object] = lambda: None  # as it was: no need to look at the rows; None: look
     is_one: bool = False  # one object that changes, and no list that grows
+    told: Callable[[Any], Mapping[str, Any]] = lambda row: row  # a row as pages are told of it
+    is_late: bool = False  # pages are told of an end LATE_SECONDS after it was seen
+
+
+TOLD_SECONDS = 60.0
+"""How long pages are not told that a task has ended, unless its log is stored by then: the official
+UI looks for the log when it hears of the end, and not again."""
+
+LATE_SECONDS = 3.0
+"""How much later than of its tasks' ends pages are told of the end of a run. The official UI paints
+once a second what it has heard, and after the end of the run no more."""
 
 
 class Snapshot:
@@ -8448,9 +8494,31 @@ class Snapshot:
     def stamp_of_run(self, ids: Ids) -> object:
         """None while the run may change; else what changes when it does after all."""
         run = self.run(ids)
-        if run is None or self.model.is_settled(run):
+        if run is None or (self.model.is_settled(run) and not self._awaits_logs(run)):
             return json.dumps(run)
         return None
+
+    def _awaits_logs(self, run: RunRow) -> bool:
+        """Whether the log of a task of a run that has ended may still come."""
+        if self.now * 1000 - (run["finished_at"] or 0) > STORING_SECONDS * 1000:
+            return False
+        tasks = self.tasks(run_row_ids(run))
+        return any(not t["is_log_stored"] for t in tasks if t["finished_at"] is not None)
+
+    def told_attempt(self, row: AttemptRow) -> Mapping[str, Any]:
+        """An attempt as pages are told of it: it goes on until its log is there."""
+        return row if row["is_log_stored"] or not self._has_just_ended(row) else going_on(row)
+
+    def told_run(self, row: RunRow) -> Mapping[str, Any]:
+        """A run as pages are told of it: it goes on as long as one of its tasks does."""
+        if not self._has_just_ended(row):
+            return row
+        tasks = self.tasks(run_row_ids(row))
+        return row if all(self.told_attempt(task) is task for task in tasks) else going_on(row)
+
+    def _has_just_ended(self, row: AttemptRow | RunRow) -> bool:
+        end = row["finished_at"]
+        return end is not None and self.now * 1000 - end < TOLD_SECONDS * 1000
 
     def newest_runs(self) -> list[RunRow]:
         """The newest runs, and those that were running when somebody looked last."""
@@ -8459,6 +8527,11 @@ class Snapshot:
         for ids, row in found.items():
             self._runs[ids] = self.model.judge(row)
         return list(found.values())
+
+
+def going_on(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row of an attempt or run, as it was before it ended."""
+    return {**row, "status": RUNNING, "finished_at": None, "cause": None}
 
 
 def ui_resource(template: str, is_paged: bool = False) -> Callable[[Handler], Handler]:
@@ -8658,7 +8731,8 @@ def filter_runs(model: Model, query: Query, runs: Iterable[RunRow]) -> Iterable[
 def runs_resource(look: Snapshot, query: Query) -> Resource:
     """The newest runs, and those that go on; to be fetched they come in pages, see above."""
     rows = partial(filter_runs, look.model, query)
-    return Resource(lambda: rows(look.newest_runs()), ("flow_id", "run"))
+    told = (cast(RunRow, look.told_run(row)) for row in look.newest_runs())
+    return Resource(lambda: rows(told), ("flow_id", "run"), is_late=True)
 
 
 @ui_resource("/flows", is_paged=True)
@@ -8680,7 +8754,7 @@ def flow_resource(look: Snapshot, query: Query, flow: str) -> Resource:
 def run_resource(look: Snapshot, query: Query, flow: str, run: str) -> Resource:
     """One run."""
     row = look.run(run_ids(flow, run))
-    return Resource(lambda: [row] if row else [], is_one=True)
+    return Resource(lambda: [row] if row else [], is_one=True, told=look.told_run, is_late=True)
 
 
 @ui_resource(RUN + "/steps")
@@ -8748,6 +8822,7 @@ def tasks_resource(look: Snapshot, query: Query, flow: str, run: str) -> Resourc
         lambda: select_rows(look.tasks(ids), query, UI_TASK_COLUMNS),
         ("step_name", "task_id", "attempt_id"),
         lambda: look.stamp_of_run(ids),
+        told=look.told_attempt,
     )
 
 
@@ -8789,6 +8864,7 @@ def attempts_resource(look: Snapshot, query: Query, *task: str) -> Resource:
         lambda: look.model.attempts(ids, look.now),
         ("attempt_id",),
         lambda: look.stamp_of_run(ids[:2]),
+        told=look.told_attempt,
     )
 
 
@@ -9229,29 +9305,22 @@ class Subscription:
         self._since = since * 1000
         self._stamp: object = None
         self._known: dict[object, int] = {}
-        self._ended: set[object] = set()  # the runs that were seen to have ended
+        # By the keys of rows, where ends come late: when they were last seen going on.
+        self._going_on: dict[object, float] = {}
         self._is_first_look = True
 
     def depth(self) -> tuple[int, bool]:
         """What orders subscriptions: runs first, then steps, then tasks."""
         return (self.resource.count("/"), self.resource.endswith("/tasks"))
 
-    def _is_early(self, key: object, row: Mapping[str, Any], now: float) -> bool:
-        """Whether a row tells of an end that the page is to hear of later.
-
-        Of an attempt's when its log is there, since pages fetch that at once; of a run's a look
-        after it was seen, since the official UI does not paint what its tasks tell after that.
-        """
-        end = row.get("finished_at")
-        if end is None or now * 1000 - end > TOLD_SECONDS * 1000 or self._is_first_look:
-            return False
-        if "is_log_stored" in row:
-            return not row["is_log_stored"]
-        is_run = "run" in row
-        is_new = is_run and key not in self._ended
-        if is_run:
-            self._ended.add(key)
-        return is_new
+    def _with_late_end(self, key: object, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A row, but as it was before its end where that was seen only now."""
+        now = time.monotonic()
+        if row["finished_at"] is None:
+            self._going_on[key] = now
+        elif now - self._going_on.get(key, -math.inf) < LATE_SECONDS:
+            return going_on(row)
+        return row
 
     def frames(self, look: Snapshot) -> list[Mapping[str, object]]:
         """What is to be told now; after an exception it is to be told still."""
@@ -9260,11 +9329,10 @@ class Subscription:
         if stamp is not None and stamp == self._stamp:
             return []
         frames: list[Mapping[str, object]] = []
-        for row in list(found.rows()):  # all of them, before any counts as told
+        for row in list(map(found.told, found.rows())):  # all, before any counts as told
             key = tuple(row[field] for field in found.key)
-            if self._is_early(key, row, look.now):
-                stamp = None  # and is looked at again
-                continue
+            if found.is_late:
+                row = self._with_late_end(key, row)
             state = hash(row_fingerprint(row))
             known = self._known.get(key)
             self._known[key] = state
@@ -9275,10 +9343,6 @@ class Subscription:
         self._stamp = stamp
         self._is_first_look = False
         return frames
-
-
-TOLD_SECONDS = 60
-"""How long the end of a task is kept from pages at most, while its log is not stored."""
 
 
 def row_fingerprint(row: Mapping[str, Any]) -> str:
@@ -9445,24 +9509,26 @@ def search_tasks(model: Model, ids: Ids, query: Query) -> Iterator[Task]:
 
 
 def has_artifact(model: Model, ids: Ids, key: str, value: str) -> bool:
-    """Whether the newest attempt of a task has an artifact of that name, and of that value if any:
-    a part of it in whatever case, or all of it where it is in quotes."""
+    """Whether the newest attempt of a task has an artifact of that name, and of that value if
+    any."""
     artifact = model.store.artifact(ids, key)
     if artifact is None or not value:
         return artifact is not None
     content = model.with_value(artifact_row(artifact)).get("content")
-    if content is None:
-        return False
-    if len(value) > 1 and value[0] == value[-1] == '"':
-        return content == value[1:-1]
-    return value.lower() in content.lower()
+    return content is not None and is_value_like(content, value)
 
 
 def has_variable(model: Model, ids: Ids, key: str, value: str) -> bool:
     """Whether a task is within a foreach over `key`, and at that value if any."""
-    wanted = f"{key}={value.strip(chr(34))}" if value else key
-    stacks = model.store.metadata(ids, fields=("foreach-stack",))
-    return any(wanted in value_text(stack) for stack in stacks)
+    pairs = (frame.partition("=") for frame in model.foreach_frames(ids))
+    return any(name == key and (not value or is_value_like(at, value)) for name, _, at in pairs)
+
+
+def is_value_like(content: str, wanted: str) -> bool:
+    """Whether a value has a part as wanted, in whatever case; where that is in quotes, is it."""
+    if len(wanted) > 1 and wanted[0] == wanted[-1] == '"':
+        return content == wanted[1:-1]
+    return wanted.lower() in content.lower()
 
 
 # -- the page, and the files of the official UI ----------------------------------------------------
@@ -12408,8 +12474,6 @@ def difference_cells(difference: Difference) -> Sequence[str]:
 # -- logs ------------------------------------------------------------------------------------------
 
 FOLLOW_SECONDS = 1.0
-LOG_SECONDS = 10.0
-"""How long after the end of an attempt its log may come."""
 
 
 class TaskLine(NamedTuple):
@@ -12477,18 +12541,16 @@ def goes_on(model: Model, ids: Ids) -> bool:
     run = model.run(ids[:2])
     attempts = [model.attempts(task, model.clock())[:1] for task in tasks_below(model, ids)]
     newest = list(itertools.chain.from_iterable(attempts))
-    if any(awaits_log(model, row) for row in newest):
+    if any(awaits_log(row) for row in newest):
         return True
     if run is None or run["status"] != RUNNING:
         return False
     return len(ids) == RUN_DEPTH or any(row["finished_at"] is None for row in newest)
 
 
-def awaits_log(model: Model, row: AttemptRow) -> bool:
+def awaits_log(row: AttemptRow) -> bool:
     """Whether an attempt has just ended, and its scheduler has yet to store what it wrote."""
-    if row["finished_at"] is None or model.has_log(attempt_row_ids(row), row["attempt_id"]):
-        return False
-    return model.clock() - row["finished_at"] / 1000 < LOG_SECONDS
+    return row["finished_at"] is not None and not row["is_log_stored"]
 
 
 def log_lines_below(

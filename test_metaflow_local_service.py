@@ -3177,6 +3177,88 @@ def test_a_resumed_run_shows_the_tasks_that_it_took_over_as_completed(seen: mls.
     }
 
 
+@pytest.mark.parametrize(
+    ("stack", "label"),
+    [
+        (["names=alpha"], "alpha"),
+        (["names=a=b, c"], "a=b, c"),
+        (["outer=a", "inner=3"], "outer=a, inner=3"),
+        ([], None),
+        ([1], None),
+    ],
+)
+def test_a_nested_foreach_is_told_by_its_path_and_clones_by_their_origins(
+    store: mls.Store, ui: Api, stack: Any, label: str | None
+) -> None:
+    origin = ui.new_task_of_its_own()
+    ui.post(f"{origin}/metadata", [metadatum("foreach-stack", stack)])
+    flow, run, step, task = origin.split("/")[2::2]
+    clone = ui.new_task(ui.new_step(ui.new_run(f"/flows/{flow}")))
+    named = [metadatum("origin-run-id", run), metadatum("origin-task-id", task)]
+    ui.post(f"{clone}/metadata", named)
+    rows = [ui.get(f"/api{path}/attempts").json["data"][0] for path in (origin, clone)]
+    assert [row["foreach_label"] for row in rows] == [label, label]
+    assert rows[1]["origin_pathspec"] == "/".join((flow, run, step, task))
+
+
+@pytest.mark.parametrize("name", ["..", "a/b", "None", ""])
+def test_a_clone_of_what_can_be_no_task_is_in_no_loop(ui: Api, name: str) -> None:
+    task = ui.new_task_of_its_own()
+    named = [metadatum("origin-run-id", name), metadatum("origin-task-id", name)]
+    ui.post(f"{task}/metadata", named)
+    (row,) = ui.get(f"/api{task}/attempts").json["data"]
+    assert row["foreach_label"] is None
+
+
+def end_task(ui: Api, task: str, kind: str = "local", is_ok: str = "True") -> None:
+    """Record the only attempt of a task as Metaflow does, with its datastore."""
+    told = [("attempt", "0"), ("ds-type", kind), ("attempt_ok", is_ok)]
+    ui.post(f"{task}/metadata", [metadatum(name, value) for name, value in told])
+
+
+def store_log(store: mls.Store, task: str) -> None:
+    """Leave the files that the scheduler leaves when the process of an attempt has exited."""
+    folder = Path(store.folder, *task.split("/")[2::2])
+    for name in ("runtime_stdout.log", "runtime_stderr.log"):
+        (folder / f"0.{name}").write_bytes(b"")
+
+
+def test_a_log_is_awaited_until_the_scheduler_has_stored_it_or_for_minutes(
+    store: mls.Store, ui: Api
+) -> None:
+    run = ui.new_run(ui.new_flow())
+    step = ui.new_step(run)
+    awaited, remote, named = (
+        ui.new_task(step),
+        ui.new_task(step),
+        ui.new_task(step, task_id="1_node_1"),
+    )
+    for task, kind in ((awaited, "local"), (remote, "s3"), (named, "local")):
+        end_task(ui, task, kind)
+    ids = tuple(run.split("/")[2::2])
+
+    def stored_logs(delay: float = 0) -> list[bool]:
+        model = mls.Model(store)
+        return [t["is_log_stored"] for t in model.tasks(ids, time.time() + delay)]
+
+    assert stored_logs() == [False, True, True]
+    assert stored_logs(mls.STORING_SECONDS - 10) == [False, True, True]
+    assert stored_logs(mls.STORING_SECONDS + 10) == [True, True, True]
+    store_log(store, awaited)
+    assert stored_logs() == [True, True, True]
+
+
+def test_a_log_is_not_awaited_from_a_scheduler_that_is_gone(store: mls.Store, ui: Api) -> None:
+    run = ui.new_run(ui.new_flow(), system_tags=["metaflow_version:2.19.0"])
+    task = ui.new_task(ui.new_step(run))
+    end_task(ui, task)
+    model = mls.Model(store)
+    ids = tuple(task.split("/")[2::2])
+    for delay, expected in ((0, False), (mls.TASK_HEARTBEAT_CUTOFF + 10, True)):
+        (row,) = model.attempts(ids, time.time() + delay)
+        assert row["is_log_stored"] is expected
+
+
 def test_a_run_is_completed_by_its_own_last_step_whatever_that_is_called(
     seen: mls.Model,
 ) -> None:
@@ -4091,41 +4173,6 @@ def test_a_run_that_was_not_resumed_has_no_origin(ui: Api) -> None:
     assert ui.get(f"/api{task.split('/steps/')[0]}").json["data"]["origin_run_id"] is None
 
 
-def test_a_log_is_stored_when_the_scheduler_says_so_or_after_minutes(
-    store: mls.Store, ui: Api
-) -> None:
-    task, ids = make_running_task(ui, store.folder)
-
-    def is_stored(model: mls.Model) -> bool:
-        (row,) = model.attempts(ids, model.clock())
-        return row["is_log_stored"]
-
-    now, later = mls.Model(store), mls.Model(store, lambda: time.time() + mls.STORING_SECONDS + 1)
-    assert not is_stored(now)
-    ui.post(f"{task}/metadata", [metadatum("attempt_ok", "True")])
-    assert not is_stored(now)
-    assert is_stored(later)
-    Path(store.folder, *ids, "0.runtime").write_text('{"return_code": 0, "success": true}')
-    assert is_stored(now)
-
-
-def test_pages_hear_of_the_end_of_a_task_when_its_log_is_there(store: mls.Store, ui: Api) -> None:
-    task, ids = make_running_task(ui, store.folder)
-    run = task.split("/steps/")[0]
-    model = mls.Model(store)
-    subscription = mls.Subscription("u", f"{run}/tasks", 0)
-
-    def told() -> list[str]:
-        frames = subscription.frames(mls.Snapshot(model, is_live=True))
-        return [frame["data"]["status"] for frame in frames]
-
-    assert told() == ["running"]
-    ui.post(f"{task}/metadata", [metadatum("attempt_ok", "True")])
-    assert told() == []
-    Path(store.folder, *ids, "0.runtime").write_text('{"return_code": 0, "success": true}')
-    assert told() == ["completed"]
-
-
 def test_runs_are_compared_by_what_differs(zoo: Api) -> None:
     run = zoo_run(zoo).removeprefix("/flows/").replace("/runs/", "/")
     run = run.removeprefix("/api/flows/")
@@ -4818,6 +4865,77 @@ def test_metadata_and_parameters_appear_once_each(ui: Api) -> None:
         assert page.frame()["data"]["field_name"] == "more"
 
 
+def test_pages_hear_of_an_end_when_the_log_is_there_and_of_the_runs_last(
+    store: mls.Store, ui: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mls, "LATE_SECONDS", 1.5)
+    run = ui.new_run(ui.new_flow())
+    task = ui.new_task(ui.new_step(run, "end"))
+    with Page(ui) as page:
+        for part in ("", "/tasks"):  # the run first: it is told last all the same
+            page.subscribe(run + part, uuid=part)
+        for _ in range(2):
+            assert page.frame()["data"]["status"] in ("running", "pending")
+        end_task(ui, task)
+        assert ui.get(f"/api{run}").json["data"]["status"] == "completed"
+        begun = page.frame()["data"]
+        assert (begun["status"], begun["finished_at"]) == ("running", None)
+        ui.patch(f"{run}/tag/mutate", {"tags_to_add": ["later"]})
+        for _ in range(2):
+            told = page.frame()["data"]
+            assert (told["status"], told["tags"]) == ("running", ["later"])
+        store_log(store, task)
+        frames = [page.frame() for _ in range(2)]
+        assert [frame["uuid"] for frame in frames] == ["/tasks", ""]
+        for frame in frames:
+            assert frame["data"]["status"] == "completed"
+            assert frame["data"]["finished_at"] is not None
+
+
+def test_pages_hear_of_an_end_after_a_minute_also_without_a_log(
+    ui: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mls, "TOLD_SECONDS", 0.0)
+    run = ui.new_run(ui.new_flow())
+    task = ui.new_task(ui.new_step(run, "end"))
+    with Page(ui) as page:
+        page.subscribe(f"{run}/tasks")
+        assert page.frame()["data"]["status"] == "pending"
+        end_task(ui, task)
+        told = page.frame()["data"]
+        assert (told["status"], told["is_log_stored"]) == ("completed", False)
+
+
+def test_a_log_that_comes_after_the_end_of_its_run_is_told_of(
+    store: mls.Store, ui: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mls, "TOLD_SECONDS", 0.0)
+    run = ui.new_run(ui.new_flow())
+    task = ui.new_task(ui.new_step(run, "end"))
+    end_task(ui, task)
+    settle(store, run)
+    with Page(ui) as page:
+        page.subscribe(f"{run}/tasks")
+        assert page.frame()["data"]["is_log_stored"] is False
+        store_log(store, task)
+        assert page.frame()["data"]["is_log_stored"] is True
+
+
+def settle(store: mls.Store, run: str) -> None:
+    """Let the folders of a run be as old as those that are known not to change unnoticed."""
+    for path in (Path(store.folder, *run.split("/")[2::2]), *all_paths(Path(store.folder))):
+        if path.is_dir():
+            os.utime(path, (time.time() - 5, time.time() - 5))
+
+
+def test_artifacts_come_over_the_socket_with_their_values(store: mls.Store, ui: Api) -> None:
+    task = ui.new_task_of_its_own()
+    with Page(ui) as page:
+        page.subscribe(f"{task}/artifacts?attempt_id=0&_limit=50")
+        ui.post(f"{task}/artifact", [artifact("x", **stored(store, [1, 2]), ds_type="local")])
+        assert page.frame()["data"]["content"] == "[1, 2]"
+
+
 def test_who_comes_back_is_told_what_has_changed_meanwhile(zoo: Api) -> None:
     run = zoo_run(zoo)[len("/api") :]
     with Page(zoo) as page:
@@ -4939,6 +5057,9 @@ def test_a_search_finds_tasks_by_the_names_and_values_of_their_artifacts(
         ("key=names", ["1", "2"]),
         ("key=names&value=b", ["2"]),
         ("key=names&value=%22b%22", ["2"]),
+        ("key=names&value=B", ["2"]),
+        ("key=names&value=%22B%22", []),
+        ("key=name", []),
         ("key=other", []),
     ],
 )
