@@ -10652,7 +10652,7 @@ def datastore_folder(root: str) -> str:
 
 
 def make_datastore_folder(root: str) -> str:
-    """The .metaflow in `root`, made where it is not there; Failure where it cannot be."""
+    """The .metaflow in `root`, made where it is not there; ServiceError where it cannot be."""
     folder = datastore_folder(root)
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
@@ -10668,8 +10668,8 @@ LOCK_SECONDS = SHUTDOWN_SECONDS + 5
 def lock_descriptor(descriptor: int, path: str, how: int) -> None:
     """flock what is open; BlockingIOError where it is locked and `how` is not to wait for that.
 
-    Failure where there are no locks, as on some network file systems, or somebody else has it for
-    too long, as every user can who may read it.
+    ServiceError where there are no locks, as on some network file systems, or somebody else has it
+    for too long, as every user can who may read it.
     """
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
@@ -10696,8 +10696,8 @@ class LockedFile:
     def acquire(cls, path: str, how: int, flags: int = os.O_RDWR | os.O_CREAT) -> LockedFile | None:
         """Lock a file of one's own, made if `flags` say so; None where `how` is not to wait for it.
 
-        It is made private where others may read it. FileNotFoundError where there is none, Failure
-        where it belongs to somebody else, is no file, or cannot be opened or locked.
+        It is made private where others may read it. FileNotFoundError where there is none,
+        ServiceError where it is somebody else's or no file, or cannot be opened or locked.
         """
         while True:
             try:
@@ -10744,8 +10744,8 @@ def registry_lock(root: str, how: int) -> Iterator[None]:
     """Hold the lock of the root's folder: exclusive to start a service, shared to look for one.
 
     It is held for milliseconds, or for as long as a service takes to stop, and hides a service
-    that is starting until it has started. Failure where it cannot be had in time: every user may
-    lock a folder who may read it.
+    that is starting until it has started. ServiceError where it cannot be had in time: every user
+    who may read a folder may lock it.
     """
     try:
         descriptor = os.open(datastore_folder(root), os.O_RDONLY | os.O_DIRECTORY)
@@ -10893,7 +10893,7 @@ class Index:
     """
 
     def __init__(self, folder: str) -> None:
-        """Failure where the folder belongs to somebody else."""
+        """ServiceError where the folder belongs to somebody else."""
         self.folder = folder
         with contextlib.suppress(OSError):
             if os.stat(folder).st_uid != os.geteuid():
@@ -10963,7 +10963,7 @@ def ensure_service(options: Options) -> tuple[Service, bool]:
     """The service of the root, started where there is none, and whether it was.
 
     Returns when the service owns its root and takes connections, which it answers once it has
-    imported Metaflow. Failure where it cannot start or another one runs than is asked for.
+    imported Metaflow. ServiceError where it cannot start or another one runs than is asked for.
     """
     service = find_service(options.root)
     if service is None:
@@ -11517,7 +11517,7 @@ def hold_service(service: Service, pid: int) -> None:
 
 
 def wait_until_ready(service: Service) -> None:
-    """Return when a service that was started answers; Failure with its reason if it never will."""
+    """Return when a service answers that was started; ServiceError with why if it never will."""
     try:
         status, response = ask(service, "/ping")
     except OSError as error:
@@ -11678,7 +11678,7 @@ def do_run(arguments: Arguments) -> None:
 
 
 def exec_command(command: Sequence[str], environment: Environment) -> NoReturn:
-    """Replace this process by a command. Failure where that cannot be."""
+    """Replace this process by a command. ServiceError where that cannot be."""
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)  # which Python ignores, and a command would inherit
     try:
@@ -12979,7 +12979,7 @@ def main() -> NoReturn:
 
 
 def run_command_line(words: Sequence[str]) -> int:
-    """Do what the words say, and return the exit code; Failure where that cannot be done."""
+    """Do what the words say, and return the exit code; ServiceError where that cannot be done."""
     try:
         arguments = make_parser(words).parse_args(words)
         arguments.function(arguments)
