@@ -9767,12 +9767,34 @@ def static_file(folder: str, path: Sequence[str]) -> Response:
 # ==================================================================================================
 # Server: HTTP itself: parsing, limits, access, errors as JSON, in-flight requests
 # ==================================================================================================
+#
+# This layer knows nothing of records: it turns bytes into a Request, has a service answer it, and
+# turns the Response into bytes. It stands on http.server and uses its seams as they are meant; what
+# it replaces (the parsing of headers) says what that saves.
+#
+# Threads. One thread accepts connections (`Server.accept`), each connection has a thread of its own
+# (`Connection`), and the thread that called `Server.serve` looks after them: every TICK_SECONDS it
+# ends those that are overdue and asks whether the service is still wanted. Connections report what
+# they are doing by the server's `note_...` methods; `Server._lock` guards what these keep.
+#
+# Deadlines. A connection may be silent for KEEP_ALIVE_SECONDS between two requests, and a request
+# has REQUEST_SECONDS to arrive. A handler may take as long as it needs. Whoever reads an answer has
+# REQUEST_SECONDS from the last progress. The thread of `serve` enforces these by shutting a socket
+# down; the connection's own thread then fails to read or write, and closes it. No other thread ever
+# closes a connection's socket, so that its descriptor cannot have become another file's.
+#
+# Who gets an answer. In this order: orders of our own commands, which prove with the nonce from the
+# pidfile that they may give them; then everybody else, if the service still serves its root, if the
+# peer is our own user (without a key, on Linux), if Host and Origin are ours, and if the request
+# brings the key (where there is one). Only then is the body read.
+
+# -- limits ----------------------------------------------------------------------------------------
 
 LARGEST_BODY = 32 * 2**20
-"""Metaflow sends the artifacts of an attempt together, 470 bytes each, and a metadatum whole."""
+"""In bytes. Metaflow sends all artifacts of an attempt in one body, at 470 bytes each."""
 
 LARGEST_PUBLIC_BODY = 4 * 2**10
-"""For what is answered to those who have not brought the key: the login."""
+"""In bytes, of a request that is answered without the key: the login."""
 
 MOST_CONNECTIONS = 512
 MOST_PAGES = 128
@@ -9788,45 +9810,47 @@ KEEP_ALIVE_SECONDS = 75.0
 """How long a connection may be silent between two requests."""
 
 REQUEST_SECONDS = 30.0
-"""How long a request may take to arrive, and the reader of an answer may take none of it."""
+"""How long a request may take to arrive, and an answer may wait for its reader to take some."""
 
 SMALL_ANSWER = 2**16
-"""So many bytes of an answer are sent at once, and are not counted."""
+"""In bytes. An answer up to this size is sent at once and does not count towards MOST_UNSENT."""
 
 MOST_UNSENT = 128 * 2**20
 """How many bytes of answers may wait for their readers, in all."""
 
 STALLED_SECONDS = 5.0
-"""After how long a reader that takes nothing is dropped, where another needs the room."""
+"""A reader without progress for so long is dropped when another answer needs the room."""
 
 SEND_BUFFER = 2**17
-"""What a socket holds of an answer. The kernel would let it grow to megabytes, and a reader who
-takes 40 kB in a second would seem to take nothing for half a minute."""
+"""How many bytes of an answer the kernel holds for each socket. Left alone, it would let this grow
+to megabytes, and a reader at 40 kB a second would seem to make no progress for half a minute."""
 
 SHUTDOWN_SECONDS = 10.0
 """How long requests in flight may go on when the service stops."""
 
 TICK_SECONDS = 0.25
-"""How often the server looks for connections that are too slow, and whether it is needed."""
+"""How often the server looks for overdue connections, and asks whether it is still wanted."""
+
+# -- who may ask -----------------------------------------------------------------------------------
 
 
 class Access(NamedTuple):
     """Who may talk to the service."""
 
     host: str  # where it listens
-    credentials: Credentials | None  # what every request must bring, if anything
+    credentials: Credentials | None  # the key that every request must bring, if there is one
 
     def check(self, fields: Mapping[str, str]) -> None:
-        """Refuse a request that a foreign web page can send.
+        """Refuse, with HttpError 403, a request that a foreign web page may have sent.
 
-        A page that rebinds its own name to this machine's address still sends that name as the
-        Host. With a key, which no foreign page has, any name may lead here.
+        A page that rebinds its own name to this machine's address (DNS rebinding) still sends that
+        name as the Host. With a key any Host is accepted, since no foreign page has the key.
         """
         host, origin = fields.get("host"), fields.get("origin")
         if self.credentials is None and host is not None and not is_loopback_host(host):
             raise HttpError(403, "The Host header names another host.")
         if origin is None:
-            # Browsers send no Origin with most GETs, but say whose page has asked.
+            # Browsers send no Origin with most GETs, but Sec-Fetch-Site says who made the request.
             is_foreign_page = fields.get("sec-fetch-site", "none") not in ("none", "same-origin")
         else:
             is_foreign_page = origin not in (f"http://{host}", f"https://{host}")
@@ -9838,7 +9862,7 @@ HOST_HEADER = re.compile(r"(?:\[([0-9a-f:.]+)\]|([0-9a-z.-]+))(?::([1-9][0-9]{0,
 
 
 def is_loopback_host(header: str) -> bool:
-    """Whether a Host header (RFC 9110, 7.2) names this machine for itself alone, and is proper."""
+    """Whether a Host header (RFC 9110, 7.2) is well-formed and names the loopback interface."""
     match = HOST_HEADER.fullmatch(header.lower())
     if match is None or int(match.group(3) or 0) > 65535:
         return False
@@ -9846,13 +9870,15 @@ def is_loopback_host(header: str) -> bool:
     return is_loopback(name) if address is None else address == "::1"
 
 
+# -- whose connection it is ------------------------------------------------------------------------
+
 STRANGERS_ARE_REFUSED = (
     "This service is for the user who runs it; others of this machine need its key "
     "(it has one if it is started with --generate-key)."
 )
 
 INET_DIAG_REQUEST = struct.Struct("=IHHII BBBBI 2s2s16s16sI8s")
-"""A netlink header and an inet_diag_req_v2 (linux/inet_diag.h)."""
+"""A netlink message header followed by an inet_diag_req_v2 (linux/inet_diag.h)."""
 
 NETLINK_SOCK_DIAG = 4
 SOCK_DIAG_BY_FAMILY = 20
@@ -9861,19 +9887,17 @@ INET_DIAG_OWNER_AT = 16 + 4 + 48 + 12
 INET_DIAG_STATE_AT = 16 + 1
 ANY_COOKIE = b"\xff" * 8
 NO_INODE = 0
-"""Of a socket that no process holds any more; its uid reads as 0 then."""
-
+"""The inode of a socket that no process holds any more. The kernel then says that its uid is 0."""
 
 CONNECTED_STATES = frozenset((1, 4, 5, 8, 9, 11))
-"""Of TCP, as Linux numbers them: a connection that both ends know, if one may have closed its half.
-Not one that is being made, nor a socket that listens, which stands for all ends at its port."""
-
+"""The TCP states, as Linux numbers them, in which both ends know the connection, even if one has
+closed its half. The states of a handshake and of a listening socket are not among them."""
 
 OUT_OF_FILES = frozenset((errno.EMFILE, errno.ENFILE))
 
 
 class SocketOwner(NamedTuple):
-    """What the kernel says of a socket."""
+    """What the kernel says about a socket."""
 
     uid: int
     inode: int
@@ -9884,10 +9908,10 @@ Endpoint = tuple[str, int]
 
 
 def tells_owners(listener: socket.socket) -> bool:
-    """Whether the kernel can be asked whose a socket is: whether it knows of one that listens.
+    """Whether this kernel says who owns a socket, tried on a listening socket of our own.
 
-    It cannot on macOS and in some sandboxes. This is found out once and not of a connection, whose
-    other end could vanish at the moment of the question to look as if nothing could be known.
+    macOS and some sandboxes do not. It is found out once, and not per connection: a client could
+    close its end at the moment of the question, to look as if the kernel could not tell.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -9897,40 +9921,40 @@ def tells_owners(listener: socket.socket) -> bool:
 
 
 def is_foreign(connection: socket.socket) -> bool:
-    """Whether it is not proven that the other end of a connection is our own user's, or root's.
+    """Whether the kernel does not confirm that the peer is a process of our own user, or of root.
 
-    OSError where the connection has ended: another process may have its port by then.
+    OSError if the connection has ended, since another process may have its port by then.
     """
     ours = plain_endpoint(connection.getsockname())
     owner = find_socket_owner(plain_endpoint(connection.getpeername()), ours)
-    connection.getpeername()  # still the same one, or this fails
+    connection.getpeername()  # fails if the connection has ended in the meantime
     if owner is None or owner.inode == NO_INODE or owner.state not in CONNECTED_STATES:
         return True
     return owner.uid not in (0, os.geteuid())
 
 
 def plain_endpoint(address: Sequence[Any]) -> Endpoint:
-    """The host and port of a socket's address; IPv4 as such where IPv6 has it mapped."""
+    """The host and port of a socket's address, with an IPv4-mapped IPv6 address as plain IPv4."""
     host, port = address[:2]
     return (host[len("::ffff:") :] if host.startswith("::ffff:") and "." in host else host), port
 
 
 def find_socket_owner(local: Endpoint, remote: Endpoint) -> SocketOwner | None:
-    """Whose the TCP socket is that is bound to one end and connected to another; None if unknown.
+    """Who owns the TCP socket with these two endpoints; None if the kernel does not know.
 
-    An exact look-up by netlink takes 0.03 to 0.09 ms, reading /proc 1.5 to 7 ms.
+    Asking by netlink takes 0.03 to 0.09 ms, reading /proc 1.5 to 7 ms.
     """
     try:
         owner = ask_kernel_for_owner(local, remote)
     except OSError as error:
         if error.errno in OUT_OF_FILES:
-            raise  # which says nothing of the kernel
+            raise  # this says nothing about what the kernel knows
         owner = None
     return owner or read_owner_from_proc(local, remote)
 
 
 def ask_kernel_for_owner(local: Endpoint, remote: Endpoint) -> SocketOwner | None:
-    """The owner of a socket by NETLINK_SOCK_DIAG (sock_diag(7)); OSError where there is no such."""
+    """The owner of a socket by NETLINK_SOCK_DIAG (sock_diag(7)); OSError if that does not exist."""
     family = socket.AF_INET6 if ":" in local[0] else socket.AF_INET
     hosts = (socket.inet_pton(family, host).ljust(16, b"\0") for host, _ in (local, remote))
     ports = (port.to_bytes(2, "big") for _, port in (local, remote))
@@ -9967,7 +9991,7 @@ def read_owner_from_proc(local: Endpoint, remote: Endpoint) -> SocketOwner | Non
 
 
 def proc_endpoint(endpoint: Endpoint, is_mapped: bool) -> str:
-    """An endpoint as /proc/net/tcp writes it: words of four bytes in the machine's order."""
+    """An endpoint as /proc/net/tcp writes it: words of four bytes, in the machine's byte order."""
     host, port = endpoint
     if ":" in host:
         packed = socket.inet_pton(socket.AF_INET6, host)
@@ -9980,7 +10004,7 @@ def proc_endpoint(endpoint: Endpoint, is_mapped: bool) -> str:
 
 
 def is_address(host: str) -> bool:
-    """Whether a host is given as an address and not as a name."""
+    """Whether a host is an IP address and not a name."""
     import ipaddress
 
     try:
@@ -9991,62 +10015,64 @@ def is_address(host: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host is this machine for itself alone."""
+    """Whether a host is on the loopback interface."""
     return host in ("localhost", "::1") or (host.startswith("127.") and is_address(host))
 
 
 def own_name() -> str:
-    """The machine's name for itself."""
+    """The host name of this machine."""
     return socket.gethostname().lower()
 
 
+# -- the server ------------------------------------------------------------------------------------
+
 NONCE_HEADER = "x-local-service-nonce"
-"""What a request to the service itself, and not to what it serves, proves with that it knows it."""
+"""The header by which the sender of an order proves that it has read the pidfile."""
 
 
 class Owner(Protocol):
-    """Whose server it is: asked before anything is answered."""
+    """The process that runs a server; the server asks it before it answers anything."""
 
     def refusal(self) -> str | None:
-        """Why nothing can be answered, None where all can."""
+        """The reason why no request can be answered at present; None if all can."""
 
     def obey(self, order: str, fields: Mapping[str, str]) -> Mapping[str, object] | None:
-        """Do what a process of this machine asks; None where it does not know the nonce."""
+        """Carry out an order and return what to tell its sender; None if the nonce is wrong."""
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Listens from the moment it is made; answers from `serve` on, with a thread a connection."""
+    """Listens as soon as it is made, and answers from `serve` on, with a thread per connection."""
 
     request_queue_size = 128
     daemon_threads = True
 
     def __init__(self, host: str, port: int, key: str | None) -> None:
-        """Listen. OSError where that cannot be."""
+        """Bind and listen. OSError if the address cannot be had."""
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.access = Access(host, None if key is None else Credentials(key))
         self.service: MetadataService | BrokenService
         self.owner: Owner | None = None
-        self.refuses_strangers = False  # other users of this machine; found out when it serves
+        self.refuses_strangers = False  # whether other users get 403; set by `serve`
         self.is_closing = False
         self._is_accepting = False
-        self._is_open = threading.Event()  # whether there is a service to answer requests
-        self._connections: dict[Connection, float] = {}  # until when each may be silent
-        self._busy: set[Connection] = set()
-        self._pages: set[Connection] = set()  # those that went on as something else than HTTP
-        self._unsent: dict[Connection, int] = {}  # bytes that wait for their readers
-        self._lock = threading.Condition()  # guards all four, and the time of the last request
+        self._is_open = threading.Event()  # set once there is a service to answer requests
+        self._connections: dict[Connection, float] = {}  # each with its deadline
+        self._busy: set[Connection] = set()  # those in the middle of a request
+        self._pages: set[Connection] = set()  # those that have been upgraded to a WebSocket
+        self._unsent: dict[Connection, int] = {}  # bytes that wait for the reader of each
+        self._lock = threading.Condition()  # guards these four and the time of the last request
         self._last_request = time.monotonic()
         self._wake_reader, self._wake_writer = os.pipe()
         super().__init__((host, port), Connection)
 
     def server_bind(self) -> None:
-        """Bind without the look-up of the machine's name, which can take seconds."""
+        """Bind without http.server's look-up of the host's full name, which can take seconds."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # inherited
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.access.host, self.server_address[1]
 
     def descriptors(self) -> tuple[int, ...]:
-        """The files that it needs open."""
+        """The file descriptors that a fork has to keep open."""
         return (self.fileno(), self._wake_reader, self._wake_writer)
 
     @property
@@ -10058,10 +10084,10 @@ class Server(http.server.ThreadingHTTPServer):
             else f"http://{host}:{self.server_port}"
         )
 
-    # -- its life ----------------------------------------------------------------------------------
+    # -- from start to stop ------------------------------------------------------------------------
 
     def accept(self) -> None:
-        """Take connections: orders are obeyed from now on, requests wait for `serve`."""
+        """Start to accept connections. Orders are obeyed at once; requests wait for `serve`."""
         acceptor = threading.Thread(target=self.serve_forever, args=(TICK_SECONDS,), daemon=True)
         acceptor.start()
         self._is_accepting = True
@@ -10071,9 +10097,9 @@ class Server(http.server.ThreadingHTTPServer):
         service: MetadataService | BrokenService,
         is_wanted: Callable[[float], bool],
     ) -> None:
-        """Answer requests; return at `stop`, or when `is_wanted` says no. `finish` has to follow.
+        """Answer requests until `stop` is called or `is_wanted` returns False; then call `finish`.
 
-        `is_wanted` is asked now and then, with the seconds since the last request.
+        `is_wanted` is called every TICK_SECONDS, with the seconds since the last request.
         """
         self.service = service
         self.refuses_strangers = self.access.credentials is None and tells_owners(self.socket)
@@ -10087,7 +10113,7 @@ class Server(http.server.ThreadingHTTPServer):
                 break
 
     def finish(self) -> None:
-        """Take no more connections, and return when the requests in flight are answered."""
+        """Accept no more connections, and return once the requests in flight are answered."""
         self.is_closing = True
         self.shutdown()
         self.server_close()
@@ -10098,11 +10124,11 @@ class Server(http.server.ThreadingHTTPServer):
             self._lock.wait_for(lambda: not self._busy, timeout=SHUTDOWN_SECONDS)
 
     def stop(self, *_: object) -> None:
-        """Make `serve` return. May be called from anywhere, also as a signal handler."""
+        """Make `serve` return. May be called from any thread, and as a signal handler."""
         os.write(self._wake_writer, b"!")
 
     def open_service(self) -> MetadataService | BrokenService:
-        """What answers requests, waited for; HttpError where its owner refuses them."""
+        """Wait for the service that answers requests; HttpError 503 if the owner refuses them."""
         self._is_open.wait()
         refusal = self.owner.refusal() if self.owner is not None else None
         if refusal is not None:
@@ -10121,10 +10147,10 @@ class Server(http.server.ThreadingHTTPServer):
         for connection in overdue:
             connection.cut_off()
 
-    # -- what its connections tell it --------------------------------------------------------------
+    # -- what connections report -------------------------------------------------------------------
 
     def note_waiting(self, connection: Connection) -> None:
-        """The connection waits for a request."""
+        """The connection waits for its next request."""
         with self._lock:
             self._busy.discard(connection)
             self._connections[connection] = time.monotonic() + KEEP_ALIVE_SECONDS
@@ -10139,18 +10165,18 @@ class Server(http.server.ThreadingHTTPServer):
             self._connections[connection] = time.monotonic() + REQUEST_SECONDS
 
     def note_answering(self, connection: Connection) -> None:
-        """The connection has received a request, which may take as long as it takes."""
+        """The connection has received a request, and its handler has no deadline."""
         self._connections[connection] = math.inf
 
     def note_sending(self, connection: Connection) -> None:
-        """The connection begins to send an answer."""
+        """The connection starts to send an answer."""
         self._connections[connection] = time.monotonic() + REQUEST_SECONDS
 
     def note_unsent(self, connection: Connection, size: int) -> bool:
-        """So much of an answer waits for its reader, who has just taken some or is the first to
-        be asked. False where there is no room for it, with what others have not taken.
+        """The connection has `size` bytes left to send, and its reader has just made progress.
 
-        Room is made by dropping those that have taken nothing for the longest time.
+        False if that would exceed MOST_UNSENT together with what other readers have not taken yet.
+        To make room, those that have made no progress for the longest time are dropped.
         """
         now = time.monotonic()
         dropped = []
@@ -10171,19 +10197,19 @@ class Server(http.server.ThreadingHTTPServer):
         return has_room
 
     def _last_progress(self, connection: Connection) -> float:
-        """When a reader of an answer last took some of it. Under _lock."""
+        """When the reader of an answer last took some of it. The caller holds `_lock`."""
         return self._connections.get(connection, 0.0) - REQUEST_SECONDS
 
     def note_sent(self, connection: Connection) -> None:
-        """Nothing of an answer waits any more; what comes next may take as long as it takes."""
+        """The connection has sent all that it had to send, and has no deadline now."""
         with self._lock:
             self._unsent.pop(connection, None)
             self._connections[connection] = math.inf
 
     def note_upgraded(self, connection: Connection) -> None:
-        """The connection becomes that of an open page: no request, but a reason to be there.
+        """The connection becomes the WebSocket of an open page, which the service stays for.
 
-        HttpError where there are too many.
+        HttpError 503 if too many pages are open.
         """
         with self._lock:
             if len(self._pages) >= MOST_PAGES:
@@ -10195,6 +10221,7 @@ class Server(http.server.ThreadingHTTPServer):
                 self._lock.notify()
 
     def note_closed(self, connection: Connection) -> None:
+        """The connection has ended."""
         with self._lock:
             self._busy.discard(connection)
             self._pages.discard(connection)
@@ -10209,7 +10236,7 @@ class Server(http.server.ThreadingHTTPServer):
             return super().get_request()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
-                time.sleep(0.05)  # the connection stays acceptable: do not try as fast as possible
+                time.sleep(0.05)  # the connection stays in the backlog: do not spin on it
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -10230,8 +10257,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.shutdown_request(request)
 
     def _drop_oldest_silent(self) -> bool:
-        """Make room for a connection by the oldest of those that have not asked for anything yet,
-        also not those of which half a request has come; False where there is none."""
+        """Drop the oldest connection that has sent no whole request yet; False if there is none."""
         with self._lock:
             dropped = next((c for c in self._connections if not c.has_asked), None)
             if dropped is not None:
@@ -10245,20 +10271,20 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class Connection(http.server.BaseHTTPRequestHandler):
-    """A connection and its requests, one after the other."""
+    """One connection and its requests, one after the other, on a thread of its own."""
 
     server: Server
     raw_requestline: bytes
     protocol_version = "HTTP/1.1"
     server_version = f"{PROGRAM}/{__version__}"
     disable_nagle_algorithm = True
-    wbufsize = -1  # buffered: head and body of an answer leave together
+    wbufsize = -1  # buffered, so that head and body of an answer leave in one packet
     timeout = KEEP_ALIVE_SECONDS
 
     def setup(self) -> None:
         super().setup()
-        self.has_asked = False  # whether it has got beyond what is answered without the key
-        self._is_stranger: bool | None = None  # None until somebody wants to know
+        self.has_asked = False  # whether it has sent a request that got past the checks of access
+        self._is_stranger: bool | None = None  # None until it has been looked up
         self.server.note_waiting(self)
 
     def finish(self) -> None:
@@ -10270,12 +10296,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.server.note_closed(self)
 
     def drop(self) -> None:
-        """End the connection from another thread, whatever it is in the middle of."""
+        """End the connection from another thread, even in the middle of a request."""
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
 
     def cut_off(self) -> None:
-        """End the connection from another thread."""
+        """End the connection from another thread; one without a request may still send its last."""
         with contextlib.suppress(OSError):
             self.connection.shutdown(
                 socket.SHUT_RDWR if self in self.server._busy else socket.SHUT_RD
@@ -10304,15 +10330,15 @@ class Connection(http.server.BaseHTTPRequestHandler):
             if isinstance(response, Upgrade):
                 self.server.note_upgraded(self)
         except HttpError as error:
-            self.close_connection = True  # for what is left of the request is not read
+            self.close_connection = True  # because the rest of the request has not been read
             response = error_response(error)
         if isinstance(response, Upgrade):
-            self._go_on(response)
+            self._upgrade(response)
         else:
             self._send(response)
 
     def _obey(self) -> Response | None:
-        """Do what an order asks; None where this is none, or not from a process of this machine."""
+        """Carry out an order; None if the request is not one, or comes from another machine."""
         owner, peer = self.server.owner, self.client_address[0]
         is_near = is_loopback(peer) or peer == self.connection.getsockname()[0]
         if owner is None or NONCE_HEADER not in self.fields or not is_near:
@@ -10323,8 +10349,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         return Response(json.dumps(told).encode())
 
-    def _go_on(self, upgrade: Upgrade) -> None:
-        """Go on as what the answer says, and close then."""
+    def _upgrade(self, upgrade: Upgrade) -> None:
+        """Switch protocols, run the new one to its end, and close the connection."""
         self.close_connection = True
         self.send_response(101)
         for name, value in upgrade.headers:
@@ -10334,7 +10360,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         upgrade.run(self)
 
     def receive(self, seconds: float) -> bytes | None:
-        """What arrives within so long; None where nothing does, nothing (b"") at the end."""
+        """The bytes that arrive in time: None if none do, b"" at the end of the stream."""
         self.connection.settimeout(seconds)
         try:
             data: bytes = self.connection.recv(2**16)
@@ -10343,7 +10369,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
             return None
 
     def send(self, data: bytes, seconds: float) -> None:
-        """Send all of it; OSError where nothing of it is taken for so long, or no room is left."""
+        """Send all of the data. OSError if the peer takes none of it for so long, or there are too
+        many bytes waiting for other readers."""
         self.connection.settimeout(seconds)
         unsent = memoryview(data)
         while unsent:
@@ -10358,7 +10385,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def _request(self) -> Request:
         target = self.path
         if target.startswith(("http://", "https://")):
-            # Whose host counts then, in place of the header (RFC 9112, 3.2.2).
+            # The host of an absolute target takes the place of the header (RFC 9112, 3.2.2).
             self.fields["host"], _, rest = target.partition("//")[2].partition("/")
             target = f"/{rest}"
         path, _, query = target.partition("?")
@@ -10387,7 +10414,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         return Request(self.command, segments, parameters, body, self.fields, port)
 
     def _refuse_stranger(self) -> None:
-        """Refuse what another user of this machine sends to a service without a key."""
+        """Refuse, with HttpError 403, another user of this machine if there is no key."""
         if self._is_stranger is None:
             try:
                 self._is_stranger = self.server.refuses_strangers and is_foreign(self.connection)
@@ -10399,23 +10426,25 @@ class Connection(http.server.BaseHTTPRequestHandler):
             raise HttpError(403, STRANGERS_ARE_REFUSED)
 
     def _body(self, limit: int) -> bytes | None:
-        """The body of the request, None where none is announced."""
+        """The body of the request; None if the headers announce none."""
         encoding, length = self.fields.get("transfer-encoding"), self.fields.get("content-length")
         if encoding is not None:
             if length is not None or encoding.lower() != "chunked":
-                raise HttpError(400, "The length of the body is announced in a way not known here.")
+                raise HttpError(
+                    400, "The only Transfer-Encoding is chunked, without a Content-Length."
+                )
             self._ask_for_body()
             return self._chunks(limit)
         if length is None:
             return None
         if not re.fullmatch("[0-9]{1,18}", length):
-            raise HttpError(400, "Content-Length is not one number.")
+            raise HttpError(400, "Content-Length is not a number.")
         self._check_size(int(length), limit)
         self._ask_for_body()
         return self._exactly(int(length))
 
     def _ask_for_body(self) -> None:
-        """Tell a client that holds the body back, until it knows that it is wanted, to send it."""
+        """Tell a client that waits for 100 Continue to send the body (RFC 9110, 10.1.1)."""
         if self.fields.get("expect", "").lower() == "100-continue":
             self.send_response_only(100)
             self.end_headers()
@@ -10423,7 +10452,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def _check_size(self, size: int, limit: int) -> None:
         if size > limit:
-            raise HttpError(413, f"A body has at most {limit} bytes here.")
+            raise HttpError(413, f"The body may have at most {limit} bytes.")
 
     def _exactly(self, size: int) -> bytes:
         content = self.rfile.read(size)
@@ -10432,7 +10461,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         return content
 
     def _chunks(self, limit: int) -> bytes:
-        """A body in chunks (RFC 9112, 7.1); extensions and trailers are read over."""
+        """A body in chunks (RFC 9112, 7.1); chunk extensions and trailers are ignored."""
         body = bytearray()
         while True:
             line = self.rfile.readline(1024)
@@ -10455,7 +10484,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         is_large = has_content and len(response.content) > SMALL_ANSWER
         if is_large and not self.server.note_unsent(self, len(response.content)):
             response = error_response(
-                HttpError(503, "Too much waits for other readers; try again.")
+                HttpError(503, "Too many answers wait for slow readers; try again.")
             )
             is_large = False
         self.server.note_sending(self)
@@ -10479,17 +10508,17 @@ class Connection(http.server.BaseHTTPRequestHandler):
     # -- seams of http.server ----------------------------------------------------------------------
 
     def parse_request(self) -> bool:
-        """Read the head of a request; False where it is refused.
+        """Read the head of a request; False if it has been refused.
 
-        Stands in for http.server's, which reads headers with a mail parser: a heartbeat takes
-        45 microseconds of the processor like this, 100 like that.
+        It replaces http.server's method, which reads headers with a mail parser: a heartbeat takes
+        45 microseconds of CPU with this one and 100 with that one.
         """
         self.command, self.request_version = "", "HTTP/1.1"
         self.close_connection = True
         self.requestline = str(self.raw_requestline, "iso-8859-1").rstrip("\r\n")
         match = REQUEST_LINE.fullmatch(self.requestline)
         if match is None:
-            self.send_error(400, "The request does not begin with a proper request line")
+            self.send_error(400, "The request does not begin with a valid request line")
             return False
         self.command, self.path, major, minor = match.groups()
         if major != "1":
@@ -10507,7 +10536,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         return True
 
     def _header_fields(self) -> dict[str, str]:
-        """The headers, by lower-case name; those of a name that comes again are joined."""
+        """The headers by lower-case name; several of one name are joined by commas."""
         fields: dict[str, str] = {}
         for _ in range(MOST_HEADERS + 1):
             line = self.rfile.readline(LONGEST_HEADER + 1)
@@ -10517,13 +10546,13 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 raise HttpError(431, f"A header has at most {LONGEST_HEADER} bytes.")
             name, colon, value = line.decode("iso-8859-1").partition(":")
             if not colon or not HEADER_NAME.fullmatch(name):
-                raise HttpError(400, "There is a line among the headers that is none.")
+                raise HttpError(400, "The request has a line among its headers that is not one.")
             name, value = name.lower(), value.strip()
             fields[name] = f"{fields[name]}, {value}" if name in fields else value
         raise HttpError(431, f"A request has at most {MOST_HEADERS} headers.")
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Refuse what http.server itself cannot make sense of."""
+        """Refuse a request that http.server itself cannot parse."""
         self.close_connection = True
         sentence = message or http.HTTPStatus(code).phrase
         self._send(error_response(HttpError(code, f"{sentence.rstrip('.')}.")))
@@ -10533,23 +10562,25 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
 
 def decode_segment(segment: str) -> str:
-    """A segment of a path, which http.server has decoded as Latin-1, with its escapes resolved."""
+    """A segment of a path, which arrives decoded as Latin-1, with its percent-escapes decoded."""
     if "%" not in segment and segment.isascii():
         return segment
     return urllib.parse.unquote_to_bytes(segment.encode("latin-1")).decode()
 
 
+# -- orders to another service ---------------------------------------------------------------------
+
 ORDER_SECONDS = 5.0
-"""How long a service may take to do what it is asked."""
+"""How long a service may take to carry out an order."""
 
 
 def send_order(
     address: tuple[str, int], nonce: str, order: str, waits: bool, **fields: object
 ) -> Mapping[str, Any]:
-    """Tell a service itself to do something, and what it says to that, if that is waited for.
+    """Send an order to the service at an address, and return its reply, or {} without `waits`.
 
-    OSError where it is not there. Its nonce proves to it that we have read its pidfile; that it
-    takes the nonce proves to us that it is the one that has written it.
+    OSError if it is not there or refuses. The nonce proves to the service that we have read its
+    pidfile, and that the service accepts it proves to us that it is the one that wrote the file.
     """
     headers = {NONCE_HEADER: nonce, **fields}
     lines = [f"POST /{order} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
