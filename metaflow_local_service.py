@@ -4500,10 +4500,19 @@ def end_step_name(told: object) -> str:
 # ==================================================================================================
 # API: the route table: a method and a path, and a small handler over the store
 # ==================================================================================================
+#
+# This layer knows nothing of sockets and processes. A Router is a table from method and path to a
+# handler; a handler is declared by `route(method, template)` right above it, takes the model, the
+# Request and the segments in the template's braces, and returns a Response. It may raise HttpError,
+# BadQuery, StoreError and OSError: `MetadataService.answer` alone turns these into a status, and so
+# a handler does not catch them. The body of an error is always `{"message": sentence}`.
+#
+# The answers are those of Metaflow's own service wherever that is sane, oddities included; where
+# one is an oddity, a comment says so. Lists go through `paginate`, whatever they are of.
 
 
 class HttpError(Exception):
-    """A request that gets no 2xx: its status, one sentence, and further headers."""
+    """A request that is refused: the status, one sentence, and further headers."""
 
     def __init__(self, status: int, sentence: str, headers: Sequence[tuple[str, str]] = ()) -> None:
         super().__init__(sentence)
@@ -4515,25 +4524,28 @@ JSON_ESCAPE = re.compile(rb"\\(?:u0000|.)", re.DOTALL)
 
 
 def has_nul(body: bytes) -> bool:
-    """Whether the JSON in a body has a NUL character. Escape by escape, which holds up nobody."""
+    """Whether the JSON in a body contains a NUL character.
+
+    It looks at one escape after the other, and so lets other threads run in between.
+    """
     nul = b"\\u0000"
     return nul in body and any(escape[0] == nul for escape in JSON_ESCAPE.finditer(body))
 
 
 MOST_VALUES = 300_000
-"""How many values the JSON of a request may have: they take some 50 ms to parse, while nothing else
-is done. An artifact has 20; this is five times what Metaflow sends for an attempt with 3,000."""
+"""How many values the JSON of a request may have. So many take 50 ms to parse, in which no other
+thread runs. An artifact has 20 of them, so this is five attempts of 3,000 artifacts each."""
 
 JSON_MARK = re.compile(rb'["\\\[{,](?:(?<=\\).)?', re.DOTALL)
-"""An escape, the beginning or end of a text, or what stands before a value: a byte or two. To match
-whole texts would begin anew at every quote of a text without end, and hold up everybody."""
+"""An escape, the beginning or end of a string, or what precedes a value: one byte or two. A pattern
+that matched whole strings would take quadratic time over strings without an end."""
 
 
 def count_values(body: bytes) -> int:
-    """At least how many values the JSON in a body has, up to one more than it may have.
+    """How many values the JSON in a body has: an estimate, or more than MOST_VALUES if it has more.
 
-    Those without many brackets and commas are not looked at any closer; of the others the commas in
-    strings do not count, and as this goes on piece by piece, it holds up nobody.
+    A body with few brackets and commas is not looked at any closer. In others, those in strings do
+    not count; they are found one after the other, which lets other threads run in between.
     """
     rough = body.count(b",") + body.count(b"[") + body.count(b"{")
     if rough <= MOST_VALUES:
@@ -4555,12 +4567,12 @@ class Request(NamedTuple):
     method: str
     path: Sequence[str]  # the decoded segments
     query: Query
-    body: bytes | None  # None where the client announced none
+    body: bytes | None  # None if the client announced none
     headers: Mapping[str, str] = MappingProxyType({})  # by lower-case name
-    port: int = 0  # of the service, which is in the names of its cookies
+    port: int = 0  # of the service; the names of its cookies contain it
 
     def json(self) -> object:
-        """The JSON in the body, whatever its Content-Type says."""
+        """The JSON in the body, whatever the Content-Type says."""
         if self.body is None:
             raise HttpError(
                 411, "The request needs a body, and a Content-Length that announces it."
@@ -4593,7 +4605,7 @@ def _no_constant(text: str) -> NoReturn:
 
 
 class Response(NamedTuple):
-    """An answer as the server sends it."""
+    """An answer, as the server sends it."""
 
     content: bytes
     status: int = 200
@@ -4602,20 +4614,20 @@ class Response(NamedTuple):
 
 
 class Duplex(Protocol):
-    """A connection that is no HTTP any more."""
+    """A connection that has switched from HTTP to another protocol."""
 
     def receive(self, seconds: float) -> bytes | None:
-        """What arrives within so long; None where nothing does, nothing (b"") at the end."""
+        """The bytes that arrive in time: None if none do, b"" at the end of the stream."""
 
     def send(self, data: bytes, seconds: float) -> None:
-        """Send all of it; OSError where that takes longer."""
+        """Send all of the data. OSError if the peer takes none of it for so long."""
 
 
 class Upgrade(NamedTuple):
-    """An answer after which the connection is no HTTP any more."""
+    """An answer after which the connection speaks another protocol."""
 
     headers: Sequence[tuple[str, str]]
-    run: Callable[[Duplex], None]  # returns when the connection is to be closed
+    run: Callable[[Duplex], None]  # speaks it, and returns when the connection is to be closed
 
 
 def json_response(
@@ -4633,28 +4645,28 @@ def error_response(error: HttpError) -> Response:
 
 
 Handler = Callable[..., Any]
-"""Answers a request that its route has led to it."""
+"""A function that answers the requests of a route."""
 
 
 class Route(NamedTuple):
     """A path template with the handlers of its methods."""
 
-    fixed_at: Callable[[Sequence[str]], object]  # picks from a path what has to be equal to
-    fixed: object
-    variables: Sequence[int]  # where in a path the arguments of the handlers are
+    fixed_at: Callable[[Sequence[str]], object]  # picks the segments without braces from a path
+    fixed: object  # what these have to be
+    variables: Sequence[int]  # the places of the segments in braces
     methods: dict[str, Handler]
 
 
 class Router:
-    """A table of routes, by the number of segments in their paths."""
+    """A table of routes, keyed by the number of segments in their paths."""
 
     def __init__(self) -> None:
         self._routes: dict[int, dict[str, Route]] = {}  # by template
 
     def route(self, method: str, template: str) -> Callable[[Handler], Handler]:
-        """Declare a handler, right above it. Segments in braces become its arguments, in order.
+        """A decorator that declares a handler. Segments in braces become its arguments, in order.
 
-        Of two templates for one path the one that is declared first counts.
+        If two templates match a path, the one that was declared first counts.
         """
 
         def declare(handler: Handler) -> Handler:
@@ -4669,7 +4681,7 @@ class Router:
         return declare
 
     def handler(self, method: str, path: Sequence[str]) -> tuple[Handler, list[str]]:
-        """The handler of a request, and its arguments; 404 or 405 where there is none."""
+        """The handler of a request and its arguments; HttpError 404 or 405 if there is none."""
         for route in self._routes.get(len(path), {}).values():
             if route.fixed_at(path) == route.fixed and all(path):
                 handler = route.methods.get("GET" if method == "HEAD" else method)
@@ -4680,11 +4692,11 @@ class Router:
 
     def _not_allowed(self, method: str, route: Route) -> HttpError:
         allowed = ", ".join(sorted(route.methods) + ["HEAD"] * ("GET" in route.methods))
-        sentence = f"The method {method} is not for this path; allowed: {allowed}."
+        sentence = f"The method {method} is not allowed for this path; allowed: {allowed}."
         return HttpError(405, sentence, [("Allow", allowed)])
 
 
-# -- what requests carry ---------------------------------------------------------------------------
+# -- parsing of requests ---------------------------------------------------------------------------
 
 
 def optional_text(item: Mapping[str, object], key: str, default: str | None) -> str | None:
@@ -4720,14 +4732,6 @@ def parse_labels(item: Mapping[str, object], default_user: str | None = None) ->
     )
 
 
-def parse_new_id(item: Mapping[str, object], key: str) -> str | None:
-    """The id that a client brings, None where the service is to make one."""
-    value = item.get(key)
-    if value is not None and not isinstance(value, str):
-        raise HttpError(400, f"{key} must be a string.")
-    return value
-
-
 def parse_metadatum(item: Mapping[str, object]) -> MetadatumToStore:
     value = item.get("value", " ")
     if isinstance(value, (bool, int, float)):
@@ -4757,7 +4761,7 @@ def parse_artifact(item: Mapping[str, object]) -> ArtifactToStore:
 
 
 LARGEST_ATTEMPT = 32767
-"""The reference keeps attempts as PostgreSQL's smallint."""
+"""The reference keeps attempts in a smallint of PostgreSQL's."""
 
 
 def attempt_number(text: str) -> int:
@@ -4767,7 +4771,7 @@ def attempt_number(text: str) -> int:
 
 
 def path_id(segment: str) -> str:
-    """A run or task id in a path: a number is a number, also with zeros in front."""
+    """A run or task id in a path. Leading zeros of a number do not count."""
     if segment.isascii() and segment.isdigit():
         return segment.lstrip("0") or "0"
     return segment
@@ -4781,7 +4785,7 @@ def task_ids(flow: str, run: str, step: str, task: str) -> Ids:
     return (flow, path_id(run), step, path_id(task))
 
 
-# -- what answers are made of ----------------------------------------------------------------------
+# -- serializing of answers ------------------------------------------------------------------------
 
 
 def json_or_404(record: Mapping[str, Any] | None, what: str) -> Response:
@@ -4796,9 +4800,9 @@ Records = Callable[[Optional[SortKey]], Iterable[Mapping[str, Any]]]
 def paginate(
     model: Model, request: Request, order: Order, records: Records, filtered: bool = False
 ) -> Response:
-    """A whole list, or the page of it that `_limit`, `_cursor` or a filter asks for.
+    """A whole list, or a page of it if the request has `_limit`, `_cursor` or a filter.
 
-    `records`: makes the list, newest first; from a place on, where it is given one.
+    `records` makes the list, newest first, and begins after a sort key if it is given one.
     """
     cursor = first_value(request.query, "_cursor")
     if cursor is None and first_value(request.query, "_limit") is None and not filtered:
@@ -4827,12 +4831,12 @@ STEP = RUN + "/steps/{step}"
 TASK = STEP + "/tasks/{task}"
 
 HEARTBEAT_SECONDS = 10
-"""How long a client is to wait until its next heartbeat."""
+"""How long a client should wait until its next heartbeat."""
 
 
 @route("GET", "/ping")
 def ping(model: Model, request: Request) -> Response:
-    """Say that the service is there; clients read its version from the header."""
+    """Answer that the service is there. Clients read the version from a header of the answer."""
     return text_response("pong")
 
 
@@ -4872,7 +4876,7 @@ def create_flow(model: Model, request: Request, flow: str) -> Response:
 
 @route("GET", FLOW + "/runs")
 def list_runs(model: Model, request: Request, flow: str) -> Response:
-    """The runs of a flow that pass the filters, with their status if it is asked for."""
+    """The runs of a flow that pass the filters; with their status if a filter asks for it."""
     conditions = parse_filters(request.query, RUN_FIELDS)
     plain = [test for name, test in conditions if name != "status"] + parse_tag_filters(
         request.query
@@ -4896,7 +4900,7 @@ def filter_records(records: Iterable[T], tests: Sequence[Test]) -> Iterable[T]:
 
 
 def with_status(model: Model, run: Run) -> Run:
-    """A run with its status, which stands before its owner."""
+    """A run with its status, placed before the owner as the reference does."""
     owner = run.pop("user", None)
     run["status"] = model.status(run)
     if owner is not None:
@@ -4912,22 +4916,22 @@ def get_run(model: Model, request: Request, flow: str, run: str) -> Response:
 
 @route("POST", FLOW + "/run")
 def create_run(model: Model, request: Request, flow: str) -> Response:
-    """Make a run, with the id that the client brings or a new one."""
+    """Make a run, with the id that the client sends or a new one."""
     body = request.json_object()
     labels = parse_labels(body)
     beats = sends_heartbeats(labels.system_tags)
-    run = model.store.create_run((flow,), parse_new_id(body, "run_number"), labels, beats)
-    run.pop("user", None)  # as the reference: only a GET says whether the owner is verified
+    run = model.store.create_run((flow,), optional_text(body, "run_number", None), labels, beats)
+    run.pop("user", None)  # as in the reference, only a GET says whether the owner is verified
     return json_response(run)
 
 
 HEARTBEAT_RESPONSE = json_response(json.dumps({"wait_time_in_seconds": HEARTBEAT_SECONDS}))
-"""JSON in a JSON string: clients decode it twice."""
+"""JSON within a JSON string, as in the reference: clients decode it twice."""
 
 
 @route("POST", RUN + "/heartbeat")
 def run_heartbeat(model: Model, request: Request, flow: str, run: str) -> Response:
-    """Note that a run lives."""
+    """Record that a run is alive."""
     return record_heartbeat(model, run_ids(flow, run))
 
 
@@ -5003,7 +5007,7 @@ def list_tasks(model: Model, request: Request, flow: str, run: str, step: str) -
 
 @route("GET", STEP + "/filtered_tasks")
 def filter_tasks(model: Model, request: Request, flow: str, run: str, step: str) -> Response:
-    """The pathspecs of the tasks of a step that have a metadatum of that name and value."""
+    """The pathspecs of the tasks of a step with a metadatum of that name whose value matches."""
     field = first_value(request.query, "metadata_field_name")
     pattern = first_value(request.query, "pattern") or ""
     below = model.store.metadata_of_tasks((*run_ids(flow, run), step), (field,) if field else None)
@@ -5025,17 +5029,18 @@ def get_task(model: Model, request: Request, *task: str) -> Response:
 
 @route("POST", STEP + "/task")
 def create_task(model: Model, request: Request, flow: str, run: str, step: str) -> Response:
-    """Make a task, with the name that the client brings or the next number."""
+    """Make a task, with the id that the client sends or the next number."""
     body = request.json_object()
     labels = parse_labels(body)
     beats = sends_heartbeats(labels.system_tags)
     ids = (*run_ids(flow, run), step)
-    return json_response(model.store.create_task(ids, parse_new_id(body, "task_id"), labels, beats))
+    task_id = optional_text(body, "task_id", None)
+    return json_response(model.store.create_task(ids, task_id, labels, beats))
 
 
 @route("POST", TASK + "/heartbeat")
 def task_heartbeat(model: Model, request: Request, *task: str) -> Response:
-    """Note that a task lives, and so its run."""
+    """Record that a task is alive, and so its run."""
     return record_heartbeat(model, task_ids(*task))
 
 
@@ -5069,7 +5074,7 @@ def list_artifacts(model: Model, request: Request, *task: str) -> Response:
 
 @route("POST", TASK + "/artifact")
 def create_artifacts(model: Model, request: Request, *task: str) -> Response:
-    """Add artifacts to a task, all or none; those that it has already are passed over."""
+    """Add artifacts to a task, all or none. Those that it has already stay as they are."""
     rows = [parse_artifact(item) for item in request.json_objects()]
     return json_response(
         {"artifacts_created": create_rows(model.store.create_artifacts, task_ids(*task), rows)}
@@ -5077,7 +5082,7 @@ def create_artifacts(model: Model, request: Request, *task: str) -> Response:
 
 
 def create_rows(add: Callable[[Ids, Any], int], ids: Ids, rows: Sequence[object]) -> int:
-    """Add rows to a task. Where it is not there, the reference's answer is 400 and not 404."""
+    """Add rows to a task. If there is no such task, the answer is 400, as in the reference."""
     try:
         return add(ids, rows)
     except NotFound:
@@ -5115,7 +5120,7 @@ def list_artifacts_of_attempt(
 
 
 def parse_attempt_segment(segment: str) -> int:
-    """An attempt that is asked for; any number will do, since one that cannot be is not there."""
+    """An attempt in a path. One that is too large to exist is simply not found."""
     if not re.fullmatch("[0-9]{1,100}", segment):
         raise HttpError(400, "An attempt is a number.")
     return int(segment)
@@ -5134,30 +5139,30 @@ STATUS_OF_OS_ERRORS: Mapping[int | None, int] = {
     errno.EDQUOT: 507,
     errno.EMFILE: 503,  # Metaflow's client tries again after a 503, and after nothing else
     errno.ENFILE: 503,
-    errno.ENOENT: 503,  # a parent that was there a moment ago, or the whole root, is gone
+    errno.ENOENT: 503,  # a folder that was there a moment ago, or the whole root, is gone
     errno.ENOTDIR: 503,
     errno.ESTALE: 503,
 }
 
 
 class MetadataService:
-    """Answers requests of the metadata API over a store."""
+    """Answers the requests of the metadata API from a store."""
 
     def __init__(self, store: Store, search: Search = search_in_place) -> None:
         self._model = Model(store, search=search)
 
     def is_public(self, method: str, path: Sequence[str]) -> bool:
-        """Whether a request is answered to those who do not bring the key, if there is one."""
+        """Whether a request is answered without the key, if there is one."""
         return False
 
     def dispatch(self, request: Request) -> Response | Upgrade:
-        """The answer to a request; HttpError, BadQuery, StoreError, OSError where it gets none."""
+        """Let the handler of a request answer it; it may raise what this layer's head names."""
         handler, arguments = METADATA_API.handler(request.method, request.path)
         response: Response = handler(self._model, request, *arguments)
         return response
 
     def answer(self, request: Request) -> Response | Upgrade:
-        """The answer to a request, whatever it is; never an exception that a client can cause."""
+        """Answer a request, whatever it is; never raises what a client could cause."""
         try:
             return self.dispatch(request)
         except HttpError as error:
@@ -5178,7 +5183,7 @@ class MetadataService:
 
 
 class BrokenService:
-    """Answers every request with why there is no service, so that the flow itself shows it."""
+    """Answers every request with the reason why there is no service, so that the flow shows it."""
 
     def __init__(self, reason: str) -> None:
         self._reason = reason
