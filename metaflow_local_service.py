@@ -11591,6 +11591,14 @@ def stop_service(service: Service) -> None:
 # ==================================================================================================
 # Commands: the command line
 # ==================================================================================================
+#
+# A subcommand is a function `do_name`, declared by `subcommand` right above it; its docstring is
+# its help. It prints its result to stdout and its remarks to stderr. For an error it raises
+# ServiceError, which only `main` catches, to print one line to stderr and exit with its code.
+#
+# There are two kinds. Those that need a service (`run`, `start`, `url`, ...) have the options of
+# one and go through the Daemon layer. Those that only look (`runs`, `show`, `logs`, ...) read the
+# files through the model, without a service and without importing Metaflow.
 
 Arguments = argparse.Namespace
 
@@ -11600,7 +11608,7 @@ class Command(NamedTuple):
 
     function: Callable[[Arguments], None]
     example: str
-    takes_service: bool  # whether it may start a service, and so has options for one
+    takes_service: bool  # whether it may start a service, and so has the options of one
     arguments: Sequence[tuple[str, Mapping[str, Any]]]
 
 
@@ -11621,7 +11629,7 @@ def subcommand(
 
 
 def print_notice(sentence: str) -> None:
-    """Put a line on stderr, if there is one."""
+    """Print a line to stderr, if there is a stderr."""
     if sys.stderr is not None:
         print(f"{PROGRAM}: {sentence}", file=sys.stderr, flush=True)
 
@@ -11630,7 +11638,7 @@ def current_folder() -> str:
     try:
         return os.getcwd()
     except FileNotFoundError:
-        raise ServiceError("The current folder is not there any more.") from None
+        raise ServiceError("The current folder does not exist any more.") from None
 
 
 def resolve_root(arguments: Arguments) -> str:
@@ -11638,7 +11646,10 @@ def resolve_root(arguments: Arguments) -> str:
 
 
 def resolve_options(arguments: Arguments, idle_timeout: float = DEFAULT_IDLE_TIMEOUT) -> Options:
-    """What the command line says of a service, and where it is silent the environment."""
+    """The options of a service: from the command line, and what it leaves out from the environment.
+
+    ServiceError if they contradict each other.
+    """
 
     def chosen(option: T | None, variable: str, convert: Callable[[str], T]) -> Any:
         return from_environment(os.environ, variable, convert) if option is None else option
@@ -11646,15 +11657,17 @@ def resolve_options(arguments: Arguments, idle_timeout: float = DEFAULT_IDLE_TIM
     port = chosen(arguments.port, ENV_PORT, parse_port)
     timeout = chosen(arguments.idle_timeout, ENV_IDLE_TIMEOUT, parse_seconds)
     root = resolve_root(arguments)
-    # A key that this program has exported of another root's service is not the user's.
+    # A key that this program exported for the service of another root is not the user's own.
     is_of_root = os.environ.get(ENV_SYSROOT) == root
     user = os.environ if is_of_root else user_environment(os.environ)
     key = from_environment(user, ENV_KEY, parse_key)
     if key is not None and len(key) < SHORTEST_KEY:
-        print_notice(f"the key in {ENV_KEY} has less than {SHORTEST_KEY} characters: easy to guess")
+        print_notice(
+            f"the key in {ENV_KEY} has fewer than {SHORTEST_KEY} characters: easy to guess"
+        )
     if key is None and not arguments.generate_key and not is_loopback(arguments.host):
         raise ServiceError(
-            f"To listen on {arguments.host} takes a key: set {ENV_KEY}, or give --generate-key.", 2
+            f"Listening on {arguments.host} needs a key: set {ENV_KEY}, or give --generate-key.", 2
         )
     return Options(
         root=root,
@@ -11670,12 +11683,12 @@ def resolve_options(arguments: Arguments, idle_timeout: float = DEFAULT_IDLE_TIM
 
 
 def command_settings(arguments: Arguments, service: Service) -> dict[str, str]:
-    """What is to be set for a command that uses the service."""
+    """The variables to set for a command that uses the service."""
     user = user_environment(os.environ)
     here = current_folder()
     sysroot = configured_sysroot(user, here)
     if arguments.root and sysroot is not None and root_folder(None, user, here) != service.root:
-        print_notice(f"--root wins over {ENV_SYSROOT}, which is {sysroot!r}")
+        print_notice(f"--root overrides {ENV_SYSROOT}, which is {sysroot!r}")
     return service.settings(user)
 
 
@@ -11692,11 +11705,11 @@ def command_environment(arguments: Arguments, service: Service) -> dict[str, str
 def do_run(arguments: Arguments) -> None:
     """Run a command under the service.
 
-    Makes sure of a service for this root and then becomes the command, with METAFLOW_SERVICE_URL
-    and METAFLOW_DEFAULT_METADATA set. The service lives as long as the command does. Options stand
-    before the command; all that follows is the command's own.
+    Starts the service of this root if none runs, and then becomes the command, with
+    METAFLOW_SERVICE_URL and METAFLOW_DEFAULT_METADATA set. The service stays for as long as the
+    command runs. Options stand before the command; everything after it is the command's own.
 
-    Exits with the command's exit code; 127 where there is no such command, 126 where it cannot be
+    Exits with the command's exit code; 127 if there is no such command, 126 if it cannot be
     executed.
     """
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
@@ -11714,9 +11727,9 @@ def do_run(arguments: Arguments) -> None:
 
 
 def exec_command(command: Sequence[str], environment: Environment) -> NoReturn:
-    """Replace this process by a command. ServiceError where that cannot be."""
+    """Replace this process by a command. ServiceError if it cannot be executed."""
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
-        signal.signal(number, signal.SIG_DFL)  # which Python ignores, and a command would inherit
+        signal.signal(number, signal.SIG_DFL)  # Python ignores them, which a command would inherit
     try:
         os.execvpe(command[0], list(command), environment)
     except FileNotFoundError:
@@ -11730,7 +11743,8 @@ def exec_command(command: Sequence[str], environment: Environment) -> NoReturn:
 def do_start(arguments: Arguments) -> None:
     """Start the service in the background.
 
-    Returns when it answers, and prints its URL and the two settings. One that runs already is fine.
+    Returns once it answers, and prints its URL and the settings for a shell. If one runs already,
+    prints those of that one.
     """
     service, is_new = ensure_service(resolve_options(arguments))
     wait_until_ready(service)
@@ -11740,50 +11754,50 @@ def do_start(arguments: Arguments) -> None:
 
 
 def print_settings(arguments: Arguments, service: Service) -> None:
-    """Print the settings as a shell's commands."""
+    """Print the settings as the commands of a shell."""
     import shlex
 
     settings = command_settings(arguments, service)
     for name in os.environ.keys() - user_environment(os.environ).keys() - settings.keys():
-        print(f"unset {name}")  # of another service
+        print(f"unset {name}")  # set for another service
     for name, value in settings.items():
         print(f"export {name}={shlex.quote(value)}")
 
 
 @subcommand(f"{PROGRAM} serve --host 0.0.0.0 --port 8080 --generate-key", takes_service=True)
 def do_serve(arguments: Arguments) -> None:
-    """Be the service, in the foreground.
+    """Run the service in the foreground.
 
-    For containers, systemd and debugging: logs on stderr, and runs until it is stopped unless an
-    idle time-out is given.
+    For containers, systemd and debugging: it logs to stderr, and runs until it is stopped, unless
+    an idle time-out is given.
     """
     serve_in_foreground(resolve_options(arguments, idle_timeout=0))
 
 
-NOT_RUNNING, CANNOT_BE_TOLD = 3, 4
-"""The exit codes of `status` beside 0, those that the Linux Standard Base gives to init scripts."""
+NOT_RUNNING, UNKNOWN_STATUS = 3, 4
+"""Exit codes of `status`, as the Linux Standard Base defines them for init scripts."""
 
 
 @subcommand(
     f"{PROGRAM} status --json",
     ("--json", {"action": "store_true", "help": "print it as JSON"}),
-    ("--all", {"action": "store_true", "help": "of all services of this user"}),
+    ("--all", {"action": "store_true", "help": "all services of this user"}),
 )
 def do_status(arguments: Arguments) -> None:
-    """Say whether the service runs, and where.
+    """Show whether the service runs, and where.
 
-    Exits with 3 where none does, and with 4 where that cannot be told, as LSB has it.
+    Exits with 3 if it does not, and with 4 if that is not known (the exit codes of init scripts).
     """
     try:
         services = chosen_services(arguments)
     except ServiceError as failure:
-        failure.exit_code = CANNOT_BE_TOLD
+        failure.exit_code = UNKNOWN_STATUS
         raise
     if arguments.json:
         for service in services:
             hold_service(service, os.getpid())
-        told = [service.public() for service in services]
-        print(json.dumps(told if arguments.all else next(iter(told), None), indent=2))
+        shown = [service.public() for service in services]
+        print(json.dumps(shown if arguments.all else next(iter(shown), None), indent=2))
     else:
         print("\n\n".join(map(describe_service, services)) or no_service_message(arguments))
     if not services:
@@ -11791,7 +11805,7 @@ def do_status(arguments: Arguments) -> None:
 
 
 def chosen_services(arguments: Arguments) -> Sequence[Service]:
-    """The services that a command is about: that of the root, or all of this user."""
+    """The services that a command is about: the one of the root, or all of this user."""
     if arguments.all:
         return Index(home_folder(os.environ)).services()
     service = find_service(resolve_root(arguments))
@@ -11818,11 +11832,11 @@ def no_service_message(arguments: Arguments) -> str:
 
 @subcommand(
     f'export METAFLOW_SERVICE_URL="$({PROGRAM} url)"',
-    ("--no-start", {"action": "store_true", "help": "exit with 1 where no service runs"}),
+    ("--no-start", {"action": "store_true", "help": "exit with 1 if no service runs"}),
     takes_service=True,
 )
 def do_url(arguments: Arguments) -> None:
-    """Print the URL of the service, which is started where none runs."""
+    """Print the URL of the service, which is started if none runs."""
     if arguments.no_start:
         service = find_service(resolve_root(arguments))
         if service is None:
@@ -11832,7 +11846,7 @@ def do_url(arguments: Arguments) -> None:
     hold_service(service, asking_process())
     host = urllib.parse.urlsplit(service.url).hostname or service.host
     if has_proxy(host, os.environ):
-        print_notice(f"a proxy is set, which {host} has to be excepted from: add it to no_proxy")
+        print_notice(f"a proxy is set that would get the requests for {host}: add it to no_proxy")
     print(service.url)
 
 
@@ -11842,10 +11856,10 @@ def do_url(arguments: Arguments) -> None:
     takes_service=True,
 )
 def do_ui(arguments: Arguments) -> None:
-    """Open the page on which runs appear and move.
+    """Open the page that shows runs.
 
-    Starts the service where none runs, prints the page's URL and opens it in a browser. A service
-    with a key asks for it once: it is among what `env` prints.
+    Starts the service if none runs, prints the URL of the page and opens it in a browser. The page
+    of a service with a key asks for it once: `env` prints the key.
     """
     service, _ = ensure_service(resolve_options(arguments))
     wait_until_ready(service)
@@ -11864,10 +11878,10 @@ SHELLS = frozenset(
 
 
 def asking_process() -> int:
-    """The shell that has asked, for which a service is to stay; without one, this process.
+    """The shell that runs this command, for which the service stays; this process if it is none.
 
-    A command substitution runs in a copy of its shell, which ends with it: what counts is the
-    shell, the nearest above it that runs another command line.
+    A command substitution runs in a copy of its shell, which ends with the substitution. So what
+    counts is the first process above that has another command line than the copy's parent.
     """
     asking = os.getppid()
     name, _, command_line = describe_process(asking)
@@ -11881,26 +11895,26 @@ def asking_process() -> int:
 
 
 def describe_process(pid: int) -> tuple[str, int, bytes]:
-    """The name, the parent and the command line of a process: "", 0 and b"" if that is not told."""
+    """The name, the parent and the command line of a process; "", 0 and b"" if they are unknown."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as f:
-            told = f.read()
+            state = f.read()
         with open(f"/proc/{pid}/cmdline", "rb") as f:
             command_line = f.read()
-        name = told[told.index(b"(") + 1 : told.rindex(b")")].decode(errors="replace")
-        return name, int(told[told.rindex(b")") + 1 :].split()[1]), command_line
+        name = state[state.index(b"(") + 1 : state.rindex(b")")].decode(errors="replace")
+        return name, int(state[state.rindex(b")") + 1 :].split()[1]), command_line
     except (OSError, ValueError, IndexError):
         return "", 0, b""
 
 
 def mention_page(service: Service) -> None:
-    """Say where to look, without getting in the way of what is on stdout."""
+    """Print where the page is, to stderr, since stdout may be read by a shell."""
     print_notice(f"runs are shown at {service.url}")
 
 
 @subcommand(f'eval "$({PROGRAM} env)"', takes_service=True)
 def do_env(arguments: Arguments) -> None:
-    """Print the settings as `export` lines for a shell's eval; starts a service where none runs."""
+    """Print the settings as `export` lines for a shell's eval; starts the service if none runs."""
     service, _ = ensure_service(resolve_options(arguments))
     hold_service(service, asking_process())
     if os.environ.get(ENV_SYSROOT) != service.root:
@@ -11915,8 +11929,8 @@ def do_env(arguments: Arguments) -> None:
 def do_stop(arguments: Arguments) -> None:
     """Stop the service.
 
-    It answers the requests that it has and goes; returns when it is gone. Where none runs, that is
-    fine too.
+    The service answers the requests that it has received and ends; the command returns when it has
+    ended. It is no error if none runs.
     """
     services = chosen_services(arguments)
     for service in services:
@@ -11929,8 +11943,7 @@ def do_stop(arguments: Arguments) -> None:
 # -- what commands print ---------------------------------------------------------------------------
 
 PROGRESS_SECONDS = 2.0
-"""After so long a command that is still at work says how far it is, and then PROGRESS_RATE times
-a second."""
+"""A command that takes longer than this shows how far it is, PROGRESS_RATE times a second."""
 PROGRESS_RATE = 5
 
 ESCAPE_SEQUENCE = r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\^_])"
@@ -11943,7 +11956,7 @@ LONGEST_SHOWN_VALUE = 200
 
 
 def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-    """The items, with a word on how many are done on a terminal's stderr if that takes long."""
+    """The items as they come; if that takes long, how many are done is shown on the terminal."""
     if sys.stderr is None or not sys.stderr.isatty():
         yield from items
         return
@@ -11962,9 +11975,9 @@ def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T
 
 
 def printable(text: str) -> str:
-    """Text of a flow's on one line, without what a terminal would take for a command.
+    """Text from a flow on one line, without what a terminal would take for a command.
 
-    What stdout has no letters for is written as escapes.
+    Characters that stdout cannot encode are written as escapes.
     """
     plain = re.sub(
         UNPRINTABLE, escape_character, re.sub(ESCAPE_SEQUENCE, "", text).replace("\t", "    ")
@@ -11974,7 +11987,7 @@ def printable(text: str) -> str:
 
 
 def text_width(text: str) -> int:
-    """How many places text takes on a terminal."""
+    """How many columns text takes on a terminal."""
     if text.isascii():
         return len(text)
     import unicodedata
@@ -11984,7 +11997,7 @@ def text_width(text: str) -> int:
 
 
 def shorten(text: str, width: int) -> str:
-    """Text that is cut in the middle where it is wider than that."""
+    """Text cut in the middle if it is wider than `width` columns."""
     if text_width(text) <= width:
         return text
     left, right = (width - 2) // 2, width - 3 - (width - 2) // 2
@@ -11996,7 +12009,7 @@ def shorten(text: str, width: int) -> str:
 
 
 def terminal_width() -> int | None:
-    """The columns of the terminal that stdout is; None where it is none, and nothing is cut."""
+    """The columns of the terminal; None if stdout is not one, and so nothing is to be cut."""
     return shutil.get_terminal_size().columns if is_terminal() else None
 
 
@@ -12005,7 +12018,7 @@ def is_terminal() -> bool:
 
 
 def colored(text: str, status: str) -> str:
-    """Text in the colour of a status, on a terminal that is to have colours."""
+    """Text in the colour of a status, if stdout is a terminal that should have colours."""
     if status not in STATUS_COLORS or not is_terminal():
         return text
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
@@ -12016,9 +12029,9 @@ def colored(text: str, status: str) -> str:
 def print_table(
     titles: Sequence[str], rows: Iterable[Sequence[str]], cut: Container[str], indent: str = ""
 ) -> None:
-    """Print rows under their titles; those columns that may be `cut` make room on a terminal.
+    """Print rows under their titles, a status in its colour.
 
-    A status is shown in its colour.
+    If a terminal is too narrow, the columns in `cut` get narrower.
     """
     table = [titles, *([printable(cell) for cell in row] for row in rows)]
     widths = [max(map(text_width, cells)) for cells in zip(*table)]
@@ -12039,7 +12052,7 @@ def print_table(
 
 
 def print_facts(facts: Iterable[tuple[str, str]], indent: str = "") -> None:
-    """Print names and values, one a line; a value is cut where the terminal ends."""
+    """Print names and values, one per line; on a terminal a value is cut at the end of its line."""
     pairs = [(printable(name), printable(value)) for name, value in facts]
     longest = max((text_width(name) for name, _ in pairs), default=0)
     room = terminal_width()
@@ -12055,15 +12068,15 @@ def print_json(value: object) -> None:
     print(json.dumps(value))
 
 
-def format_moment(epoch_ms: int | None) -> str:
-    """A time on the clock of this machine."""
+def format_time(epoch_ms: int | None) -> str:
+    """A date and time in the time zone of this machine; "-" if there is none."""
     if epoch_ms is None:
         return "-"
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(epoch_ms / 1000))
 
 
 def format_duration(milliseconds: int | None) -> str:
-    """How long something took, in its two largest units."""
+    """A duration in its two largest units; "-" if there is none."""
     if milliseconds is None:
         return "-"
     if milliseconds < 60_000:
@@ -12076,14 +12089,14 @@ def format_duration(milliseconds: int | None) -> str:
     return f"{hours}h {minutes:02}m" if hours else f"{minutes}m {seconds:02}s"
 
 
-# -- what is meant by a pathspec -------------------------------------------------------------------
+# -- resolving pathspecs ---------------------------------------------------------------------------
 
 LATEST, LATEST_FAILED = "latest", "latest-failed"
 MOST_CANDIDATES = 5
 
 
 def open_model(arguments: Arguments) -> Model:
-    """The runs of the root that is meant; without Metaflow and without a service."""
+    """The model of the root, which reads its files: without a service, without Metaflow."""
     root = resolve_root(arguments)
     if not os.path.isdir(datastore_folder(root)):
         raise ServiceError(f"Nothing is recorded in {root}: it has no {DATASTORE_DIR} folder.")
@@ -12091,16 +12104,16 @@ def open_model(arguments: Arguments) -> Model:
 
 
 def resolve_pathspec(model: Model, pathspec: str | None) -> Ids:
-    """The ids of the run, or of the step, task or artifact of a run, that a pathspec means.
+    """The ids of the run, step, task or artifact that a pathspec names.
 
-    A flow stands for its newest run, as does FLOW/latest; FLOW/latest-failed is the newest one that
-    failed. A unique beginning of a run id is enough, and a step may stand without its run, which
-    then is the newest. What is meant but not there is an error with exit code 1, what may mean
-    several things one with exit code 2.
+    FLOW and FLOW/latest are the newest run of a flow, FLOW/latest-failed the newest one that
+    failed. A unique prefix of a run id is enough, and a step without a run is one of the newest
+    run. ServiceError with exit code 1 if there is no such thing, with exit code 2 if it is
+    ambiguous or no pathspec.
     """
     parts = tuple(pathspec.strip("/").split("/")) if pathspec else (LATEST,)
     if not all(parts) or len(parts) > TASK_DEPTH + 1:
-        raise ServiceError(f"{pathspec!r} is no pathspec: FLOW/RUN/STEP/TASK", exit_code=2)
+        raise ServiceError(f"{pathspec!r} is not a pathspec: FLOW/RUN/STEP/TASK", exit_code=2)
     try:
         run, below = resolve_run(model, parts)
         return resolve_below(model, run, below)
@@ -12109,7 +12122,7 @@ def resolve_pathspec(model: Model, pathspec: str | None) -> Ids:
 
 
 def resolve_run(model: Model, parts: Sequence[str]) -> tuple[Ids, Sequence[str]]:
-    """The ids of the run that a pathspec is in, and the parts that are left."""
+    """The ids of the run that a pathspec is in, and the parts of the pathspec after it."""
     name, below = parts[0], parts[1:]
     if model.store.flow((name,)) is None:
         return choose_run(model, model.runs(), parts, f"flow, run or step {name!r}")
@@ -12125,11 +12138,11 @@ def flow_runs(model: Model, flow: str) -> Iterator[RunRow]:
 def choose_run(
     model: Model, runs: Iterable[RunRow], parts: Sequence[str], what: str
 ) -> tuple[Ids, Sequence[str]]:
-    """The run among those, newest first, that the first of the parts means, and the other parts."""
+    """The one of the runs (newest first) that the first part names, and the other parts."""
     newest_first = iter(runs)
     name, below = parts[0], parts[1:]
     if name == LATEST_FAILED:
-        judged = track(map(model.judge, newest_first), "runs looked at")
+        judged = track(map(model.judge, newest_first), "runs read")
         newest_first = (row for row in judged if row["status"] == FAILED)
     newest = next(newest_first, None)
     if newest is None:
@@ -12146,7 +12159,7 @@ def choose_run(
 
 
 def resolve_below(model: Model, run: Ids, parts: Sequence[str]) -> Ids:
-    """The ids of what the parts mean within a run."""
+    """The ids of what the parts name within a run."""
     if not parts:
         return run
     step = (*run, parts[0])
@@ -12161,7 +12174,7 @@ def resolve_below(model: Model, run: Ids, parts: Sequence[str]) -> Ids:
 
 
 def only_one(name: str, found: Sequence[Ids]) -> Ids:
-    """The one that was found; ServiceError that says between what, where there are several."""
+    """The only one of those found; ServiceError that names the candidates if there are several."""
     if len(found) == 1:
         return found[0]
     named = [printable("/".join(ids)) for ids in found[:MOST_CANDIDATES]]
@@ -12171,8 +12184,7 @@ def only_one(name: str, found: Sequence[Ids]) -> Ids:
 
 
 def resolve_task(model: Model, pathspec: str | None) -> Ids:
-    """The ids of the task, or its artifact, that a pathspec means; a step may stand for its only
-    task."""
+    """The ids of the task or artifact that a pathspec names; a step with one task stands for it."""
     ids = resolve_pathspec(model, pathspec)
     if len(ids) >= TASK_DEPTH:
         return ids
@@ -12182,7 +12194,7 @@ def resolve_task(model: Model, pathspec: str | None) -> Ids:
 
 
 def tasks_below(model: Model, ids: Ids) -> list[Ids]:
-    """The ids of the tasks of a run, in the order of its steps, or of a step, or the task's own."""
+    """The ids of the tasks of a run (in the order of its steps), of a step, or the task's own."""
     if len(ids) >= TASK_DEPTH:
         return [ids[:TASK_DEPTH]]
     steps = [ids]
@@ -12203,7 +12215,7 @@ JSON_LINES_OPTION = ("--json", {"action": "store_true", "help": "print JSON, one
 
 
 def parse_age(text: str) -> float:
-    """The epoch seconds of a time that is given as an age (90m, 12h, 7d) or a date."""
+    """The epoch seconds of a time that is written as an age (90m, 12h, 7d) or as a date."""
     age = re.fullmatch("([0-9]{1,6})([smhdw])", text)
     if age:
         return time.time() - int(age.group(1)) * SECONDS_IN[age.group(2)]
@@ -12238,13 +12250,13 @@ def parse_lines(text: str) -> int:
 def do_runs(arguments: Arguments) -> None:
     """List runs, newest first, and for failed ones the cause in a few words.
 
-    Reads the files, with no service. `show RUN` tells all of one. With --json each line is a run as
-    the UI API has it: flow_id, run, status, ts_epoch, duration, tags, cause and others.
+    Reads the files, without a service. `show RUN` shows all of one. With --json each line is a run
+    as the UI API has it: flow_id, run, status, ts_epoch, duration, tags, cause and others.
     """
     model = open_model(arguments)
     if arguments.flow is not None and model.store.flow((arguments.flow,)) is None:
         raise ServiceError(f"There is no flow {arguments.flow!r}.")
-    found = track(matching_runs(model, arguments), "runs found")
+    found = track(find_runs(model, arguments), "runs found")
     limit = arguments.limit or None
     rows = list(itertools.islice(found, limit))
     is_more = next(found, None) is not None
@@ -12257,8 +12269,8 @@ def do_runs(arguments: Arguments) -> None:
         print_notice(f"these are the newest {limit}; --limit 0 lists all")
 
 
-def matching_runs(model: Model, arguments: Arguments) -> Iterator[RunRow]:
-    """The runs that the options ask for, newest first, judged."""
+def find_runs(model: Model, arguments: Arguments) -> Iterator[RunRow]:
+    """The runs that match the options, newest first, with their verdicts."""
     for row in model.runs():
         if arguments.since is not None and row["ts_epoch"] < arguments.since * 1000:
             return
@@ -12279,7 +12291,7 @@ def run_cells(row: RunRow) -> Sequence[str]:
     return (
         row["status"],
         "/".join(run_row_ids(row)),
-        format_moment(row["ts_epoch"]),
+        format_time(row["ts_epoch"]),
         format_duration(row["duration"]),
         row["user"] or row["user_name"] or "",
         " ".join(map(str, row["tags"] or ())),
@@ -12292,16 +12304,16 @@ def run_cells(row: RunRow) -> Sequence[str]:
 
 @subcommand(f"{PROGRAM} show TrainFlow/latest-failed", PATHSPEC, JSON_OPTION)
 def do_show(arguments: Arguments) -> None:
-    """Show a run, a step or a task: what became of it, and why it failed.
+    """Show what became of a run, a step or a task, and why it failed.
 
-    PATHSPEC is FLOW/RUN/STEP/TASK or a part of it. FLOW and FLOW/latest are its newest run and
-    FLOW/latest-failed the newest one that failed; the beginning of a run id is enough, and a step
-    (or STEP/TASK) is one of the newest run. Without a PATHSPEC the newest run is shown.
+    PATHSPEC is FLOW/RUN/STEP/TASK or a part of it. FLOW and FLOW/latest are the newest run of the
+    flow, FLOW/latest-failed is the newest one that failed. A unique prefix of a run id is enough;
+    a step (or STEP/TASK) alone is one of the newest run. The default is the newest run.
     """
     model = open_model(arguments)
     ids = resolve_pathspec(model, arguments.pathspec)
     if len(ids) > TASK_DEPTH:
-        raise ServiceError(f"{'/'.join(ids)} is no task; see {PROGRAM} artifact", exit_code=2)
+        raise ServiceError(f"{'/'.join(ids)} is not a task; see {PROGRAM} artifact", exit_code=2)
     show = {RUN_DEPTH: show_run, RUN_DEPTH + 1: show_step, TASK_DEPTH: show_task}[len(ids)]
     show(model, ids, arguments.json)
 
@@ -12321,8 +12333,8 @@ def show_run(model: Model, ids: Ids, as_json: bool) -> None:
     print_heading(ids, run["status"])
     print_facts(
         (
-            ("started", format_moment(run["ts_epoch"])),
-            ("finished", format_moment(run["finished_at"])),
+            ("started", format_time(run["ts_epoch"])),
+            ("finished", format_time(run["finished_at"])),
             ("duration", format_duration(run["duration"])),
             ("user", run["user"] or run["user_name"] or ""),
             ("tags", " ".join(map(str, run["tags"] or ()))),
@@ -12339,7 +12351,7 @@ def show_run(model: Model, ids: Ids, as_json: bool) -> None:
 
 
 def value_line(value: object) -> str:
-    """A value in as many characters as are shown of it beside others."""
+    """A value on one line, cut to LONGEST_SHOWN_VALUE columns."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return shorten(printable(text), LONGEST_SHOWN_VALUE)
 
@@ -12349,7 +12361,7 @@ def print_heading(ids: Ids, status: str) -> None:
 
 
 def count_statuses(tasks: Iterable[AttemptRow], step: str) -> dict[str, int]:
-    """How many tasks of a step there are of each status, by their newest attempts."""
+    """How many tasks of a step have each status; the newest attempt of a task counts."""
     newest = {task["task_id"]: task["status"] for task in tasks if task["step_name"] == step}
     counts: dict[str, int] = {}
     for status in newest.values():
@@ -12364,14 +12376,14 @@ def step_cells(step: StepRow, tasks: Iterable[AttemptRow]) -> Sequence[str]:
     counts = count_statuses(tasks, step["step_name"])
     return (
         step["step_name"],
-        format_moment(step["ts_epoch"]),
+        format_time(step["ts_epoch"]),
         format_duration(step["duration"]),
         ", ".join(f"{count} {status}" for status, count in counts.items()),
     )
 
 
 def print_cause(cause: Cause) -> None:
-    """Say why something failed, and how to see more of it."""
+    """Print why something failed."""
     print(f"\n{colored('cause', FAILED)}  {printable(cause['summary'])}")
     facts = [("kind", cause["kind"]), ("message", cause["message"] or "")]
     if cause["type"]:
@@ -12399,7 +12411,7 @@ def show_step(model: Model, ids: Ids, as_json: bool) -> None:
     print_heading(ids, ", ".join(f"{n} {s}" for s, n in count_statuses(tasks, ids[2]).items()))
     print_facts(
         (
-            ("started", format_moment(step["ts_epoch"])),
+            ("started", format_time(step["ts_epoch"])),
             ("duration", format_duration(step["duration"])),
         )
     )
@@ -12416,7 +12428,7 @@ def attempt_cells(row: AttemptRow) -> Sequence[str]:
         str(row["task_id"]),
         str(row["attempt_id"]),
         row["status"],
-        format_moment(row["started_at"]),
+        format_time(row["started_at"]),
         format_duration(row["duration"]),
         row["cause"]["summary"] + caught if row["cause"] else "",
     )
@@ -12456,7 +12468,7 @@ def show_task(model: Model, ids: Ids, as_json: bool) -> None:
 
 
 def content_line(row: ArtifactRow) -> str:
-    """The value of an artifact on a line, or why it cannot be shown."""
+    """The value of an artifact on one line, or why it cannot be shown."""
     if "content" in row:
         return value_line(row["content"])
     return f"({row['postprocess_error']['detail']})"
@@ -12468,20 +12480,20 @@ def content_line(row: ArtifactRow) -> str:
 @subcommand(
     f"{PROGRAM} compare TrainFlow/latest TrainFlow/latest-failed",
     ("pathspecs", {"nargs": "+", "metavar": "RUN"}),
-    ("--all", {"action": "store_true", "help": "also what does not differ"}),
+    ("--all", {"action": "store_true", "help": "show also what does not differ"}),
     JSON_OPTION,
 )
 def do_compare(arguments: Arguments) -> None:
-    """Say what differs between runs.
+    """Show what differs between runs.
 
-    RUN is a run as for `show`; of one alone, what has changed since the last one of its flow that
-    succeeded.
+    RUN is a run, named as for `show`. A single one is compared with the last run of its flow before
+    it that succeeded.
     """
     model = open_model(arguments)
     runs = [resolve_pathspec(model, pathspec) for pathspec in arguments.pathspecs]
     for ids in runs:
         if len(ids) != RUN_DEPTH:
-            raise ServiceError(f"{'/'.join(ids)} is no run.", exit_code=2)
+            raise ServiceError(f"{'/'.join(ids)} is not a run.", exit_code=2)
     compared = model.compare(runs, arguments.all) if len(runs) > 1 else model.changes(runs[0])
     if compared is None:
         raise ServiceError(f"No run before {'/'.join(runs[0])} has succeeded.")
@@ -12524,56 +12536,55 @@ class TaskLine(NamedTuple):
 @subcommand(
     f"{PROGRAM} logs TrainFlow/latest/train --stderr -n 20",
     PATHSPEC,
-    ("--stdout", {"action": "store_true", "help": "only what went to stdout"}),
-    ("--stderr", {"action": "store_true", "help": "only what went to stderr"}),
+    ("--stdout", {"action": "store_true", "help": "only stdout"}),
+    ("--stderr", {"action": "store_true", "help": "only stderr"}),
     (
         "--attempt",
         {"type": parse_lines, "metavar": "N", "help": "of attempt N, from 0 (default: the newest)"},
     ),
     ("-n", {"type": parse_lines, "metavar": "LINES", "help": "only the last lines"}),
-    ("-f", {"action": "store_true", "help": "go on while it runs"}),
+    ("-f", {"action": "store_true", "help": "follow: print what is added, until it ends"}),
     JSON_LINES_OPTION,
 )
 def do_logs(arguments: Arguments) -> None:
-    """Print the log of a task, or those of all tasks of a step or run, each line with its task.
+    """Print the log of a task, or of all tasks of a step or run, each line with its task.
 
-    Metaflow stores a log when its attempt has ended. PATHSPEC is as for `show`.
+    Metaflow stores the log of an attempt when the attempt has ended. PATHSPEC is as for `show`.
     """
     model = open_model(arguments)
     ids = resolve_pathspec(model, arguments.pathspec)
+    is_task = len(ids) == TASK_DEPTH
     if len(ids) > TASK_DEPTH:
-        raise ServiceError(f"{'/'.join(ids)} is no task.", exit_code=2)
-    if arguments.attempt is not None and len(ids) == TASK_DEPTH:
+        raise ServiceError(f"{'/'.join(ids)} is not a task.", exit_code=2)
+    if arguments.attempt is not None and is_task:
         require_attempt(model, ids, arguments.attempt)
-    is_one = len(ids) == TASK_DEPTH
-    printed: dict[object, int] = {}
-    is_running = goes_on(model, ids)
-    lines = log_lines_below(model, ids, arguments, printed)
+    streams = [s for s in LOG_STREAMS.values() if getattr(arguments, s)]
+    log_tail = LogTail(model, ids, arguments.attempt, streams or list(LOG_STREAMS.values()))
+    may_grow = may_log_more(model, ids)
+    lines = log_tail.new_lines()
     if arguments.n is not None:
         import collections
 
         lines = iter(collections.deque(lines, arguments.n))
-    for line in lines:
-        print_task_line(line, is_one, arguments.json)
-    if is_running and is_one and not arguments.f:
+    print_task_lines(lines, is_task, arguments.json)
+    if may_grow and is_task and not arguments.f:
         print_notice(f"{'/'.join(ids)} is still running: its log is stored when it ends")
-    while is_running and arguments.f:
+    while may_grow and arguments.f:
         print(end="", flush=True)
         time.sleep(FOLLOW_SECONDS)
-        is_running = goes_on(model, ids)  # first, so that what came before the end is printed
-        for line in log_lines_below(model, ids, arguments, printed):
-            print_task_line(line, is_one, arguments.json)
+        may_grow = may_log_more(model, ids)  # before the lines, so that none is missed at the end
+        print_task_lines(log_tail.new_lines(), is_task, arguments.json)
 
 
 def require_attempt(model: Model, task: Ids, asked: int) -> None:
-    """ServiceError where a task has no such attempt."""
+    """ServiceError if a task has no such attempt."""
     count = len(model.attempts(task, model.clock()))
     if asked >= count:
-        raise ServiceError(f"There is no attempt {asked} of {'/'.join(task)}: it has had {count}.")
+        raise ServiceError(f"There is no attempt {asked} of {'/'.join(task)}: it has {count}.")
 
 
-def goes_on(model: Model, ids: Ids) -> bool:
-    """Whether there may be more in the logs of a run, or of a step or task of it."""
+def may_log_more(model: Model, ids: Ids) -> bool:
+    """Whether more may be added to the logs of a run, or of a step or task of it."""
     run = model.run(ids[:2])
     attempts = [model.attempts(task, model.clock())[:1] for task in tasks_below(model, ids)]
     newest = list(itertools.chain.from_iterable(attempts))
@@ -12585,35 +12596,40 @@ def goes_on(model: Model, ids: Ids) -> bool:
 
 
 def awaits_log(row: AttemptRow) -> bool:
-    """Whether an attempt has just ended, and its scheduler has yet to store what it wrote."""
+    """Whether an attempt has just ended, and the scheduler has yet to store its log."""
     return row["finished_at"] is not None and not row["is_log_stored"]
 
 
-def log_lines_below(
-    model: Model, ids: Ids, arguments: Arguments, printed: dict[object, int]
-) -> Iterator[TaskLine]:
-    """The lines of the logs of all tasks below, those that are not counted as `printed`."""
-    streams = [s for s in LOG_STREAMS.values() if getattr(arguments, s)] or LOG_STREAMS.values()
-    tasks = tasks_below(model, ids)
-    for task in tasks if is_terminal() else track(tasks, "logs read", len(tasks)):
-        attempts = model.attempts(task, model.clock())
-        number = len(attempts) - 1 if arguments.attempt is None else arguments.attempt
-        if number >= len(attempts):
-            continue
-        lines = [
-            TaskLine(task, number, stream, line)
-            for stream in streams
-            for line in model.log(task, number, stream)[printed.get((task, number, stream), 0) :]
-        ]
-        for stream in streams:
-            done = sum(line.stream == stream for line in lines)
-            key = (task, number, stream)
-            printed[key] = printed.get(key, 0) + done
-        yield from merge_streams(lines)
+class LogTail:
+    """Reads the logs of a run, a step or a task, each line once."""
+
+    def __init__(self, model: Model, ids: Ids, attempt: int | None, streams: Sequence[str]) -> None:
+        """`attempt`: None for the newest of each task. `streams`: "stdout", "stderr" or both."""
+        self._model = model
+        self._ids = ids
+        self._attempt = attempt
+        self._streams = streams
+        self._lines_read: dict[tuple[Ids, int, str], int] = {}  # of a task's attempt's stream
+
+    def new_lines(self) -> Iterator[TaskLine]:
+        """The lines that have been added since the last call, task by task."""
+        tasks = tasks_below(self._model, self._ids)
+        for task in tasks if is_terminal() else track(tasks, "logs read", len(tasks)):
+            attempts = len(self._model.attempts(task, self._model.clock()))
+            attempt = attempts - 1 if self._attempt is None else self._attempt
+            if attempt < attempts:
+                new = (self._new_lines_of(task, attempt, stream) for stream in self._streams)
+                yield from merge_streams(itertools.chain.from_iterable(new))
+
+    def _new_lines_of(self, task: Ids, attempt: int, stream: str) -> Iterator[TaskLine]:
+        key = (task, attempt, stream)
+        lines = self._model.log(task, attempt, stream)
+        read, self._lines_read[key] = self._lines_read.get(key, 0), len(lines)
+        return (TaskLine(task, attempt, stream, line) for line in lines[read:])
 
 
 def merge_streams(lines: Iterable[TaskLine]) -> list[TaskLine]:
-    """Lines of stdout and of stderr in the order of their times; one without stays where it is."""
+    """Lines of stdout and stderr by time; a line without a time follows the one before it."""
     timed: list[tuple[float, TaskLine]] = []
     at: dict[str, float] = {}
     for line in lines:
@@ -12623,19 +12639,15 @@ def merge_streams(lines: Iterable[TaskLine]) -> list[TaskLine]:
     return [line for _, line in timed]
 
 
-def print_task_line(line: TaskLine, is_one: bool, as_json: bool) -> None:
-    if as_json:
-        print_json(
-            {
-                "pathspec": "/".join(line.task),
-                "attempt_id": line.attempt,
-                "stream": line.stream,
-                **line.line,
-            }
-        )
-        return
-    start = "" if is_one else f"[{printable('/'.join(line.task[2:]))}] "
-    print(start + printable(line.line["line"]))
+def print_task_lines(lines: Iterable[TaskLine], is_task: bool, as_json: bool) -> None:
+    """Print lines, each with its step and task unless all are of one task."""
+    for task, attempt, stream, line in lines:
+        if as_json:
+            pathspec = "/".join(task)
+            print_json({"pathspec": pathspec, "attempt_id": attempt, "stream": stream, **line})
+        else:
+            start = "" if is_task else f"[{printable('/'.join(task[2:]))}] "
+            print(start + printable(line["line"]))
 
 
 # -- artifacts and cards ---------------------------------------------------------------------------
@@ -12645,14 +12657,14 @@ def print_task_line(line: TaskLine, is_one: bool, as_json: bool) -> None:
     f"{PROGRAM} artifact TrainFlow/latest/train/7/model --raw | gzip -d > model.pickle",
     PATHSPEC,
     ("--attempt", {"type": parse_lines, "metavar": "N", "help": "of attempt N, from 0"}),
-    ("--raw", {"action": "store_true", "help": "write the bytes as they are stored to stdout"}),
+    ("--raw", {"action": "store_true", "help": "write the stored bytes to stdout"}),
     JSON_LINES_OPTION,
 )
 def do_artifact(arguments: Arguments) -> None:
     """Print an artifact of a task, or all of them.
 
-    PATHSPEC is that of a task, as for `show`, and /NAME for a single artifact. Values are read
-    without unpickling them: nothing of a flow's is run. What --raw writes is a gzipped pickle.
+    PATHSPEC is a task, named as for `show`, with /NAME for one artifact of it. Values are read
+    without unpickling, so that no code of a flow runs. --raw writes a gzipped pickle.
     """
     model = open_model(arguments)
     ids = resolve_task(model, arguments.pathspec)
@@ -12689,7 +12701,7 @@ def print_artifacts(model: Model, rows: Sequence[ArtifactRow], arguments: Argume
 
 
 def valued_artifact(model: Model, row: ArtifactRow) -> dict[str, object]:
-    """An artifact with its value as text (`content`), and as JSON (`value`) where it can be."""
+    """An artifact with its value as text (`content`) and, if possible, as JSON (`value`)."""
     value: object = None
     with contextlib.suppress(OSError, ValueError):
         value = plain_value(model.value(row, LARGEST_VALUE))
@@ -12716,7 +12728,7 @@ def write_stored(model: Model, row: ArtifactRow) -> None:
     JSON_LINES_OPTION,
 )
 def do_card(arguments: Arguments) -> None:
-    """Print the paths of the files of the cards of a task, step or run, or open one.
+    """Print the paths of the card files of a task, step or run, or open one in a browser.
 
     PATHSPEC is as for `show`.
     """
@@ -12805,8 +12817,8 @@ if __name__ == "__main__":
 def do_demo(arguments: Arguments) -> None:
     """Run a small flow under the service.
 
-    Writes demo_flow.py into DIR (default ./metaflow-demo), runs it there with this Python, and says
-    what was recorded and what to try next.
+    Writes demo_flow.py into DIR (default ./metaflow-demo), runs it there with this Python, and
+    prints what was recorded and what to try next.
     """
     import subprocess
 
@@ -12815,7 +12827,7 @@ def do_demo(arguments: Arguments) -> None:
     folder = os.path.normpath(os.path.join(current_folder(), arguments.folder))
     flow = os.path.join(folder, "demo_flow.py")
     if arguments.root is not None:
-        arguments.root = os.path.abspath(arguments.root)  # seen from here, not from the demo
+        arguments.root = os.path.abspath(arguments.root)  # relative to here, not to the demo
     try:
         os.makedirs(folder, exist_ok=True)
         with open(flow, "w", encoding="utf-8") as f:
@@ -12831,16 +12843,16 @@ def do_demo(arguments: Arguments) -> None:
     environment = command_environment(arguments, service)
     users = (os.environ.get(name) for name in ("METAFLOW_USER", "SUDO_USER", "USERNAME", "USER"))
     if all(user in (None, "", "root") for user in users):
-        environment["METAFLOW_USER"] = "demo"  # Metaflow wants one, which a fresh container lacks
+        environment["METAFLOW_USER"] = "demo"  # Metaflow needs one; a fresh container has none
     ran = subprocess.run([sys.executable, flow, "run", "--tag", "demo"], env=environment)
     if ran.returncode != 0:
-        raise ServiceError("The demo flow failed; what it said is above.", ran.returncode)
+        raise ServiceError("The demo flow failed; its output is above.", ran.returncode)
     print_recorded(service, folder, program)
     lease.release()
 
 
 def print_recorded(service: Service, folder: str, program: str) -> None:
-    """Say what the service has of the newest run of the demo, and what one can do with it."""
+    """Print what the service has recorded of the newest run of the demo, and what to try next."""
 
     def ask_json(path: str) -> Any:
         return json.loads(ask(service, f"/flows/DemoFlow/runs{path}")[1])
@@ -12863,15 +12875,18 @@ Try next, in {folder}:
     )
 
 
+# -- the parser, and main --------------------------------------------------------------------------
+
+
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """Reports a wrong command line in one line."""
 
     def error(self, message: str) -> NoReturn:
         raise ServiceError(f"{message}; see {self.prog} --help", exit_code=2)
 
 
 class VersionAction(argparse.Action):
-    """Prints our version and Metaflow's, which is looked up only then."""
+    """Prints our version and Metaflow's; the latter takes time to find, so only on demand."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(
@@ -12890,10 +12905,10 @@ class VersionAction(argparse.Action):
 
 
 def make_parser(words: Sequence[str]) -> Parser:
-    """The parser of the command line: with the subcommand that `words` begin with and its options.
+    """The parser of the command line, with only the subcommand that the first of `words` names.
 
-    All others would take 10 ms, an eighth of what `url` takes in all; they are there where none is
-    named, for the help and for what is said of a wrong one.
+    To declare all of them takes 10 ms, an eighth of what `url` takes in all. That is done only if
+    no subcommand is named, for the help and for the message about a wrong one.
     """
     parser = Parser(
         prog=PROGRAM,
@@ -12923,8 +12938,8 @@ def add_arguments(parser: argparse.ArgumentParser, declared: Command) -> None:
     parser.add_argument(
         "--root",
         metavar="DIR",
-        help="the folder that has or is to have the .metaflow (default: the one that Metaflow's "
-        "local mode would use here)",
+        help="the folder that contains .metaflow, or will (default: the one that Metaflow's local "
+        "mode would use here)",
     )
     if declared.takes_service:
         add_service_options(parser)
@@ -12945,40 +12960,40 @@ def add_service_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host",
         default=DEFAULT_HOST,
-        help=f"the address to listen on (default: {DEFAULT_HOST}); one that others can reach takes "
-        "a key",
+        help=f"the address to listen on (default: {DEFAULT_HOST}); any but loopback needs a key",
     )
     parser.add_argument(
         "--port",
         metavar="N",
         type=option(parse_port),
-        help=f"the port to listen on; 0 is any free one (default: {ENV_PORT}, else 0)",
+        help=f"the port to listen on; 0 means any free one (default: {ENV_PORT}, else 0)",
     )
     parser.add_argument(
         "--idle-timeout",
         metavar="SECONDS",
         type=option(parse_seconds),
-        help="stop after so long without a request or a running command; 0 is never (default: "
+        help="stop after so long without a request or a running command; 0 means never (default: "
         f"{ENV_IDLE_TIMEOUT}, else {DEFAULT_IDLE_TIMEOUT:.0f})",
     )
     parser.add_argument(
         "--ui-dir",
         metavar="DIR",
         type=option(parse_ui_folder),
-        help="a build of the official Metaflow UI to show in place of the page of this program "
+        help="a build of the official Metaflow UI, to show instead of the page of this program "
         f"(default: {ENV_UI_DIR})",
     )
     parser.add_argument(
         "--generate-key",
         action="store_true",
-        help=f"let every request need a key, a new one unless {ENV_KEY} has one",
+        help=f"require a key for every request: the one in {ENV_KEY}, else a new one",
     )
 
 
 def prepare_standard_streams() -> None:
-    """Open what is closed of stdin, stdout and stderr, so that no file of ours takes its number.
+    """Open those of stdin, stdout and stderr that are closed, lest another file get their number.
 
-    What `run` becomes does not inherit them. Names of folders are printed even if they are no text.
+    The command that `run` becomes does not inherit them. Names of folders that are not valid text
+    are printed as they are.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
@@ -12991,9 +13006,9 @@ UNWRITABLE_OUTPUT = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBAD
 
 
 def main() -> NoReturn:
-    """Do what the command line says; what cannot be done is one line on stderr.
+    """Run the command line; an error is one line on stderr and a non-zero exit code.
 
-    The process ends without Python's own tidying up, which takes a fifth of what `url` takes.
+    The process ends without the interpreter's clean-up, which takes a fifth of what `url` takes.
     """
     prepare_standard_streams()
     try:
@@ -13015,11 +13030,11 @@ def main() -> NoReturn:
 
 
 def run_command_line(words: Sequence[str]) -> int:
-    """Do what the words say, and return the exit code; ServiceError where that cannot be done."""
+    """Run the subcommand that the words name, and return the exit code."""
     try:
         arguments = make_parser(words).parse_args(words)
         arguments.function(arguments)
-    except SystemExit as end:  # from argparse too, which has said all that there is to say
+    except SystemExit as end:  # also from argparse, which has printed its help by then
         return int(end.code or 0)
     return 0
 

@@ -7766,7 +7766,7 @@ def test_a_root_on_the_command_line_is_where_artifacts_go_too(cli: Cli) -> None:
     assert without_mention(cli(*command, **{SYSROOT: str(root)}).stderr) == ""
     over = cli(*command, **{SYSROOT: "/else"})
     assert over.stdout == f"{root}\n"
-    assert re.fullmatch(r".*--root wins over.*'/else'\n", without_mention(over.stderr))
+    assert re.fullmatch(r".*--root overrides.*'/else'\n", without_mention(over.stderr))
 
 
 SHORT_FLOW = """
