@@ -1609,6 +1609,23 @@ def remove_file(path: str) -> None:
 # ==================================================================================================
 # Datastore: the other files that Metaflow keeps in a root, and values read without unpickling
 # ==================================================================================================
+#
+# Rules of this layer:
+#
+# - A file of a datastore is opened by a FileOpener and in no other way.
+# - Nothing is trusted: paths come from clients, and contents from whoever wrote the file. Each read
+#   has a limit, in bytes, lines, operations or depth.
+# - Values are never unpickled, and neither numpy nor pandas is imported to show theirs.
+# - What is missing or must not be read is a FileNotFoundError; what is too large is TooLarge; what
+#   makes no sense is another ValueError.
+#
+# How it works: records say in which datastore an artifact, log or card is. A FileOpener walks there
+# one folder at a time, and checks the owner of each on its descriptor (see the class). An artifact
+# is a gzipped pickle. PickleReader goes through its operations, as unpickling would, but puts a
+# stand-in wherever unpickling would call something: PickledObject for an object or a class, and
+# PickledDict and PickledSet for collections that would hash their items. A few classes of the
+# standard library, numpy and pandas are recognized by name and shown by what they hold. The text of
+# a value is produced in pieces and cut off at a limit, for a small pickle can mean a huge value.
 
 # -- files of the datastore ------------------------------------------------------------------------
 
@@ -1624,54 +1641,68 @@ INCLUDED_FILE = "metaflow.includefile.IncludedFile"
 LOCAL_URL = re.compile(
     rf"local://(?P<root>/.*?/?{re.escape(DATASTORE_DIR)})/(?P<names>.+)", re.DOTALL
 )
-"""Where an IncludeFile is stored, as its value says."""
+"""The URL in the value of an IncludeFile, which says where its content is stored."""
 
 
-Place = tuple[str, ...]
-"""Where a file or folder is: the root of a datastore, and the names from there on."""
+DatastorePath = tuple[str, ...]
+"""The root of a datastore, and the names that lead from there to a file or folder."""
 
 
 class TooLarge(ValueError):
-    """A file or value is larger than what is shown."""
+    """A file or value is larger than the limit for showing it."""
+
+
+ROOT_USER = 0
+FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+PASSAGE_FLAGS = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
+"""For the folders above the root, which this user may perhaps not list; only Linux has O_PATH."""
+NOT_OPENABLE = frozenset(
+    (errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM)
+)
+"""The errors of open(2) for a link, a file in place of a folder, a pipe or socket, a path that is
+too long, and what this user may not read. All are treated as a missing file."""
+
+DATASTORE_DIRS = frozenset((DATASTORE_DIR, f"{DATASTORE_DIR}_spin"))
+"""The names that Metaflow gives the folders of its local datastores."""
 
 
 class FileOpener:
-    """Opens files below folders that others name: the one way in which a datastore is read.
+    """Opens the files of datastores, the paths of which come from clients.
 
-    Where a datastore is and what is in it is told by records, which clients write. So:
+    A client must not get at files through the service that it could not read itself. Therefore:
 
-    - It goes from the folder down name by name (openat(2)), and what was opened is what is looked
-      at: whoever exchanges a file for a link between two looks gains nothing.
-    - Everything on the way belongs to the service's user, to root or to the owner of the root that
-      is served; what is another's is not there.
-    - A link to a file is not followed. A link to a folder is, for people put their data on another
-      disk, and so is one in place of the root: where only its owner and that of the folder that
-      holds it can have made it. Those other than the service's user and root may make links to
-      their own folders alone.
-    - A file with a second name may be one from elsewhere, and is not there where others than the
-      service's user and root can have given it that name.
-    - A pipe or device is no file, and is not waited for.
+    - The path is walked one name at a time, each opened relative to the folder before (openat(2)),
+      and all checks are made on the open descriptor. Nothing is gained by exchanging a file for a
+      link between the check and the use.
+    - Everything on the way must belong to the service's user, to root, or to the owner of the
+      served root. Whatever belongs to anyone else is treated as missing.
+    - A symbolic link to a file is never followed. A link to a folder is, since people keep data on
+      another disk, provided that only the owner of the link or of the folder that holds it can
+      have made it. If either is neither the service's user nor root, the target must be theirs.
+    - A file with several hard links may be someone else's file under a new name. It is treated as
+      missing unless only the service's user and root could have created that name.
+    - Pipes and devices are treated as missing, and opening one never blocks.
     """
 
     def __init__(self, served: str) -> None:
-        """`served`: the folder of the root that is served."""
+        """`served`: the .metaflow folder that the service serves."""
         self._served = served
 
     def open_file(self, root: str, *names: str) -> io.BufferedReader:
-        """A file of a local datastore; FileNotFoundError where there is none that may be read.
+        """Open a file of a local datastore; FileNotFoundError if there is none that may be read.
 
-        `root`: the .metaflow that it is in, as a client said. Used in a `with` statement.
+        `root`: the path of the datastore's .metaflow folder, as a client gave it.
         """
         check_datastore(root)
         return self.open_below(root, names, self._owners())
 
     def open_folder(self, root: str, *names: str) -> int:
-        """The descriptor of a folder of a local datastore; FileNotFoundError as for files."""
+        """Open a folder of a local datastore, as a descriptor; FileNotFoundError as for files."""
         check_datastore(root)
-        return self._folder_below(root, names, self._owners())
+        return self._open_folder_below(root, names, self._owners())
 
-    def status(self, root: str, *names: str) -> os.stat_result | None:
-        """The status of a folder of a local datastore, None where there is none."""
+    def stat_folder(self, root: str, *names: str) -> os.stat_result | None:
+        """The status of a folder of a local datastore, or None if there is no such folder."""
         with contextlib.suppress(FileNotFoundError):
             folder = self.open_folder(root, *names)
             try:
@@ -1683,12 +1714,14 @@ class FileOpener:
     def open_below(
         self, folder: str, names: Sequence[str], owners: Collection[int]
     ) -> io.BufferedReader:
-        """A file below any folder, all of which belongs to one of the owners."""
-        parent = self._folder_below(folder, names[:-1], owners)
+        """Open a file below any folder, where everything must belong to one of the owners."""
+        parent = self._open_folder_below(folder, names[:-1], owners)
         try:
             check_openable(names[-1])
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            return self._as_file(open_entry(names[-1], flags, parent), os.fstat(parent), owners)
+            file = open_entry(names[-1], flags, parent)
+            self._check_file(file, os.fstat(parent), owners)
+            return open(file, "rb")
         finally:
             os.close(parent)
 
@@ -1696,82 +1729,68 @@ class FileOpener:
         served = stat_or_none(self._served)
         return {os.geteuid(), ROOT_USER, *([served.st_uid] if served else [])}
 
-    def _as_file(
-        self, descriptor: int, parent: os.stat_result, owners: Collection[int]
-    ) -> io.BufferedReader:
-        status = os.fstat(descriptor)
-        is_unsafe = status.st_nlink > 1 and (may_others_write(parent) or not is_own(parent.st_uid))
-        if not stat.S_ISREG(status.st_mode) or status.st_uid not in owners or is_unsafe:
-            os.close(descriptor)
-            raise not_there()
-        return open(descriptor, "rb")
+    def _check_file(self, file: int, parent: os.stat_result, owners: Collection[int]) -> None:
+        """Close a descriptor and raise FileNotFoundError unless it is a file that may be read."""
+        status = os.fstat(file)
+        is_link_safe = is_trusted(parent.st_uid) and not is_writable_by_others(parent)
+        is_safe = status.st_uid in owners and (status.st_nlink <= 1 or is_link_safe)
+        if not stat.S_ISREG(status.st_mode) or not is_safe:
+            os.close(file)
+            raise no_such_file()
 
-    def _folder_below(self, folder: str, names: Sequence[str], owners: Collection[int]) -> int:
+    def _open_folder_below(self, folder: str, names: Sequence[str], owners: Collection[int]) -> int:
         above, last = os.path.split(folder.rstrip("/"))
         descriptor = open_entry(above or "/", PASSAGE_FLAGS)
         for name in (last, *names):
             try:
                 check_openable(name)
-                below = self._enter(descriptor, name, owners)
+                below = self._open_subfolder(descriptor, name, owners)
             finally:
                 os.close(descriptor)
             descriptor = below
         return descriptor
 
-    def _enter(self, folder: int, name: str, owners: Collection[int]) -> int:
-        """Open a folder within another."""
+    def _open_subfolder(self, folder: int, name: str, owners: Collection[int]) -> int:
+        """Open a folder within another, as a descriptor; a link is followed if it is safe."""
         try:
-            return self._as_folder(open_entry(name, FOLDER_FLAGS | os.O_NOFOLLOW, folder), owners)
+            below = open_entry(name, FOLDER_FLAGS | os.O_NOFOLLOW, folder)
+            self._check_owner(below, owners)
+            return below
         except FileNotFoundError:
             link = os.stat(name, dir_fd=folder, follow_symlinks=False)
             if not stat.S_ISLNK(link.st_mode):
                 raise
         holder = os.fstat(folder)
-        if may_others_write(holder):
-            raise not_there()
+        if is_writable_by_others(holder):
+            raise no_such_file()
         target = os.readlink(name, dir_fd=folder)
-        descriptor = self._as_folder(open_entry(target, FOLDER_FLAGS, folder), owners)
-        others = {uid for uid in (link.st_uid, holder.st_uid) if not is_own(uid)}
-        if others and os.fstat(descriptor).st_uid not in others:
-            os.close(descriptor)
-            raise not_there()
-        return descriptor
+        below = open_entry(target, FOLDER_FLAGS, folder)
+        makers = {uid for uid in (link.st_uid, holder.st_uid) if not is_trusted(uid)}
+        self._check_owner(below, makers.intersection(owners) if makers else owners)
+        return below
 
-    def _as_folder(self, descriptor: int, owners: Collection[int]) -> int:
-        if os.fstat(descriptor).st_uid not in owners:
-            os.close(descriptor)
-            raise not_there()
-        return descriptor
+    def _check_owner(self, folder: int, owners: Collection[int]) -> None:
+        """Close a descriptor and raise FileNotFoundError unless one of the owners owns it."""
+        if os.fstat(folder).st_uid not in owners:
+            os.close(folder)
+            raise no_such_file()
 
 
-ROOT_USER = 0
-FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-PASSAGE_FLAGS = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
-"""For a folder that is passed through, and that this user perhaps cannot list; Linux has O_PATH."""
-NOT_OPENABLE = frozenset(
-    (errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM)
-)
-"""What open(2) says of a link, of a file in place of a folder, of a pipe or socket, of a path that
-is too long, and of what this user may not read."""
-
-DATASTORE_DIRS = frozenset((DATASTORE_DIR, f"{DATASTORE_DIR}_spin"))
-"""What Metaflow calls the folders of its local datastores."""
-
-
-def not_there() -> FileNotFoundError:
+def no_such_file() -> FileNotFoundError:
+    """The error for everything that is missing or must not be read."""
     return FileNotFoundError(errno.ENOENT, "There is no such file that may be read")
 
 
-def is_own(uid: int) -> bool:
-    """Whether a user is the service's, or root."""
+def is_trusted(uid: int) -> bool:
+    """Whether a user is the service's own or root."""
     return uid in (os.geteuid(), ROOT_USER)
 
 
-def may_others_write(folder: os.stat_result) -> bool:
-    """Whether users other than its owner can put something into a folder.
+def is_writable_by_others(folder: os.stat_result) -> bool:
+    """Whether users other than its owner can create files in a folder.
 
-    A group whose number is its owner's is taken for the owner's private one. Where users have
-    such groups, the folders that they make are usually writable for the group.
+    A group with the same number as the owner is taken for the owner's private group. Systems that
+    have such groups usually create folders that are writable for the group.
     """
     is_group_private = folder.st_gid == folder.st_uid
     return bool(
@@ -1780,34 +1799,33 @@ def may_others_write(folder: os.stat_result) -> bool:
 
 
 def check_datastore(root: str) -> None:
-    """FileNotFoundError unless a folder can be one of Metaflow's, by its path."""
+    """Raise FileNotFoundError unless a path can be that of a folder of Metaflow's."""
     if not os.path.isabs(root) or os.path.basename(root.rstrip("/")) not in DATASTORE_DIRS:
-        raise not_there()
+        raise no_such_file()
 
 
 def check_openable(name: str) -> None:
-    """FileNotFoundError unless a name is one, and no path."""
+    """Raise FileNotFoundError unless a name is a single name and not a path."""
     try:
         check_name(name)
     except NotStorable:
-        raise not_there() from None
+        raise no_such_file() from None
 
 
 def open_entry(path: str, flags: int, folder: int | None = None) -> int:
-    """Open a path, from a folder on if one is given. FileNotFoundError where there is no such."""
+    """Open a path, relative to a folder if one is given; FileNotFoundError if that cannot be."""
     try:
         return os.open(path, flags, dir_fd=folder)
     except (ValueError, UnicodeEncodeError):
-        raise not_there() from None
+        raise no_such_file() from None
     except OSError as error:
         if error.errno in NOT_OPENABLE:
-            raise not_there() from None
+            raise no_such_file() from None
         raise
 
 
 def read_content(file: io.BufferedReader, limit: int, from_end: bool = False) -> bytes:
-    """What is in a file; TooLarge if that is more than the limit, or its last part if `from_end`,
-    from the beginning of a line on."""
+    """The content of a file; if it exceeds the limit, TooLarge or, `from_end`, its last lines."""
     size = os.fstat(file.fileno()).st_size
     if size > limit:
         if not from_end:
@@ -1818,11 +1836,26 @@ def read_content(file: io.BufferedReader, limit: int, from_end: bool = False) ->
 
 
 def read_json(file: io.BufferedReader, limit: int) -> Any:
-    """The JSON in a file; TooLarge, or another ValueError where it is none."""
+    """The JSON in a file; TooLarge, or another ValueError if it is not JSON."""
     try:
         return json.loads(read_content(file, limit))
     except RecursionError:
         raise ValueError("It is nested too deeply.") from None
+
+
+def decompress(blob: bytes, limit: int) -> bytes:
+    """The content of a blob, gzipped or not; TooLarge if it exceeds the limit."""
+    import zlib
+
+    if not blob.startswith(b"\x1f\x8b"):
+        return blob
+    try:
+        content = zlib.decompressobj(wbits=31).decompress(blob, limit + 1)
+    except zlib.error as error:
+        raise ValueError(f"It cannot be unpacked: {error}.") from None
+    if len(content) > limit:
+        raise TooLarge
+    return content
 
 
 # -- where cards are -------------------------------------------------------------------------------
@@ -1832,7 +1865,7 @@ MOST_CARD_ROOTS = 100
 
 
 def read_card_roots(folder: str) -> list[str]:
-    """The other datastores in which cards of runs of this one may be; see `note_card_root`."""
+    """The other datastores that may hold cards of this one's runs; see `note_card_root`."""
     try:
         with open(os.path.join(folder, CARD_ROOTS_FILE), encoding="utf-8") as f:
             noted = json.load(f)
@@ -1842,10 +1875,10 @@ def read_card_roots(folder: str) -> list[str]:
 
 
 def note_card_root(folder: str, here: str) -> None:
-    """Note in a datastore where the cards of a command go that runs in the folder `here`.
+    """Write down in a datastore where a command that runs in the folder `here` puts its cards.
 
-    Metaflow's card store does not heed the root that is set: it takes the nearest .metaflow above
-    the working directory, or makes one there. Where it cannot be noted, cards are not found.
+    Metaflow's card store ignores the configured root: it uses the nearest .metaflow above the
+    working directory, or creates one there. If this cannot be written, the cards are not found.
     """
     root = os.path.join(nearest_project(here) or os.path.realpath(here), DATASTORE_DIR)
     noted = read_card_roots(folder)
@@ -1860,27 +1893,12 @@ def note_card_root(folder: str, here: str) -> None:
         os.replace(temporary, path)
 
 
-def decompress(blob: bytes, limit: int) -> bytes:
-    """What a blob of the datastore holds; TooLarge where that is more than the limit."""
-    import zlib
-
-    if not blob.startswith(b"\x1f\x8b"):
-        return blob
-    try:
-        content = zlib.decompressobj(wbits=31).decompress(blob, limit + 1)
-    except zlib.error as error:
-        raise ValueError(f"It cannot be unpacked: {error}.") from None
-    if len(content) > limit:
-        raise TooLarge
-    return content
-
-
 # -- logs ------------------------------------------------------------------------------------------
 
 
 class LogLine(TypedDict):
     row: int
-    timestamp: int | None  # epoch milliseconds; None where the line does not say
+    timestamp: int | None  # epoch milliseconds; None if the line has none
     line: str
 
 
@@ -1890,24 +1908,23 @@ LOG_LINE = re.compile(
     rb"(?:\[!)?\[MFLOG\|0\|(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{6})?)Z\|[^|\]]*\|[^\]]*\](.*)",
     re.DOTALL,
 )
-"""A line as Metaflow's mflog writes it: when (in UTC), from where, a unique id, and the text."""
-
+"""A line as Metaflow's mflog writes it: the time in UTC, the source, a unique id, and the text."""
 
 MOST_LOG_LINES = 200_000
-"""How many lines of a file are shown: about as many as a file of LARGEST_LOG has of Metaflow's."""
+"""How many lines of a file are shown: about as many as mflog writes into LARGEST_LOG bytes."""
 
 
-def log_lines(files: Iterable[bytes]) -> list[LogLine]:
-    """The lines of the log files of a stream, in the order of their times.
+def merge_logs(files: Iterable[bytes]) -> list[LogLine]:
+    """The lines of the log files of a stream, merged in the order of their times.
 
-    One without a time stays behind the line that it follows in its file.
+    A line without a time stays behind the line before it in its file.
     """
     timed: list[tuple[float, int | None, str]] = []
     for content in files:
         at = 0.0
         for line in content.rsplit(b"\n", MOST_LOG_LINES)[-MOST_LOG_LINES:]:
             match = LOG_LINE.fullmatch(line)
-            moment = log_time(match.group(1).decode()) if match else None
+            moment = parse_log_time(match.group(1).decode()) if match else None
             at = at if moment is None else moment
             if match or line:
                 text = match.group(2) if match else line
@@ -1920,12 +1937,12 @@ def log_lines(files: Iterable[bytes]) -> list[LogLine]:
 
 
 def log_weight(lines: Sequence[LogLine]) -> int:
-    """About how many bytes of memory the lines of a log take."""
+    """Roughly how many bytes of memory the lines of a log take."""
     return sum(len(line["line"]) for line in lines) + 300 * (len(lines) + 1)
 
 
-def log_time(text: str) -> float | None:
-    """The epoch seconds of a time in UTC, None where there is no such time."""
+def parse_log_time(text: str) -> float | None:
+    """The epoch seconds of a time in UTC, or None if there is no such time."""
     from datetime import datetime, timezone
 
     try:
@@ -1937,18 +1954,19 @@ def log_time(text: str) -> float | None:
 # -- values of artifacts ---------------------------------------------------------------------------
 
 
-class Pairs(list[Any]):
-    """A dict in a pickle: its keys and values, which nobody has to hash."""
+class PickledDict(list[Any]):
+    """A dict in a pickle, as pairs: its keys are not hashed, since hashing could take for ever."""
 
 
-class Items(list[Any]):
-    """A set in a pickle."""
+class PickledSet(list[Any]):
+    """A set in a pickle, as a list, for the same reason."""
 
 
-class StandIn:
-    """An object of some class in a pickle, or the class itself: never made, only named.
+class PickledObject:
+    """A stand-in for an object in a pickle, or for a class (`is_class`).
 
-    `arguments`: what it would have been called with; `state`: what it would have been given then.
+    `name`: of the class; `arguments`: those that the class would have been called with; `state`:
+    what unpickling would then have passed to `__setstate__`.
     """
 
     def __init__(self, name: str, arguments: tuple[Any, ...] = (), is_class: bool = False) -> None:
@@ -1958,15 +1976,15 @@ class StandIn:
         self.state: object = None
 
     def attributes(self) -> dict[str, Any]:
-        """Its attributes by name, as far as its state tells them; slots come in a second part."""
+        """The attributes in its state, which is one dict, or a tuple of two if it has slots."""
         parts = self.state if isinstance(self.state, tuple) else (self.state,)
-        pairs = [pair for part in parts if isinstance(part, Pairs) for pair in part]
+        pairs = [pair for part in parts if isinstance(part, PickledDict) for pair in part]
         return {name: value for name, value in pairs if isinstance(name, str)}
 
 
-def pair_up(items: list[Any]) -> Pairs:
-    """Keys and values, which a pickle has in turn."""
-    return Pairs(zip(items[::2], items[1::2]))
+def make_pairs(items: list[Any]) -> PickledDict:
+    """The pairs of a flat list in which keys and values alternate."""
+    return PickledDict(zip(items[::2], items[1::2]))
 
 
 MARK: Any = object()
@@ -1974,23 +1992,23 @@ MARK: Any = object()
 PLAIN_TYPES = frozenset(
     ("None", "bool", "int", "int_or_bool", "float", "str", "bytes", "bytes_or_str", "bytearray")
 )
-"""What pickletools calls the values that are in a pickle as they are."""
+"""The names that pickletools has for values that need no class."""
 
 CONSTANTS: Mapping[str, object] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 EMPTY_COLLECTIONS: Mapping[str, Callable[[], object]] = {
     "EMPTY_LIST": list,
     "EMPTY_TUPLE": tuple,
-    "EMPTY_DICT": Pairs,
-    "EMPTY_SET": Items,
+    "EMPTY_DICT": PickledDict,
+    "EMPTY_SET": PickledSet,
 }
 MARKED_COLLECTIONS: Mapping[str, Callable[[list[Any]], object]] = {
     "LIST": list,
     "TUPLE": tuple,
-    "DICT": pair_up,
-    "FROZENSET": Items,
+    "DICT": make_pairs,
+    "FROZENSET": PickledSet,
 }
 SHORT_TUPLES: Mapping[str, int] = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-PASSED_OVER = frozenset(("PROTO", "FRAME", "STOP", "NEXT_BUFFER", "READONLY_BUFFER"))
+IGNORED_OPERATIONS = frozenset(("PROTO", "FRAME", "STOP", "NEXT_BUFFER", "READONLY_BUFFER"))
 
 LONGEST_CLASS_NAME = 500
 LARGEST_PLAIN = 4_000_000  # values and characters
@@ -1998,11 +2016,14 @@ MOST_OPERATIONS = 200_000  # of a pickle, which take a fifth of a second
 
 
 class PickleReader:
-    """Reads what is in a pickle without unpickling it: nothing that it names is imported or called.
+    """Reads the value in a pickle without unpickling it: nothing is imported or called.
 
-    Time and memory are in proportion to the length of the pickle, whatever is in it; what calls
-    copy, which a pickle can ask for again and again, is counted.
+    Time and memory are proportional to the length of the pickle, whatever it contains. A pickle can
+    have the arguments of one call copied again and again, so what calls copy is counted.
     """
+
+    # A subclass of pickle._Unpickler would be a fifth shorter. But it is private, allocates as much
+    # as a BYTEARRAY8 claims to hold, and puts what EXT1 names into a cache of the whole process.
 
     def __init__(self) -> None:
         self._stack: list[Any] = []
@@ -2010,7 +2031,7 @@ class PickleReader:
         self._copied = 0
 
     def read(self, content: bytes) -> Any:
-        """The value of plain types, Pairs, Items and Things; ValueError where it is no pickle."""
+        """The value, made of plain types and stand-ins; ValueError if it is not a pickle."""
         import pickletools
 
         plain = {
@@ -2038,14 +2059,14 @@ class PickleReader:
             self._stack.append(MARKED_COLLECTIONS[name](self._marked()))
         elif name in SHORT_TUPLES:
             self._stack[-SHORT_TUPLES[name] :] = [tuple(self._stack[-SHORT_TUPLES[name] :])]
-        elif name not in PASSED_OVER:
+        elif name not in IGNORED_OPERATIONS:
             method = getattr(self, f"_{name.lower()}", None)
             if method is None:
                 raise ValueError(f"{name} is not read")
             method(argument)
 
     def _marked(self) -> list[Any]:
-        """What was put on the stack since the last mark, which is taken from it."""
+        """Take from the stack what is above the last mark, and the mark with it."""
         at = len(self._stack) - 1
         while self._stack[at] is not MARK:
             at -= 1
@@ -2087,34 +2108,34 @@ class PickleReader:
         self._extend(list, self._marked())
 
     def _additems(self, _: Any) -> None:
-        self._extend(Items, self._marked())
+        self._extend(PickledSet, self._marked())
 
     def _setitem(self, _: Any) -> None:
-        self._extend(Pairs, pair_up([self._stack.pop(-2), self._stack.pop()]))
+        self._extend(PickledDict, make_pairs([self._stack.pop(-2), self._stack.pop()]))
 
     def _setitems(self, _: Any) -> None:
-        self._extend(Pairs, pair_up(self._marked()))
+        self._extend(PickledDict, make_pairs(self._marked()))
 
     def _extend(self, kind: type[list[Any]], items: list[Any]) -> None:
-        """Add to the collection on the stack; that of a class of its own stays unknown."""
+        """Add to the collection on top of the stack; one of another class is left as it is."""
         if type(self._stack[-1]) is kind:
             self._stack[-1].extend(items)
 
     def _global(self, argument: str) -> None:
-        self._stack.append(StandIn(argument.replace(" ", "."), is_class=True))
+        self._stack.append(PickledObject(argument.replace(" ", "."), is_class=True))
 
     def _stack_global(self, _: Any) -> None:
         name, module = self._stack.pop(), self._stack.pop()
         parts = [part[:LONGEST_CLASS_NAME] for part in (module, name) if isinstance(part, str)]
-        self._stack.append(StandIn(".".join(parts), is_class=True))
+        self._stack.append(PickledObject(".".join(parts), is_class=True))
 
     def _reduce(self, _: Any) -> None:
         arguments, called = self._stack.pop(), self._stack.pop()
-        made = represent_call(called, arguments)
-        self._copied += len(made) if isinstance(made, (Items, bytes, str)) else 0
+        result = represent_call(called, arguments)
+        self._copied += len(result) if isinstance(result, (PickledSet, bytes, str)) else 0
         if self._copied > LARGEST_PLAIN:
             raise TooLarge("It is too large.")
-        self._stack.append(made)
+        self._stack.append(result)
 
     _newobj = _reduce
 
@@ -2124,55 +2145,55 @@ class PickleReader:
 
     def _inst(self, argument: str) -> None:
         self._marked()
-        self._stack.append(StandIn(argument.replace(" ", ".")))
+        self._stack.append(PickledObject(argument.replace(" ", ".")))
 
     def _obj(self, _: Any) -> None:
         self._stack.append(represent_call(self._marked()[0], ()))
 
     def _build(self, _: Any) -> None:
         state = self._stack.pop()
-        if isinstance(self._stack[-1], StandIn):
+        if isinstance(self._stack[-1], PickledObject):
             self._stack[-1].state = state
 
 
 def represent_call(called: object, arguments: object) -> object:
-    """What stands for the result of a call in a pickle.
+    """The value that stands for the result of a call in a pickle.
 
-    What the standard library and numpy make of plain values is shown as those, the rest by name.
+    Some types of the standard library and of numpy become plain values, all others a PickledObject.
     """
-    if not isinstance(called, StandIn):
-        raise ValueError("what is no class is called")
+    if not isinstance(called, PickledObject):
+        raise ValueError("it calls something that is not a class")
     name = called.name.replace("__builtin__.", "builtins.").replace("copy_reg.", "copyreg.")
     parts = arguments if isinstance(arguments, tuple) else ()
     if name in ("builtins.set", "builtins.frozenset"):
-        return Items(parts[0]) if parts and isinstance(parts[0], list) else Items()
+        return PickledSet(parts[0]) if parts and isinstance(parts[0], list) else PickledSet()
     if name == "_codecs.encode" and parts and isinstance(parts[0], str):
         return parts[0].encode("latin-1", "replace")  # how bytes were pickled for Python 2
     if name == "builtins.bytes" and not parts:
         return b""
     if name in ("collections.OrderedDict", "collections.defaultdict", "collections.Counter"):
-        return parts[0] if parts and isinstance(parts[0], Pairs) else Pairs()
+        return parts[0] if parts and isinstance(parts[0], PickledDict) else PickledDict()
     if name == "collections.deque":
         return []
     if name in ("copyreg._reconstructor", "copyreg.__newobj__") and parts:
         return represent_call(parts[0], parts[1:] if name.endswith("__newobj__") else ())
-    if name == "builtins.getattr" and len(parts) == 2 and isinstance(parts[0], StandIn):
-        return StandIn(f"{parts[0].name}.{str(parts[1])[:100]}")  # a member of an enum
+    if name == "builtins.getattr" and len(parts) == 2 and isinstance(parts[0], PickledObject):
+        return PickledObject(f"{parts[0].name}.{str(parts[1])[:100]}")  # a member of an enum
     if NUMPY_ARRAY.fullmatch(name):
-        return StandIn("numpy.ndarray", parts)
+        return PickledObject("numpy.ndarray", parts)
     if NUMPY_SCALAR.fullmatch(name) and len(parts) == 2:
-        values = array_items(parts[0], parts[1], 1)
-        return values[0] if values else StandIn(f"numpy.{dtype_name(parts[0])}")
-    made = plain_object(name, parts)
-    return StandIn(name, parts) if made is None else made
+        values = unpack_items(parts[0], parts[1], 1)
+        return values[0] if values else PickledObject(f"numpy.{dtype_name(parts[0])}")
+    text = format_known_object(name, parts)
+    return PickledObject(name, parts) if text is None else text
 
 
-def plain_object(name: str, parts: tuple[Any, ...]) -> object:
-    """An object of a well-known class as plain text or number; None where it is none of those."""
+def format_known_object(name: str, parts: tuple[Any, ...]) -> str | None:
+    """The text of an object of a well-known class, as `str` gives it; None for other classes."""
     if name.startswith("datetime.") and parts and isinstance(parts[0], (bytes, str)):
-        return pickled_time(name, *parts[:2])
+        return format_pickled_time(name, *parts[:2])
     if name == "datetime.timedelta" and len(parts) == 3 and are_integers(parts):
-        return pickled_timedelta(*parts)
+        return format_pickled_timedelta(*parts)
     if PATH_CLASS.fullmatch(name) and all(isinstance(part, str) for part in parts):
         return os.path.join("", *parts)
     if name in ("decimal.Decimal", "fractions.Fraction") and len(parts) == 1:
@@ -2186,10 +2207,12 @@ NUMPY_SCALAR = re.compile(r"numpy\.(_?core)\.multiarray\.scalar")
 
 
 def are_integers(values: Iterable[object]) -> bool:
+    """Whether all values are integers."""
     return all(isinstance(value, int) for value in values)
 
 
-def pickled_timedelta(days: int, seconds: int, microseconds: int) -> str | None:
+def format_pickled_timedelta(days: int, seconds: int, microseconds: int) -> str | None:
+    """The text of a timedelta; None if there is no such timedelta."""
     import datetime
 
     try:
@@ -2198,8 +2221,8 @@ def pickled_timedelta(days: int, seconds: int, microseconds: int) -> str | None:
         return None
 
 
-def pickled_time(name: str, state: bytes | str, zone: object = None) -> str | None:
-    """A date or time of which a pickle has the inner form, as text; None where it has not."""
+def format_pickled_time(name: str, state: bytes | str, zone: object = None) -> str | None:
+    """The text of a date or time, by the bytes of its pickled state; None if they make none."""
     import datetime
 
     kinds: Mapping[str, Any] = {
@@ -2212,7 +2235,7 @@ def pickled_time(name: str, state: bytes | str, zone: object = None) -> str | No
         text = str(kinds[name](raw))
     except (LookupError, TypeError, ValueError):
         return None
-    if not isinstance(zone, StandIn):
+    if not isinstance(zone, PickledObject):
         return text
     offset = zone.arguments[0] if zone.arguments else zone.name
     return f"{text}+00:00" if offset == "0:00:00" else f"{text} {format_value(offset)}"
@@ -2225,7 +2248,10 @@ LONGEST_INTEGER = 4000  # bits; the decimal digits of longer ones take too long
 
 
 def format_value(value: Any) -> str:
-    """A value that was read from a pickle, as `str` would show the original, up to a length."""
+    """The text that `str` would give for the original of a value that was read from a pickle.
+
+    What exceeds LONGEST_TEXT is cut off.
+    """
     if isinstance(value, str):
         return value[:LONGEST_TEXT]
     pieces: list[str] = []
@@ -2238,14 +2264,18 @@ def format_value(value: Any) -> str:
     return "".join(pieces)
 
 
-BRACKETS: Mapping[type, tuple[str, str]] = {list: ("[", "]"), tuple: ("(", ")"), Items: ("{", "}")}
+BRACKETS: Mapping[type, tuple[str, str]] = {
+    list: ("[", "]"),
+    tuple: ("(", ")"),
+    PickledSet: ("{", "}"),
+}
 
 
 def format_pieces(value: Any, depth: int) -> Iterator[str]:
-    """The parts of the text of a value; more than anybody can read, if they are all asked for."""
+    """The pieces of the text of a value. There may be far too many to ask for all of them."""
     if depth > DEEPEST_TEXT:
         yield "..."
-    elif isinstance(value, Pairs):
+    elif isinstance(value, PickledDict):
         yield "{"
         for index, (key, item) in enumerate(value):
             yield ", " if index else ""
@@ -2253,7 +2283,7 @@ def format_pieces(value: Any, depth: int) -> Iterator[str]:
             yield ": "
             yield from format_pieces(item, depth + 1)
         yield "}"
-    elif isinstance(value, Items) and not value:
+    elif isinstance(value, PickledSet) and not value:
         yield "set()"
     elif type(value) in BRACKETS:
         opening, closing = BRACKETS[type(value)]
@@ -2262,8 +2292,8 @@ def format_pieces(value: Any, depth: int) -> Iterator[str]:
             yield ", " if index else ""
             yield from format_pieces(item, depth + 1)
         yield f",{closing}" if isinstance(value, tuple) and len(value) == 1 else closing
-    elif isinstance(value, StandIn):
-        yield from format_stand_in(value, depth)
+    elif isinstance(value, PickledObject):
+        yield from format_object(value, depth)
     elif isinstance(value, (bytes, bytearray)) and len(value) > LONGEST_BYTES:
         yield describe_bytes(value)
     elif isinstance(value, int) and value.bit_length() > LONGEST_INTEGER:
@@ -2272,36 +2302,39 @@ def format_pieces(value: Any, depth: int) -> Iterator[str]:
         yield repr(value[: LONGEST_TEXT + 1] if isinstance(value, (str, bytes)) else value)
 
 
-def format_stand_in(value: StandIn, depth: int) -> Iterator[str]:
-    """The parts of the text of an object: what it holds if that can be read, else its class, with
-    what it was made of if that is little."""
-    table = as_table(value)
+def format_object(value: PickledObject, depth: int) -> Iterator[str]:
+    """The pieces of the text of an object.
+
+    An array or table is shown with its items, any other object by its class, arguments and
+    attributes, if these are few.
+    """
+    table = parse_table(value)
     if table is not None:
         yield from format_table(table)
         return
-    array = as_array(value)
+    array = parse_array(value)
     if array is not None:
         yield from format_array(array, depth)
         return
     yield f"<class {value.name}" if value.is_class else f"<{value.name}"
-    is_told = not value.name.startswith("pandas.")  # whose insides tell a person nothing
-    if is_told and 0 < len(value.arguments) <= MOST_ATTRIBUTES:
+    has_details = not value.name.startswith("pandas.")  # whose internals mean nothing to a user
+    if has_details and 0 < len(value.arguments) <= MOST_ATTRIBUTES:
         yield "("
         for number, item in enumerate(value.arguments):
             yield ", " if number else ""
             yield from format_pieces(item, depth + 1)
         yield ")"
     attributes = value.attributes()
-    if is_told and len(attributes) <= MOST_ATTRIBUTES:
+    if has_details and len(attributes) <= MOST_ATTRIBUTES:
         for name, item in attributes.items():
             yield f" {name[:100]}="
             yield from format_pieces(item, depth + 1)
     yield ">"
 
 
-LONGEST_BYTES = 100  # that are shown whole
+LONGEST_BYTES = 100  # of bytes that are shown whole
 
-KINDS_OF_BYTES: Sequence[tuple[bytes, str]] = (
+MAGIC_NUMBERS: Sequence[tuple[bytes, str]] = (
     (b"\x89PNG\r\n\x1a\n", "image/png"),
     (b"\xff\xd8\xff", "image/jpeg"),
     (b"GIF8", "image/gif"),
@@ -2310,46 +2343,47 @@ KINDS_OF_BYTES: Sequence[tuple[bytes, str]] = (
     (b"\x1f\x8b", "application/gzip"),
     (b"PAR1", "application/vnd.apache.parquet"),
 )
-"""How files of a kind begin, and the kind's media type."""
+"""The bytes that files of a type begin with, and the media type."""
 
 
-def kind_of_bytes(value: bytes | bytearray) -> str:
-    """The media type of what bytes hold, by how they begin."""
+def media_type(value: bytes | bytearray) -> str:
+    """The media type of some content, by its first bytes."""
     if value[:4] == b"RIFF" and value[8:12] == b"WEBP":
         return "image/webp"
-    kinds = (kind for beginning, kind in KINDS_OF_BYTES if value.startswith(beginning))
+    kinds = (kind for beginning, kind in MAGIC_NUMBERS if value.startswith(beginning))
     return next(kinds, "application/octet-stream")
 
 
 def describe_bytes(value: bytes | bytearray) -> str:
-    return f"<{len(value)} bytes, {kind_of_bytes(value)}: {bytes(value[:16])!r}...>"
+    """The length, media type and first bytes of content that is too long to show."""
+    return f"<{len(value)} bytes, {media_type(value)}: {bytes(value[:16])!r}...>"
 
 
 # -- arrays and tables: numpy and pandas -----------------------------------------------------------
 
 MOST_ITEMS_SHOWN = 100  # of an array that is shown whole
-FIRST_ITEMS = 10  # of one that is not
+FIRST_ITEMS = 10  # that are shown of a larger one
 FIRST_ROWS = 5  # of a table
 
 NUMPY_FORMATS: Mapping[str, str] = {
     "b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I",
     "u8": "Q", "f2": "e", "f4": "f", "f8": "d",
 }  # fmt: skip
-"""What numpy's types are called in the module struct."""
+"""The format characters of the module struct for numpy's types."""
 
 NUMPY_NAMES = {"b": "bool", "i": "int", "u": "uint", "f": "float", "c": "complex", "O": "object"}
 
 
 class Array(NamedTuple):
-    """An array of numpy's, as far as it is shown."""
+    """A numpy array, with as many items as are shown."""
 
     dtype: str
     shape: tuple[int, ...]
-    items: list[Any] | None  # the first ones, in the order of the array; None if unreadable
+    items: list[Any] | None  # the first ones in row-major order; None if they cannot be read
 
 
 class TableColumn(NamedTuple):
-    """A column of a table of pandas'."""
+    """A column of a table, with the items of the first rows."""
 
     name: object
     dtype: str
@@ -2357,7 +2391,7 @@ class TableColumn(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A DataFrame or Series, as far as it is shown."""
+    """A DataFrame or Series of pandas."""
 
     kind: str
     rows: int
@@ -2365,18 +2399,18 @@ class Table(NamedTuple):
 
 
 def dtype_code(dtype: object) -> str | None:
-    """What numpy calls a type in short, such as f8; None where it is none."""
-    if isinstance(dtype, StandIn) and dtype.name == "numpy.dtype" and dtype.arguments:
+    """The short name of a numpy type, such as f8; None for any other object."""
+    if isinstance(dtype, PickledObject) and dtype.name == "numpy.dtype" and dtype.arguments:
         code = dtype.arguments[0]
         return code if isinstance(code, str) and len(code) < 20 else None
     return None
 
 
 def dtype_name(dtype: object) -> str:
-    """What numpy calls a type, such as float64; the class of one that is not numpy's."""
+    """The name of a numpy type, such as float64; for another type, the name of its class."""
     code = dtype_code(dtype)
     if code is None:
-        return dtype.name.rpartition(".")[2] if isinstance(dtype, StandIn) else "unknown"
+        return dtype.name.rpartition(".")[2] if isinstance(dtype, PickledObject) else "unknown"
     if code == "b1" or code[0] == "O":
         return NUMPY_NAMES[code[0]]
     if code[0] in NUMPY_NAMES and code[1:].isdigit():
@@ -2384,8 +2418,8 @@ def dtype_name(dtype: object) -> str:
     return {"M": "datetime64", "m": "timedelta64", "U": "str", "S": "bytes"}.get(code[0], code)
 
 
-def array_items(dtype: object, content: object, most: int) -> list[Any] | None:
-    """The first items of an array by its type and content, None where they cannot be read."""
+def unpack_items(dtype: object, content: object, most: int) -> list[Any] | None:
+    """The first items of an array by its type and content, or None if they cannot be read."""
     code = dtype_code(dtype)
     if code is None:
         return None
@@ -2393,7 +2427,7 @@ def array_items(dtype: object, content: object, most: int) -> list[Any] | None:
         return content[:most]  # of objects
     if not isinstance(content, (bytes, bytearray)):
         return None
-    state = dtype.state if isinstance(dtype, StandIn) else None
+    state = dtype.state if isinstance(dtype, PickledObject) else None
     order = ">" if isinstance(state, tuple) and len(state) > 1 and state[1] == ">" else "<"
     if code in NUMPY_FORMATS:
         size = int(code[1:])
@@ -2405,8 +2439,8 @@ def array_items(dtype: object, content: object, most: int) -> list[Any] | None:
         return [complex(*pair) for pair in zip(parts[::2], parts[1::2])]
     if code == "M8":
         count = min(most, len(content) // 8)
-        unit = datetime_unit(state)
-        return [datetime_text(n, unit) for n in struct.unpack_from(f"{order}{count}q", content)]
+        unit = datetime64_unit(state)
+        return [format_datetime64(n, unit) for n in struct.unpack_from(f"{order}{count}q", content)]
     if code[0] in "US" and code[1:].isdigit() and int(code[1:]) > 0:
         size = int(code[1:]) * (4 if code[0] == "U" else 1)
         encoding = ("utf-32-le" if order == "<" else "utf-32-be") if code[0] == "U" else "latin-1"
@@ -2429,15 +2463,15 @@ SECONDS_IN_UNITS = {
 NOT_A_TIME = -(2**63)
 
 
-def datetime_unit(state: object) -> str:
-    """The unit in which a datetime64 counts, as the state of its type tells; none if unknown."""
+def datetime64_unit(state: object) -> str:
+    """The unit that a datetime64 counts, from the state of its type; empty if unknown."""
     metadata = state[-1] if isinstance(state, tuple) and state else None
     unit = metadata[-1][0] if isinstance(metadata, tuple) and metadata else None
     return unit.decode("ascii", "replace") if isinstance(unit, bytes) else ""
 
 
-def datetime_text(count: int, unit: str) -> str:
-    """A datetime64 as text, as far as its unit is one that can be told."""
+def format_datetime64(count: int, unit: str) -> str:
+    """The text of a datetime64; its bare number if the unit has no fixed length."""
     import datetime
 
     if count == NOT_A_TIME:
@@ -2451,9 +2485,9 @@ def datetime_text(count: int, unit: str) -> str:
         return f"{count} {unit}"
 
 
-def as_array(value: object, most: int = MOST_ITEMS_SHOWN) -> Array | None:
-    """The array that an object of a pickle is, None where it is none."""
-    if not isinstance(value, StandIn) or value.is_class:
+def parse_array(value: object, most: int = MOST_ITEMS_SHOWN) -> Array | None:
+    """The numpy array that a value stands for, or None if it stands for something else."""
+    if not isinstance(value, PickledObject) or value.is_class:
         return None
     if value.name != "numpy.ndarray" or len(value.arguments) < 3:
         return None
@@ -2464,15 +2498,14 @@ def as_array(value: object, most: int = MOST_ITEMS_SHOWN) -> Array | None:
         is_fortran = value.arguments[3:4] == ("F",)
     if not isinstance(shape, tuple) or not are_integers(shape):
         return None
-    items = array_items(dtype, content, most)
+    items = unpack_items(dtype, content, most)
     if items is not None and is_fortran and len(shape) > 1:
-        items = reorder_columns_first(items, shape)
+        items = to_row_major(items, shape)
     return Array(dtype_name(dtype), shape, items)
 
 
-def reorder_columns_first(items: list[Any], shape: tuple[int, ...]) -> list[Any] | None:
-    """The items of an array that is stored as Fortran does it, in the usual order; None unless
-    they are all there."""
+def to_row_major(items: list[Any], shape: tuple[int, ...]) -> list[Any] | None:
+    """The items of a column-major array in row-major order; None unless all are given."""
     if len(items) != math.prod(shape):
         return None
     steps = list(itertools.accumulate(shape[:-1], operator.mul, initial=1))
@@ -2481,11 +2514,11 @@ def reorder_columns_first(items: list[Any], shape: tuple[int, ...]) -> list[Any]
 
 
 def format_array(array: Array, depth: int) -> Iterator[str]:
-    """An array as nested lists where it is small, else its type, shape and first items."""
+    """The pieces of an array's text: nested lists if it is small, else type, shape, first items."""
     count = math.prod(array.shape)
     if array.items is not None and len(array.items) == count:
         yield "array("
-        yield from format_pieces(nest(array.items, array.shape), depth + 1)
+        yield from format_pieces(reshape(array.items, array.shape), depth + 1)
         yield f", dtype={array.dtype})"
         return
     yield f"<array of {array.dtype}, shape {array.shape}"
@@ -2496,8 +2529,8 @@ def format_array(array: Array, depth: int) -> Iterator[str]:
     yield ">"
 
 
-def nest(items: list[Any], shape: tuple[int, ...]) -> Any:
-    """Items in lists of lists, as the shape says; a single one where there is no dimension."""
+def reshape(items: list[Any], shape: tuple[int, ...]) -> Any:
+    """Items in nested lists of a shape; the only item if there are no dimensions."""
     if not shape:
         return items[0]
     for size in shape[:0:-1]:
@@ -2505,16 +2538,17 @@ def nest(items: list[Any], shape: tuple[int, ...]) -> Any:
     return items
 
 
-def as_table(value: StandIn) -> Table | None:
-    """The table of pandas' that an object of a pickle is, None where it is none.
+def parse_table(value: PickledObject) -> Table | None:
+    """The pandas table that an object stands for, or None if it stands for something else.
 
-    pandas keeps the columns of a type together, in blocks, and the names and rows as axes.
+    A block manager of pandas holds the columns of each type together in a block, and the labels of
+    columns and rows as axes.
     """
     kind = value.name.rpartition(".")[2]
     if not value.name.startswith("pandas.") or kind not in ("DataFrame", "Series"):
         return None
     manager = value.attributes().get("_mgr", value.attributes().get("_data"))
-    if not isinstance(manager, StandIn):
+    if not isinstance(manager, PickledObject):
         return None
     try:
         blocks, axes = manager_parts(manager)
@@ -2532,12 +2566,15 @@ def as_table(value: StandIn) -> Table | None:
     return Table(kind, rows, columns)
 
 
-def manager_parts(manager: StandIn) -> tuple[list[tuple[Any, Any]], Sequence[Any]]:
-    """The blocks of a manager, each with its places, and its axes, by whatever pandas wrote it."""
+def manager_parts(manager: PickledObject) -> tuple[list[tuple[Any, Any]], Sequence[Any]]:
+    """The blocks of a manager, each as its values and their columns' places, and the axes.
+
+    Depending on the version and the kind of table, pandas has them as arguments or in the state.
+    """
     if len(manager.arguments) == 2:
         blocks, axes = manager.arguments
         return [(block.arguments[0], block.arguments[1]) for block in blocks], axes
-    versions = [part for part in cast(Any, manager.state) if isinstance(part, Pairs) and part]
+    versions = [part for part in cast(Any, manager.state) if isinstance(part, PickledDict) and part]
     inner = dict(versions[-1][-1][1])
     return [(dict(b)["values"], dict(b)["mgr_locs"]) for b in inner["blocks"]], inner["axes"]
 
@@ -2545,73 +2582,79 @@ def manager_parts(manager: StandIn) -> tuple[list[tuple[Any, Any]], Sequence[Any
 def block_columns(
     blocks: Iterable[tuple[Any, Any]], count: int, rows: int
 ) -> dict[int, tuple[str, list[Any] | None]]:
-    """The types and first items of the columns in blocks, by their places."""
+    """The types and first items of the columns, by their places in the table."""
     columns: dict[int, tuple[str, list[Any] | None]] = {}
     for values, placement in blocks:
-        places = list(placement_range(placement, count))
-        dtype, items = extension_items(values, rows * len(places))
+        places = list(block_places(placement, count))
+        dtype, items = block_items(values, rows * len(places))
         for number, place in enumerate(places):
             part = None if items is None else items[number * rows : number * rows + FIRST_ROWS]
             columns[place] = (dtype, part)
     return columns
 
 
-def placement_range(placement: object, count: int) -> Iterable[int]:
-    if isinstance(placement, StandIn) and placement.name.endswith("slice"):
+def block_places(placement: object, count: int) -> Iterable[int]:
+    """The places of a block's columns among all `count` columns, from a slice or an array."""
+    if isinstance(placement, PickledObject) and placement.name.endswith("slice"):
         return range(*slice(*placement.arguments).indices(count))
-    array = as_array(placement, count)
+    array = parse_array(placement, count)
     return array.items or () if array else ()
 
 
 MOST_ITEMS_READ = 100_000
 CODED_DTYPES = frozenset(("CategoricalDtype", "PeriodDtype", "SparseDtype"))
-"""Types of pandas' that keep something else than their items."""
+"""Types of pandas that store codes in place of the items themselves."""
 
 
-def extension_items(values: Any, count: int) -> tuple[str, list[Any] | None]:
-    """The type of a block and its items; those of an array of pandas' own as far as numpy's hold
-    them."""
-    array = as_array(values, min(count, MOST_ITEMS_READ))
+def block_items(values: Any, count: int) -> tuple[str, list[Any] | None]:
+    """The type of a block and its items, or None if they are not in a numpy array.
+
+    The extension arrays of pandas hold one, in their state or arguments.
+    """
+    array = parse_array(values, min(count, MOST_ITEMS_READ))
     if array is not None:
         return array.dtype, array.items
     state = values.state if isinstance(values.state, tuple) else ()
     for part in (*state, *values.attributes().values(), *values.arguments):
-        inner = as_array(part, min(count, MOST_ITEMS_READ))
+        inner = parse_array(part, min(count, MOST_ITEMS_READ))
         if inner is not None:
-            named = next((p for p in state if isinstance(p, StandIn) and "Dtype" in p.name), None)
+            named = next(
+                (p for p in state if isinstance(p, PickledObject) and "Dtype" in p.name), None
+            )
             name = inner.dtype if named is None else dtype_name(named)
             return name, None if name in CODED_DTYPES else inner.items
     return values.name.rpartition(".")[2], None
 
 
 def index_fields(index: Any) -> dict[str, Any]:
+    """The named parts that an index was pickled with."""
     return dict(index.arguments[1])
 
 
 def index_length(index: Any) -> int:
-    """How many labels an index has."""
+    """The number of labels in an index."""
     fields = index_fields(index)
     if "start" in fields:
         return len(range(fields["start"], fields["stop"], fields["step"]))
-    array = as_array(fields["codes"][0] if "codes" in fields else fields["data"])
+    array = parse_array(fields["codes"][0] if "codes" in fields else fields["data"])
     if array is not None:
         return array.shape[0]
     return len(index_items(index))
 
 
 def index_items(index: Any) -> list[Any]:
-    """The labels of an index; ValueError where they cannot be read."""
+    """The labels of an index; ValueError if they cannot be read."""
     fields = index_fields(index)
     if "start" in fields:
         return list(range(fields["start"], fields["stop"], fields["step"])[:MOST_ITEMS_READ])
-    _, items = extension_items(fields["data"], MOST_ITEMS_READ)
+    _, items = block_items(fields["data"], MOST_ITEMS_READ)
     if items is None:
         raise ValueError("the labels cannot be read")
     return items
 
 
 def format_table(table: Table) -> Iterator[str]:
-    """A table: its size, its columns with their types, and its first rows where they are known."""
+    """The pieces of a table's text: its size, its columns with their types, and its first rows."""
     yield f"{table.kind} of {table.rows} rows"
     if table.kind == "DataFrame":
         yield f" and {len(table.columns)} columns"
@@ -2628,9 +2671,11 @@ def format_table(table: Table) -> Iterator[str]:
         yield "\n..."
 
 
-def plain_value(value: Any) -> Any:
-    """A value that was read from a pickle, as JSON has it; TooLarge where that is too large, for a
-    few bytes can hold a text a million times."""
+def to_json(value: Any) -> Any:
+    """A value that was read from a pickle, in the types of JSON.
+
+    TooLarge if there is too much of it: a small pickle can hold the same text a million times.
+    """
     room = LARGEST_PLAIN
 
     def plain(value: Any, depth: int) -> Any:
@@ -2638,7 +2683,7 @@ def plain_value(value: Any) -> Any:
         room -= len(value) + 1 if isinstance(value, str) else 1
         if room < 0 or depth > DEEPEST_TEXT:
             raise TooLarge("It is too large.")
-        if isinstance(value, Pairs):
+        if isinstance(value, PickledDict):
             return {plain(format_value(k), depth): plain(v, depth + 1) for k, v in value}
         if isinstance(value, (list, tuple)):
             return [plain(item, depth + 1) for item in value]
@@ -3543,9 +3588,9 @@ def parse_headline(lines: Sequence[str]) -> Raised | None:
 
 def raised_in_value(value: object) -> Raised | None:
     """The exception in an artifact of Metaflow's that wraps one, None where it holds none."""
-    if not isinstance(value, StandIn) or value.name != WRAPPER_TYPE:
+    if not isinstance(value, PickledObject) or value.name != WRAPPER_TYPE:
         return None
-    if not isinstance(value.state, Pairs):
+    if not isinstance(value.state, PickledDict):
         return None
     fields = {name: text for name, text in value.state if isinstance(name, str)}
     kind, message, trace = (fields.get(name) for name in ("type", "exception", "stacktrace"))
@@ -3834,8 +3879,10 @@ class Model:
         own = "/".join((self.store.folder, *ids))
         found = [stat_or_none(own), stat_or_none(f"{own}/{META_DIR}")]
         if len(ids) == TASK_DEPTH:
-            found += (self.files.status(*place) for place in self._card_folders(ids, "runtime"))
-            found.append(self.files.status(self.datastore_root(ids, None), *ids))
+            found += (
+                self.files.stat_folder(*place) for place in self._card_folders(ids, "runtime")
+            )
+            found.append(self.files.stat_folder(self.datastore_root(ids, None), *ids))
         return max([created, *(int(s.st_mtime * 1000) for s in found if s is not None)])
 
     # -- steps and tasks ---------------------------------------------------------------------------
@@ -4080,7 +4127,7 @@ class Model:
     def _cause_of_attempt(self, row: AttemptRow, graph: Graph) -> Cause | None:
         """Why an attempt has failed, or would have if nobody had caught it; None if it did not."""
         ids, number = attempt_row_ids(row), row["attempt_id"]
-        own = self.files.status(self.datastore_root(ids, number), *ids)
+        own = self.files.stat_folder(self.datastore_root(ids, number), *ids)
         versions = (self.store.version(ids), None if own is None else settled_version(own))
         key = f"{'/'.join(ids)}/{number}/{row['status']}"
         known = self._causes.get(key)
@@ -4119,7 +4166,7 @@ class Model:
         with contextlib.suppress(OSError), self._open_logs(ids, number, "stderr") as files:
             for file in files:
                 contents.append(read_content(file, CAUSE_STDERR_BYTES, from_end=True))
-        return [line["line"] for line in log_lines(contents)]
+        return [line["line"] for line in merge_logs(contents)]
 
     def _raised_in_artifact(self, ids: Ids, number: int, name: str) -> Raised | None:
         artifact = self.store.artifact(ids, name, number)
@@ -4207,7 +4254,7 @@ class Model:
         graph = self._graphs.get(key)
         if graph is None:
             try:
-                value = plain_value(self.value(artifact, LARGEST_GRAPH))
+                value = to_json(self.value(artifact, LARGEST_GRAPH))
             except OSError:
                 return None  # it may come
             except ValueError:
@@ -4232,7 +4279,7 @@ class Model:
                 name = artifact["name"]
                 if not name.startswith("_") and name not in ("name", "script_name"):
                     with contextlib.suppress(OSError, ValueError):
-                        values[name] = {"value": plain_value(self.value(artifact, LARGEST_VALUE))}
+                        values[name] = {"value": to_json(self.value(artifact, LARGEST_VALUE))}
         return dict(sorted(values.items()))
 
     # -- metadata and artifacts --------------------------------------------------------------------
@@ -4254,15 +4301,15 @@ class Model:
         with self.open_stored(artifact) as file:
             content = read_content(file, limit)
         value = PickleReader().read(decompress(content, limit))
-        if isinstance(value, StandIn) and value.name == INCLUDED_FILE:
+        if isinstance(value, PickledObject) and value.name == INCLUDED_FILE:
             return self._included_text(value, limit)
         return value
 
-    def _included_text(self, included: StandIn, limit: int) -> Any:
+    def _included_text(self, included: PickledObject, limit: int) -> Any:
         """The text of an IncludeFile, which is a blob of its own; what tells of it if that is not
         in a local datastore."""
         told = included.attributes().get("_descriptor")
-        descriptor = dict(told) if isinstance(told, Pairs) else {}
+        descriptor = dict(told) if isinstance(told, PickledDict) else {}
         url = descriptor.get("url")
         place = LOCAL_URL.fullmatch(url) if isinstance(url, str) else None
         if place is None:
@@ -4297,7 +4344,7 @@ class Model:
             value = self.value(row, LARGEST_VALUE)
             row["content"] = format_value(value)
             if isinstance(value, (bytes, bytearray)):
-                row["content_kind"] = kind_of_bytes(value)
+                row["content_kind"] = media_type(value)
         except (OSError, ValueError) as error:
             kind, detail = "artifact-handle-failed", str(error)
             if isinstance(error, TooLarge):
@@ -4329,7 +4376,7 @@ class Model:
             lines = self._logs.get(key)
             if lines is None:
                 contents = (read_content(file, LARGEST_LOG, from_end=True) for file in files)
-                lines = log_lines(contents)
+                lines = merge_logs(contents)
                 self._logs.put(key, lines)
         return lines
 
@@ -4381,7 +4428,7 @@ class Model:
                     return card, read_json(file, LARGEST_CARD)
         return None
 
-    def _card_folders(self, ids: Ids, kind: str) -> list[Place]:
+    def _card_folders(self, ids: Ids, kind: str) -> list[DatastorePath]:
         """Where a task's cards may be: Metaflow before 2022 left the step out."""
         flow, run, step, task = ids
         own, noted = self.store.folder, read_card_roots(self.store.folder)
@@ -4394,11 +4441,11 @@ class Model:
 
     def card_files(
         self, ids: Ids, kind: str = "cards", suffix: str = ".html"
-    ) -> list[tuple[Card, Place]]:
+    ) -> list[tuple[Card, DatastorePath]]:
         """The cards of a task and their files, TYPE-HASH or TYPE-ID-HASH, from the first folder
         that has any."""
         for place in self._card_folders(ids, kind):
-            found: list[tuple[Card, Place]] = []
+            found: list[tuple[Card, DatastorePath]] = []
             for name in self._file_names(place):
                 parts = name[: -len(suffix)].split("-")
                 if name.endswith(suffix) and len(parts) in (2, 3):
@@ -4409,7 +4456,7 @@ class Model:
                 return found
         return []
 
-    def _file_names(self, place: Place) -> list[str]:
+    def _file_names(self, place: DatastorePath) -> list[str]:
         """The names of the files in a folder of a datastore, in order; none where it is not."""
         with contextlib.suppress(FileNotFoundError):
             folder = self.files.open_folder(*place)
@@ -8915,7 +8962,7 @@ def ui_artifact_image(
         value = model.value(artifact, LARGEST_VALUE)
     except ValueError as error:
         raise HttpError(404, f"It cannot be shown: {error}.") from None
-    kind = kind_of_bytes(value) if isinstance(value, (bytes, bytearray)) else ""
+    kind = media_type(value) if isinstance(value, (bytes, bytearray)) else ""
     if not kind.startswith("image/"):
         raise HttpError(404, "It is no image.")
     headers = [("X-Content-Type-Options", "nosniff"), ("Content-Security-Policy", "sandbox")]
@@ -12704,7 +12751,7 @@ def valued_artifact(model: Model, row: ArtifactRow) -> dict[str, object]:
     """An artifact with its value as text (`content`) and, if possible, as JSON (`value`)."""
     value: object = None
     with contextlib.suppress(OSError, ValueError):
-        value = plain_value(model.value(row, LARGEST_VALUE))
+        value = to_json(model.value(row, LARGEST_VALUE))
     return {**model.with_value(row), "value": value}
 
 

@@ -3388,14 +3388,14 @@ def log_line(text: str, second: int, source: str = "task") -> bytes:
 def test_the_lines_of_all_files_of_a_log_are_merged_by_time() -> None:
     task = log_line("second", 2) + log_line("fourth", 4)
     runtime = log_line("first", 1, "runtime") + log_line("third", 3, "runtime")
-    lines = mls.log_lines([task, runtime])
+    lines = mls.merge_logs([task, runtime])
     assert [line["line"] for line in lines] == ["first", "second", "third", "fourth"]
     assert [line["row"] for line in lines] == [0, 1, 2, 3]
     assert lines[0]["timestamp"] == 1767225601000, "times of logs are in UTC"
 
 
 def test_a_line_without_a_time_stays_behind_the_one_that_it_follows() -> None:
-    lines = mls.log_lines([log_line("one", 1) + b"[MFLOG|oops\n\xff\n" + log_line("two", 2)])
+    lines = mls.merge_logs([log_line("one", 1) + b"[MFLOG|oops\n\xff\n" + log_line("two", 2)])
     assert [line["line"] for line in lines] == ["one", "[MFLOG|oops", "\ufffd", "two"]
     assert lines[1]["timestamp"] is None
 
@@ -3403,7 +3403,7 @@ def test_a_line_without_a_time_stays_behind_the_one_that_it_follows() -> None:
 @given(st.lists(st.binary(max_size=200), max_size=3))
 @settings(deadline=None, max_examples=50)
 def test_any_bytes_are_a_log(files: list[bytes]) -> None:
-    for line in mls.log_lines(files):
+    for line in mls.merge_logs(files):
         assert "\n" not in line["line"]
 
 
@@ -3616,9 +3616,9 @@ def test_a_value_that_holds_itself_or_a_billion_is_shown_up_to_a_length() -> Non
 def test_a_small_pickle_becomes_no_large_json() -> None:
     value = mls.PickleReader().read(pickle.dumps(["x" * 100_000] * 10_000))
     with pytest.raises(ValueError, match="too large"):
-        mls.plain_value(value)
+        mls.to_json(value)
     plain = mls.PickleReader().read(pickle.dumps({"a": (1, None, {2}), 3: 1.5}))
-    assert mls.plain_value(plain) == {"a": [1, None, [2]], "3": 1.5}
+    assert mls.to_json(plain) == {"a": [1, None, [2]], "3": 1.5}
 
 
 @given(st.binary(max_size=100))
@@ -3775,10 +3775,10 @@ def test_a_group_counts_as_others_unless_it_is_the_owners_own() -> None:
     def folder(mode: int, gid: int) -> os.stat_result:
         return os.stat_result((stat.S_IFDIR | mode, 1, 1, 2, 1000, gid, 0, 0, 0, 0))
 
-    assert not mls.may_others_write(folder(0o755, 100))
-    assert not mls.may_others_write(folder(0o775, 1000))
-    assert mls.may_others_write(folder(0o775, 100))
-    assert mls.may_others_write(folder(0o757, 1000))
+    assert not mls.is_writable_by_others(folder(0o755, 100))
+    assert not mls.is_writable_by_others(folder(0o775, 1000))
+    assert mls.is_writable_by_others(folder(0o775, 100))
+    assert mls.is_writable_by_others(folder(0o757, 1000))
 
 
 def test_a_log_that_flips_between_a_file_and_a_link_tells_no_secret(
@@ -3853,7 +3853,7 @@ def test_a_pickle_that_would_take_for_ever_or_makes_no_sense_is_refused_or_shown
     with contextlib.suppress(ValueError):
         value = mls.PickleReader().read(pickled)
         assert len(mls.format_value(value)) <= mls.LONGEST_TEXT + 3
-        mls.plain_value(value)
+        mls.to_json(value)
 
 
 def test_long_bytes_of_an_old_pickle_are_shown() -> None:
@@ -3866,7 +3866,7 @@ def test_of_an_object_only_few_attributes_are_shown() -> None:
 
 def test_of_a_log_of_many_lines_the_last_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mls, "MOST_LOG_LINES", 3)
-    lines = mls.log_lines([b"".join(log_line(str(n), n) for n in range(9))])
+    lines = mls.merge_logs([b"".join(log_line(str(n), n) for n in range(9))])
     assert [line["line"] for line in lines] in (["6", "7", "8"], ["7", "8"])
 
 
