@@ -10098,8 +10098,13 @@ class Server(http.server.ThreadingHTTPServer):
     request_queue_size = 128
     daemon_threads = True
 
-    def __init__(self, host: str, port: int, key: str | None) -> None:
-        """Bind and listen. OSError if the address cannot be had."""
+    def __init__(
+        self, host: str, port: int, key: str | None, listener: socket.socket | None = None
+    ) -> None:
+        """Bind and listen, or take over a socket that listens already.
+
+        OSError if the address cannot be had.
+        """
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.access = Access(host, None if key is None else Credentials(key))
         self.service: MetadataService | BrokenService
@@ -10115,13 +10120,16 @@ class Server(http.server.ThreadingHTTPServer):
         self._lock = threading.Condition()  # guards these four and the time of the last request
         self._last_request = time.monotonic()
         self._wake_reader, self._wake_writer = os.pipe()
-        super().__init__((host, port), Connection)
+        super().__init__((host, port), Connection, bind_and_activate=listener is None)
+        if listener is not None:
+            self.socket.close()
+            self.socket, self.server_address = listener, listener.getsockname()
+        self.server_name, self.server_port = host, self.server_address[1]
 
     def server_bind(self) -> None:
         """Bind without http.server's look-up of the host's full name, which can take seconds."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # inherited
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.access.host, self.server_address[1]
 
     def descriptors(self) -> tuple[int, ...]:
         """The file descriptors that a fork has to keep open."""
@@ -10744,6 +10752,15 @@ def make_datastore_folder(root: str) -> str:
     return folder
 
 
+def open_datastore_folder(root: str) -> int:
+    """The .metaflow in `root`, open; ServiceError where it cannot be opened."""
+    folder = datastore_folder(root)
+    try:
+        return os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise ServiceError(f"{folder} cannot be opened: {error.strerror}.") from None
+
+
 LOCK_SECONDS = SHUTDOWN_SECONDS + 5
 """How long a lock is waited for: longer than a service takes to stop, for which commands wait."""
 
@@ -10830,12 +10847,7 @@ def registry_lock(root: str, how: int) -> Iterator[None]:
     that is starting until it has started. ServiceError where it cannot be had in time: every user
     who may read a folder may lock it.
     """
-    try:
-        descriptor = os.open(datastore_folder(root), os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise ServiceError(
-            f"{datastore_folder(root)} cannot be opened: {error.strerror}."
-        ) from None
+    descriptor = open_datastore_folder(root)
     try:
         lock_descriptor(descriptor, datastore_folder(root), how)
         yield
@@ -10977,9 +10989,9 @@ class Index:
 
     def __init__(self, folder: str) -> None:
         """ServiceError where the folder belongs to somebody else."""
-        self.folder = folder
+        self.folder = os.path.abspath(folder)  # a daemon does not stay where it was started
         with contextlib.suppress(OSError):
-            if os.stat(folder).st_uid != os.geteuid():
+            if os.stat(self.folder).st_uid != os.geteuid():
                 raise ServiceError(f"{folder} belongs to another user.")
 
     def add(self, root: str) -> None:
@@ -11074,48 +11086,75 @@ def serve_in_foreground(options: Options) -> None:
         service = running_service(options.root)
         if service is not None:
             raise ServiceError(f"The service of {service.root} runs already, at {service.url}.")
-        lock, server = _bind(options)
-        daemon = Daemon(options, lock, server)
-        _register(options, daemon, server, log_file=None)
+        claim = _bind(options)
+        daemon = Daemon(options, claim)
+        _register(options, claim, log_file=None)
     daemon.run(logging.StreamHandler())
+
+
+class Claim(NamedTuple):
+    """What makes a process the service of a root; it can be handed on through an exec."""
+
+    lock: LockedFile  # the pidfile
+    server: Server
+    folder: int  # the open .metaflow, which no other can take the place of
+    nonce: str  # what orders must bring
+
+    def release(self) -> None:
+        """Leave it to the process that it was handed to."""
+        self.server.socket.close()
+        os.close(self.folder)
+        self.lock.release()
 
 
 def _launch(options: Options) -> Service:
     """Start a service in the background. Under the exclusive `registry_lock`."""
-    lock, server = _bind(options)
+    claim = _bind(options)
     reader, writer = os.pipe()
-    child = os.fork()
+    try:
+        child = os.fork()
+    except OSError as error:
+        remove_file(claim.lock.path)
+        claim.release()
+        raise ServiceError(f"The service cannot start: {error.strerror}.") from None
     if child == 0:
-        _become_daemon(options, lock, server, writer)
+        _become_daemon(options, claim, writer)
     os.close(writer)
     with contextlib.suppress(ChildProcessError):  # nobody is told where SIGCHLD is ignored
         os.waitpid(child, 0)
     with open(reader, encoding="utf-8") as f:
         failure = f.read()
-    server.socket.close()
     if failure:
-        remove_file(lock.path)
-    lock.release()
+        remove_file(claim.lock.path)
+    claim.release()
     if failure:
         raise ServiceError(failure)
-    return read_pidfile(lock.path)
+    return read_pidfile(claim.lock.path)
 
 
-def _bind(options: Options) -> tuple[LockedFile, Server]:
-    """What makes a process the service of its root: the locked pidfile and a listening socket."""
+def _bind(options: Options) -> Claim:
+    """Lock the pidfile and listen. ServiceError where that cannot be; then nothing is left of it.
+
+    Under the exclusive `registry_lock`.
+    """
     if importlib.util.find_spec("metaflow") is None:
         raise ServiceError(f"Metaflow is not installed for {sys.executable}.")
-    lock = LockedFile.acquire(os.path.join(datastore_folder(options.root), PIDFILE), fcntl.LOCK_EX)
-    assert lock is not None  # it was waited for, which takes no time under the registry lock
-    try:
-        return lock, _listen(options)
-    except (OSError, TypeError) as error:  # TypeError: the host is no name at all
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        remove_file(lock.path)
-        lock.release()
-        raise ServiceError(
-            f"Cannot listen on {options.host} port {options.port}: {reason}."
-        ) from None
+    with contextlib.ExitStack() as undo:
+        folder = open_datastore_folder(options.root)
+        undo.callback(os.close, folder)
+        pidfile = os.path.join(datastore_folder(options.root), PIDFILE)
+        lock = cast(LockedFile, LockedFile.acquire(pidfile, fcntl.LOCK_EX))
+        undo.callback(lock.release)
+        undo.callback(remove_file, pidfile)
+        try:
+            server = _listen(options)
+        except (OSError, TypeError) as error:  # TypeError: the host is no name at all
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise ServiceError(
+                f"Cannot listen on {options.host} port {options.port}: {reason}."
+            ) from None
+        undo.pop_all()
+    return Claim(lock, server, folder, nonce=os.urandom(16).hex())
 
 
 RELEASE_SECONDS = 3.0
@@ -11165,9 +11204,9 @@ def keep_port(root: str, port: int) -> None:
             f.write(str(port))
 
 
-def _register(options: Options, daemon: Daemon, server: Server, log_file: str | None) -> None:
+def _register(options: Options, claim: Claim, log_file: str | None) -> None:
     """Tell in the pidfile and the index that this process is the service."""
-    folder = daemon.folder
+    folder, server = os.fstat(claim.folder), claim.server
     service = Service(
         pid=os.getpid(),
         host=options.host,
@@ -11180,16 +11219,16 @@ def _register(options: Options, daemon: Daemon, server: Server, log_file: str | 
         machine=own_name(),
         ui_folder=options.ui_folder,
         key=options.key,
-        nonce=daemon.nonce,
+        nonce=claim.nonce,
         device=folder.st_dev,
         inode=folder.st_ino,
     )
-    daemon.lock.write(json.dumps(service._asdict()))
+    claim.lock.write(json.dumps(service._asdict()))
     keep_port(options.root, server.server_port)
     options.registry.add(options.root)
 
 
-def _become_daemon(options: Options, lock: LockedFile, server: Server, ready: int) -> NoReturn:
+def _become_daemon(options: Options, claim: Claim, ready: int) -> NoReturn:
     """Run the service in a process that has nothing of the one that started it.
 
     Closes `ready` once the service is registered; writes there why not, where that fails.
@@ -11202,20 +11241,93 @@ def _become_daemon(options: Options, lock: LockedFile, server: Server, ready: in
         os.chdir("/")
         os.umask(0o077)
         _take_defaults()
-        daemon = Daemon(options, lock, server)  # from here on it can be told to stop
-        _lead_output_to(_open_log(daemon.descriptor))
-        _keep_only({ready, lock.descriptor, daemon.descriptor, *server.descriptors()})
-        _register(options, daemon, server, log_file)
+        _lead_output_to(_open_log(claim.folder))
+        _keep_only({ready, claim.lock.descriptor, claim.folder, *claim.server.descriptors()})
+        _register(options, claim, log_file)
     except BaseException as error:
         os.write(ready, f"The service cannot start: {error}.".encode())
         os._exit(1)
     os.close(ready)
+    _exec_anew(options, claim)
+    _run_daemon(options, claim)
+
+
+def _run_daemon(options: Options, claim: Claim) -> NoReturn:
     try:
-        daemon.run(LogFile(daemon.descriptor))
+        Daemon(options, claim).run(LogFile(claim.folder))
     except BaseException:
         log.exception("the service failed")
         os._exit(1)
     os._exit(0)
+
+
+INTERPRETER_OPTIONS = {
+    "isolated": "-I",
+    "ignore_environment": "-E",
+    "no_user_site": "-s",
+    "no_site": "-S",
+    "dont_write_bytecode": "-B",
+    "utf8_mode": "-Xutf8",
+}
+"""The options of Python's command line that say what it finds, and the flag that tells of each."""
+
+RESUMING_PROGRAM = """
+import sys
+sys.path[:] = {path!a}
+import importlib.util
+spec = importlib.util.spec_from_file_location({name!a}, {file!a})
+module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+module.resume_daemon(*{state!a})
+"""
+"""What the interpreter is to run that goes on as the daemon. It imports the module, whose bytecode
+is kept then, as it is not of a file that is run."""
+
+
+def _exec_anew(options: Options, claim: Claim) -> None:
+    """Become a new interpreter that goes on as the daemon; return where that cannot be.
+
+    The command line and the environment of a process are for others to see, and are those of the
+    starter until then. What is not for them, the key among it, goes through a pipe.
+    """
+    state = (
+        {**options._asdict(), "registry": options.registry.folder},
+        claim.lock.descriptor,
+        claim.server.fileno(),
+        claim.folder,
+        claim.nonce,
+    )
+    path = [folder for folder in sys.path if os.path.isabs(folder)]
+    program = RESUMING_PROGRAM.format(
+        path=path, name=PROGRAM.replace("-", "_"), file=__file__, state=state
+    ).encode()
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    is_written = os.write(writer, program) == len(program)
+    os.dup2(reader, 0)
+    os.close(reader)
+    os.close(writer)
+    if is_written and os.path.isfile(__file__):
+        for descriptor in state[1:4]:
+            os.set_inheritable(descriptor, True)
+        flags = [word for flag, word in INTERPRETER_OPTIONS.items() if getattr(sys.flags, flag)]
+        with contextlib.suppress(OSError, ValueError):
+            words = [sys.executable, *flags, "-", PROGRAM, "--root", options.root]
+            os.execv(sys.executable, words)
+    _lead_input_to_nothing()
+
+
+def resume_daemon(
+    told: Mapping[str, Any], lock: int, listener: int, folder: int, nonce: str
+) -> NoReturn:
+    """Go on as the daemon of which `_exec_anew` tells the options, the open files and the nonce."""
+    _lead_input_to_nothing()
+    for descriptor in (lock, listener, folder):
+        os.set_inheritable(descriptor, False)
+    options = Options(**{**told, "registry": Index(told["registry"])})
+    pidfile = LockedFile(os.path.join(datastore_folder(options.root), PIDFILE), lock)
+    server = Server(options.host, options.port, options.key, socket.socket(fileno=listener))
+    _run_daemon(options, Claim(pidfile, server, folder, nonce))
 
 
 RAISED_LIMITS = ("CPU", "FSIZE", "DATA", "AS", "RSS", "NOFILE", "NPROC", "MEMLOCK")
@@ -11228,9 +11340,17 @@ KEPT_VARIABLES = re.compile(
 )
 """The environment variables that Python and Metaflow may need in a service."""
 
+SECRET_VARIABLES = frozenset((ENV_KEY, ENV_EXPORTED, "METAFLOW_SERVICE_HEADERS"))
+"""Those of Metaflow's and of ours that it does without, since they hold keys."""
+
+STOP_SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT))
+
 
 def _take_defaults() -> None:
-    """Give up the limits, signals and environment of the process that started the service."""
+    """Give up the limits, signals and environment of the process that started the service.
+
+    The signals that are to stop it wait until there is a `Daemon` to obey them.
+    """
     import resource
 
     for name in RAISED_LIMITS:
@@ -11243,9 +11363,9 @@ def _take_defaults() -> None:
     for number in signal.valid_signals() - set(python_ignores):
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    signal.pthread_sigmask(signal.SIG_SETMASK, STOP_SIGNALS)
     for variable in list(os.environ):
-        if not KEPT_VARIABLES.fullmatch(variable):
+        if variable in SECRET_VARIABLES or not KEPT_VARIABLES.fullmatch(variable):
             del os.environ[variable]
 
 
@@ -11272,11 +11392,18 @@ def _open_log(folder: int) -> int:
 
 def _lead_output_to(output: int) -> None:
     """Let stdout and stderr lead to an open file, and stdin to nothing. Closes the file."""
+    _lead_input_to_nothing()
+    for number in (1, 2):
+        os.dup2(output, number)
+    if output > 2:
+        os.close(output)
+
+
+def _lead_input_to_nothing() -> None:
     null = os.open(os.devnull, os.O_RDONLY)
-    for number, descriptor in enumerate((null, output, output)):
-        os.dup2(descriptor, number)
-    for descriptor in {null, output} - {0, 1, 2}:
-        os.close(descriptor)
+    os.dup2(null, 0)
+    if null > 0:
+        os.close(null)
 
 
 LONGEST_LOG = 2**20
@@ -11397,24 +11524,22 @@ def free_large_blocks_at_once() -> None:
 class Daemon:
     """The service of a root while it runs: what it owns, for whom it stays, and when it goes."""
 
-    def __init__(self, options: Options, lock: LockedFile, server: Server) -> None:
-        """Open the folder that is served, which no other can take the place of."""
-        self.lock = lock
-        self.nonce = os.urandom(16).hex()
+    def __init__(self, options: Options, claim: Claim) -> None:
+        """From here on it can be told to stop, also by signals that whoever started it blocks."""
         self._options = options
-        self._server = server
+        self._lock, self._server, self._descriptor, self._nonce = claim
         self._lease: LockedFile | None = None
         self._idle_timeout = options.idle_timeout
         self._path = datastore_folder(options.root)
-        self.descriptor = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
-        self.folder = os.fstat(self.descriptor)
+        self._folder = os.fstat(self._descriptor)
         self._missing_since: float | None = None
         self._is_lost = False  # another folder is in place of ours, or none is for good
-        self._is_opening = True
+        self._is_open = threading.Event()  # whether Metaflow is imported, and requests are answered
         self._holders: dict[int, int] = {}  # processes that it stays for, with their pidfd or -1
-        server.owner = self
-        for number in (signal.SIGTERM, signal.SIGINT):
+        self._server.owner = self
+        for number in STOP_SIGNALS:
             signal.signal(number, self._stop)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def run(self, handler: logging.Handler) -> None:
         """Import Metaflow and answer requests until nobody needs it, and leave nothing behind."""
@@ -11424,8 +11549,9 @@ class Daemon:
         log.setLevel(logging.DEBUG if self._options.is_debug else logging.INFO)
         log.info("serving %s at %s", self._options.root, self._server.url)
         self._server.accept()
+        threading.Thread(target=self._watch_while_opening, daemon=True).start()
         service = self._open()
-        self._is_opening = False
+        self._is_open.set()
         self._server.serve(service, self._is_wanted)
         self._announce_stop()
         self._server.finish()
@@ -11442,7 +11568,7 @@ class Daemon:
 
     def obey(self, order: str, fields: Mapping[str, str]) -> Mapping[str, object] | None:
         """An order of a process that has read the pidfile; None where it has not."""
-        if not is_same_secret(fields.get(NONCE_HEADER, ""), self.nonce):
+        if not is_same_secret(fields.get(NONCE_HEADER, ""), self._nonce):
             return None
         if order == "stop":
             os.kill(os.getpid(), signal.SIGTERM)
@@ -11472,10 +11598,16 @@ class Daemon:
 
     def _stop(self, *_: object) -> None:
         """End; at once, where nothing has been answered yet."""
-        if self._is_opening:
+        if not self._is_open.is_set():
             self._leave()
             os._exit(0)
         self._server.stop()
+
+    def _watch_while_opening(self) -> None:
+        """End where the folder is gone before Metaflow is imported, which can take a minute."""
+        while not self._is_open.wait(TICK_SECONDS):
+            if self._is_gone():
+                self._stop()
 
     def _open(self) -> MetadataService | BrokenService:
         try:
@@ -11513,7 +11645,7 @@ class Daemon:
     def _is_in_place(self) -> bool:
         """Whether the path of the folder leads to the one that is served."""
         try:
-            return os.path.samestat(os.stat(self._path), self.folder)
+            return os.path.samestat(os.stat(self._path), self._folder)
         except OSError:
             return False
 
@@ -11525,17 +11657,17 @@ class Daemon:
         now = time.monotonic()
         if self._missing_since is None:
             self._missing_since = now
-        was_deleted = os.fstat(self.descriptor).st_nlink == 0
+        was_deleted = os.fstat(self._descriptor).st_nlink == 0
         is_replaced = os.path.isdir(self._path)
         return was_deleted or is_replaced or now - self._missing_since > MISSING_SECONDS
 
     def _owns_root(self) -> bool:
         """Whether no other pidfile is in place of ours in the folder that is served."""
         try:
-            current = os.stat(PIDFILE, dir_fd=self.descriptor, follow_symlinks=False)
+            current = os.stat(PIDFILE, dir_fd=self._descriptor, follow_symlinks=False)
         except OSError:
             return True
-        return os.path.samestat(current, os.fstat(self.lock.descriptor))
+        return os.path.samestat(current, os.fstat(self._lock.descriptor))
 
     def _end_leases(self) -> bool:
         """Take the lease from everybody, if nobody has it; who wants it then waits for our end."""
@@ -11558,8 +11690,8 @@ class Daemon:
             OSError, ServiceError
         )  # the pidfile may be gone, with the root
         with suppressed, registry_lock(self._options.root, fcntl.LOCK_EX):
-            service = read_pidfile(self.lock.path)
-            self.lock.write(json.dumps(service._replace(is_stopping=True)._asdict()))
+            service = read_pidfile(self._lock.path)
+            self._lock.write(json.dumps(service._replace(is_stopping=True)._asdict()))
 
     def _leave(self) -> None:
         """Remove what tells of the service, in the folder that is ours. The locks end with us."""
@@ -11569,7 +11701,7 @@ class Daemon:
             if not os.path.exists(os.path.join(self._path, PIDFILE)) or not self._is_lost:
                 self._options.registry.remove(self._options.root)
             with contextlib.suppress(OSError):
-                os.unlink(PIDFILE, dir_fd=self.descriptor)
+                os.unlink(PIDFILE, dir_fd=self._descriptor)
 
 
 def is_process_alive(pid: int, descriptor: int) -> bool:
