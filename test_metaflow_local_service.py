@@ -44,6 +44,7 @@ import termios
 import textwrap
 import threading
 import time
+import zipfile
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -7641,8 +7642,18 @@ def test_a_daemon_has_only_files_of_its_own_open(daemon: Api, cli: Cli) -> None:
     assert os.getsid(pid) != os.getsid(0)
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="/proc tells what a process has")
-def test_limits_signals_and_environment_are_not_those_of_the_starter(cli: Cli) -> None:
+has_proc = pytest.mark.skipif(
+    not os.path.isdir("/proc/self"), reason="/proc tells what a process has"
+)
+
+
+def command_words(pid: int) -> list[str]:
+    """What `ps` shows of a process."""
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1]
+
+
+@has_proc
+def test_nothing_of_a_service_is_its_starters_but_the_root(cli: Cli) -> None:
     program = (
         "import os, resource, signal, sys;"
         "resource.setrlimit(resource.RLIMIT_CPU, (60, resource.getrlimit(resource.RLIMIT_CPU)[1]));"
@@ -7650,17 +7661,51 @@ def test_limits_signals_and_environment_are_not_those_of_the_starter(cli: Cli) -
         "signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals());"
         "os.execv(sys.argv[1], sys.argv[1:])"
     )
-    words = [sys.executable, "-c", program, *cli.command("url")]
-    assert cli.execute(words, SECRET="s").returncode == 0
-    pid = running(cli.folder).pid
-    limits = Path(f"/proc/{pid}/limits").read_text()
+    key = "a-key-that-nobody-sees"
+    ran = cli.execute(
+        [sys.executable, "-c", program, *cli.command("run", "true", "--token=secret")],
+        TOKEN="secret",
+        METAFLOW_SERVICE_AUTH_KEY=key,
+        METAFLOW_SERVICE_HEADERS=json.dumps({"x-token": "secret"}),
+        METAFLOW_LOCAL_SERVICE_EXPORTED=json.dumps({"METAFLOW_SERVICE_AUTH_KEY": [key, "secret"]}),
+    )
+    assert ran.returncode == 0, ran
+    service = running(cli.folder)
+    shown = [mls.PROGRAM, "--root", str(cli.folder)]
+    assert eventually(lambda: command_words(service.pid)[-3:] == shown)
+    assert "true" not in command_words(service.pid)
+    environment = Path(f"/proc/{service.pid}/environ").read_text()
+    assert ("secret" in environment, key in environment, service.key) == (False, False, "secret")
+    with contextlib.closing(Api(service.url, "secret")) as client:
+        wrong = {"x-api-key": key}
+        assert client.get("/ping").status == 200
+        assert client.request("GET", "/ping", headers=wrong).status in (401, 403)
+    limits = Path(f"/proc/{service.pid}/limits").read_text()
     soft, hard = re.findall(r"Max cpu time +(\S+) +(\S+)", limits)[0]
     assert soft == hard
-    states = dict(re.findall(r"(Sig\w+):\t(\w+)", Path(f"/proc/{pid}/status").read_text()))
+    states = dict(re.findall(r"(Sig\w+):\t(\w+)", Path(f"/proc/{service.pid}/status").read_text()))
     assert int(states["SigBlk"], 16) == 0
     assert not int(states["SigIgn"], 16) & 1 << signal.SIGCHLD - 1
-    os.kill(pid, signal.SIGTERM)
+    os.kill(service.pid, signal.SIGTERM)
     assert eventually(lambda: not running(cli.folder))
+
+
+@has_proc
+def test_a_service_that_cannot_go_on_in_a_new_interpreter_goes_on_without(
+    cli: Cli, tmp_path: Path
+) -> None:
+    with zipfile.ZipFile(tmp_path / "module.zip", "w") as archive:
+        archive.write(MODULE, MODULE.name)
+    words = [sys.executable, "-m", MODULE.stem, "start"]
+    assert cli.execute(words, PYTHONPATH=str(tmp_path / "module.zip")).returncode == 0
+    assert command_words(running(cli.folder).pid)[1:] == words[1:]
+
+
+def test_a_service_is_stopped_at_once_while_metaflow_is_imported(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "metaflow.py").write_text("import time; time.sleep(3600)")
+    assert cli("url", PYTHONPATH=str(tmp_path)).returncode == 0
+    assert cli("stop").stdout.startswith("Stopped")
+    assert not pidfile(cli.folder).exists()
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("other")])
