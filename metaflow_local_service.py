@@ -12,6 +12,7 @@ The file is read from top to bottom. Each layer uses only what stands above it:
     Datastore  the other files that Metaflow keeps in a root; values read without unpickling
     Queries    filters, orders, cursors, pages: pure functions over rows
     Model      runs, steps and attempts as a person means them: statuses, times, causes
+    Retention  what refers to what; what it takes on the disk; deleting runs and what nothing needs
     API        the route table: a method and a path, and a small handler over the store
     Page       the page of our own, one document that needs nothing but the UI API
     UI API     the routes of the official UI's backend, and its sockets
@@ -4043,6 +4044,25 @@ class Model:
                     return origin
         return None
 
+    def resumed(self, flow: str) -> list[tuple[Ids, Ids]]:
+        """The runs of a flow that others of it were resumed from, each pair the later run first;
+        without those that have taken over nothing and have ended."""
+        found: list[tuple[Ids, Ids]] = []
+        for run in self.store.runs((flow,)):
+            ids = (flow, str(run["run_number"]))
+            origin = self._origin_run_id(ids)
+            if origin is not None and (self._has_clones(ids) or self.status(run) == RUNNING):
+                found.append((ids, (flow, origin)))
+        return found
+
+    def _has_clones(self, ids: Ids) -> bool:
+        """Whether a run has taken over a task from another."""
+        for step in self.store.steps(ids):
+            for task in self.store.task_ids((*ids, step["step_name"])):
+                if self._history(task).origin_pathspec is not None:
+                    return True
+        return False
+
     def _is_log_stored(self, ids: Ids, row: AttemptRow, now: float) -> bool:
         """Whether what an attempt has written is stored, or will never be: its scheduler stores it
         after the end, and leaves a file then."""
@@ -4545,6 +4565,740 @@ def end_step_name(told: object) -> str:
 
 
 # ==================================================================================================
+# Retention: what refers to what, what it takes on the disk, and deleting what is not needed
+# ==================================================================================================
+#
+# What refers to what. A run is the folder FLOW/RUN, with its cards in mf.cards/FLOW/runs/RUN. What
+# its artifacts hold are blobs, files named after the digest of their content, which the runs of a
+# flow share: FLOW/data/AB/ABCD... with a small ABCD..._meta beside it, and of an IncludeFile
+# data/FLOW/ABCD..., which stands beside the .metaflow instead where Metaflow was told its root.
+# A blob is referred to by the *.data.json of any attempt; by the records of artifacts and by
+# metadata (a code package, a graph); and by the content of another blob (an IncludeFile is a value
+# that holds the digest of its text). What is said in a blob is found by looking for 40 hexadecimal
+# digits in it, not by unpickling it, so that what only looks like a reference is one. Of the blobs
+# that stay only those are read that are large enough for a digest, and only where there is a blob
+# to which nothing refers directly. A run that a kept run was resumed from stays too: Metaflow's
+# client looks up there what the tasks that were taken over do not say themselves.
+#
+# What is locked: nothing. A run goes in one rename, into the trash folder in the .metaflow, which
+# no reader looks at; then its cards and its files are removed. What several processes remove at
+# the same time is removed once. Links are never followed, and folders are opened one within the
+# other (openat(2)), so that no link that is put there meanwhile leads out of the root.
+#
+# What a crash leaves, by the moment: before the rename the whole run; after it no run, but a trash
+# entry, perhaps cards, and perhaps a latest_run that names it. The next clean-up finishes that: the
+# record of the run, in its trash entry, tells which cards go, and goes only after them. Of a blob
+# the content goes first and its _meta next; a _meta alone goes in the next clean-up.
+#
+# When in doubt, a blob stays: for a day after it was written; while a run of its flow lives; where
+# anything of its flow is a link or cannot be read. For Metaflow does not write a blob that is there
+# already, so that a new run may come to need one that nothing has referred to so far. A run makes
+# its folder before it stores its first artifact. Right before a blob is removed it is therefore
+# made sure that no run has been added to its flow since the references were looked at; where one
+# was, the flow is left alone. What remains is the time between these two system calls, some
+# microseconds, against some milliseconds that a run takes from its folder to an artifact; and the
+# file of an IncludeFile, which Metaflow looks for half a second before it makes the run.
+
+TRASH_DIR = f"{PROGRAM}.trash"
+DATA_DIR = "data"
+LATEST_RUN_FILE = "latest_run"
+YOUNG_SECONDS = 86_400
+"""For so long after it was written a blob stays in any case."""
+
+DIGEST_LENGTH = 40
+DIGESTS = re.compile(f"[0-9a-f]{{{DIGEST_LENGTH},}}")
+BLOB_FILE = re.compile(f"([0-9a-f]{{{DIGEST_LENGTH}}})(?:_meta)?")
+BLOB_PREFIX = re.compile("[0-9a-f]{2}")
+BLOB_META_END = "_meta"
+DATA_FILE_END = ".data.json"
+TRASH_ENTRY = f"{PROGRAM}-deleted-"
+ENDED = (COMPLETED, FAILED)
+BLOB_CHUNK = 2**20
+
+FULL_DISK = frozenset((errno.ENOSPC, errno.EDQUOT))
+
+
+class NotDeletable(StoreError):
+    """What is to be deleted has to stay; the sentence says why."""
+
+
+class Usage(NamedTuple):
+    """How many files there are, and how many bytes they and their folders take on the disk."""
+
+    files: int = 0
+    bytes: int = 0
+
+    def plus(self, other: Usage) -> Usage:
+        return Usage(self.files + other.files, self.bytes + other.bytes)
+
+
+def total_usage(usages: Iterable[Usage]) -> Usage:
+    total = Usage()
+    for usage in usages:
+        total = total.plus(usage)
+    return total
+
+
+# -- folders, by their descriptors -----------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def opened_folder(name: str, above: int | None = None) -> Iterator[int]:
+    """A folder within an open one, in a `with` statement; FileNotFoundError where it is a link."""
+    flags = FOLDER_FLAGS if above is None else FOLDER_FLAGS | os.O_NOFOLLOW
+    descriptor = open_entry(name, flags, above)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def opened_place(place: Place) -> Iterator[int]:
+    """A folder by the names that lead to it, none of which may be a link but the first."""
+    with contextlib.ExitStack() as above:
+        folder = above.enter_context(opened_folder(place[0]))
+        for name in place[1:]:
+            folder = above.enter_context(opened_folder(name, folder))
+        yield folder
+
+
+def list_entries(folder: int) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return list(entries)
+
+
+def is_real_folder(entry: os.DirEntry[str]) -> bool:
+    return entry.is_dir(follow_symlinks=False)
+
+
+def measure_entry(above: int, name: str) -> Usage:
+    """What a file takes, or a folder with all that is in it; nothing where there is none."""
+    try:
+        status = os.stat(name, dir_fd=above, follow_symlinks=False)
+    except FileNotFoundError:
+        return Usage()
+    size = status.st_blocks * 512
+    if not stat.S_ISDIR(status.st_mode):
+        return Usage(1, size)
+    usage = Usage(0, size)
+    with contextlib.suppress(FileNotFoundError), opened_folder(name, above) as folder:
+        for below in os.listdir(folder):
+            usage = usage.plus(measure_entry(folder, below))
+    return usage
+
+
+def measure_place(place: Place) -> Usage:
+    """What is at a place takes."""
+    with contextlib.suppress(FileNotFoundError), opened_place(place[:-1]) as above:
+        return measure_entry(above, place[-1])
+    return Usage()
+
+
+def remove_tree(above: int, name: str) -> None:
+    """Remove a folder and all that is in it; what goes meanwhile is gone."""
+    with contextlib.suppress(FileNotFoundError), opened_folder(name, above) as folder:
+        for entry in list_entries(folder):
+            if is_real_folder(entry):
+                remove_tree(folder, entry.name)
+            else:
+                remove_entry(folder, entry.name)
+    with contextlib.suppress(FileNotFoundError):
+        os.rmdir(name, dir_fd=above)
+
+
+def remove_entry(folder: int, name: str) -> None:
+    """Remove a file, or a link, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=folder)
+
+
+def open_regular_file(folder: int, name: str) -> io.BufferedReader:
+    """A file in an open folder; FileNotFoundError where there is none, or something else."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = open_entry(name, flags, folder)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise not_there()
+    return open(descriptor, "rb")
+
+
+def read_entry(folder: int, name: str) -> bytes:
+    with open_regular_file(folder, name) as file:
+        return file.read()
+
+
+# -- references ------------------------------------------------------------------------------------
+
+Blob = tuple[Place, str]
+"""A blob: the folder that it is in, and the digest that is its name."""
+
+
+class Unreadable(Exception):
+    """Something in which a reference may be cannot be read."""
+
+
+class Garbage(NamedTuple):
+    """The blobs of a flow that may go."""
+
+    flow: str
+    state: object  # of the flow when this was found
+    blobs: dict[Blob, Usage]
+    doubt: str | None  # why blobs of the flow stay although nothing may refer to them
+
+    def usage(self) -> Usage:
+        return total_usage(self.blobs.values())
+
+
+def find_digests(content: bytes) -> Iterator[str]:
+    """All that may be digests in a content: any 40 hexadecimal digits."""
+    for digits in DIGESTS.findall(content.decode("latin-1")):
+        for start in range(len(digits) - DIGEST_LENGTH + 1):
+            yield digits[start : start + DIGEST_LENGTH]
+
+
+def unpacked_chunks(content: io.BufferedReader) -> Iterator[bytes]:
+    """What a blob holds, in pieces; as it is where it is not packed."""
+    import zlib
+
+    is_packed = content.peek(2).startswith(b"\x1f\x8b")
+    unpacker = zlib.decompressobj(wbits=31)
+    while chunk := content.read(BLOB_CHUNK):
+        if not is_packed:
+            yield chunk
+        while is_packed and chunk:
+            yield unpacker.decompress(chunk, BLOB_CHUNK)
+            chunk = unpacker.unconsumed_tail
+
+
+def digests_in_blob(folder: int, name: str) -> set[str]:
+    """All that may be digests in a blob."""
+    import zlib
+
+    found: set[str] = set()
+    before = b""
+    try:
+        with open_regular_file(folder, name) as file:
+            for chunk in unpacked_chunks(file):
+                content = before + chunk
+                found.update(find_digests(content))
+                before = content[1 - DIGEST_LENGTH :]
+    except zlib.error as error:
+        raise Unreadable(f"{name}: {error}") from None
+    return found
+
+
+def read_blobs(blobs: Iterable[Blob]) -> Iterator[tuple[Blob, set[str]]]:
+    """Blobs with all that may be digests in them. Unreadable; what is gone meanwhile is none."""
+    for place, in_folder in itertools.groupby(blobs, key=operator.itemgetter(0)):
+        try:
+            with opened_place(place) as folder:
+                for blob in in_folder:
+                    with contextlib.suppress(FileNotFoundError):
+                        yield blob, digests_in_blob(folder, blob[1])
+        except OSError as error:
+            raise Unreadable(f"{'/'.join(place)}: {error.strerror}") from None
+
+
+def follow_references(
+    blobs: Iterable[Blob], wanted: Mapping[str, Collection[Blob]]
+) -> Iterator[tuple[Blob, set[str]]]:
+    """Which of the wanted digests are in blobs, and in the wanted blobs that are thus found."""
+    unread, seen = list(blobs), set[str]()
+    while unread:
+        reached: set[str] = set()
+        for blob, digests in read_blobs(unread):
+            found = digests & wanted.keys()
+            if found:
+                yield blob, found
+                reached |= found
+        unread = [blob for name in reached - seen for blob in wanted[name]]
+        seen |= reached
+
+
+def read_tree(above: int, name: str, of_records: bool) -> Iterator[bytes]:
+    """What is in the files of a run that refer to blobs: in those of its datastore, or else
+    `of_records` in its records. Unreadable where anything there is a link or cannot be read."""
+    try:
+        with opened_folder(name, above) as folder:
+            for entry in list_entries(folder):
+                if entry.is_symlink():
+                    raise Unreadable(f"{entry.name} in {name} is a symbolic link")
+                if is_real_folder(entry):
+                    if of_records or entry.name != META_DIR:
+                        yield from read_tree(folder, entry.name, of_records)
+                elif name == META_DIR if of_records else entry.name.endswith(DATA_FILE_END):
+                    yield read_entry(folder, entry.name)
+    except OSError as error:
+        raise Unreadable(f"{name} cannot be read: {error.strerror}") from None
+
+
+def small_values(content: bytes) -> Iterator[str]:
+    """The digests of those values in a *.data.json that are too small to hold a digest."""
+    with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        told = json.loads(content)
+        for name, value in told["objects"].items():
+            if told["info"][name]["size"] < DIGEST_LENGTH:
+                yield value
+
+
+class FlowData:
+    """The blobs of a flow, and the references of its runs to them, as they are at one moment."""
+
+    def __init__(self, datastore: str, flow: str) -> None:
+        """`datastore`: the .metaflow."""
+        self.flow = flow
+        self._place: Place = (datastore, flow)
+        self.state = flow_state(datastore, flow)  # before anything is looked at
+        self.folders: dict[Place, set[str]] = {}  # that have blobs, and the digests of these
+        self.runs: dict[str, set[str]] = {}  # by the name of a run's folder, what it refers to
+        self.small: set[str] = set()  # blobs in which no digest can be
+        self.doubt: str | None = None  # why it cannot be told what its runs refer to
+        self._list_prefixes()
+        for folder in (datastore, os.path.dirname(datastore)):
+            self._list_blobs((folder, DATA_DIR, flow))
+        try:
+            self._read_runs()
+        except Unreadable as error:
+            self.doubt = str(error)
+
+    def _list_prefixes(self) -> None:
+        place = (*self._place, DATA_DIR)
+        with contextlib.suppress(FileNotFoundError), opened_place(place) as folder:
+            for name in os.listdir(folder):
+                if BLOB_PREFIX.fullmatch(name):
+                    self._list_blobs((*place, name), name)
+
+    def _list_blobs(self, place: Place, prefix: str = "") -> None:
+        with contextlib.suppress(FileNotFoundError), opened_place(place) as folder:
+            matches = map(BLOB_FILE.fullmatch, os.listdir(folder))
+            digests = {match[1] for match in matches if match}
+            self.folders[place] = {name for name in digests if name.startswith(prefix)}
+
+    def _read_runs(self) -> None:
+        with contextlib.suppress(FileNotFoundError), opened_place(self._place) as folder:
+            for entry in list_entries(folder):
+                if entry.is_symlink():
+                    raise Unreadable(f"{entry.name} is a symbolic link")
+                if is_real_folder(entry) and entry.name not in (DATA_DIR, META_DIR):
+                    self.runs[entry.name] = set()
+                    for content in read_tree(folder, entry.name, of_records=False):
+                        self.runs[entry.name].update(find_digests(content))
+                        self.small.update(small_values(content))
+
+    def referred_in_records(self, runs: Iterable[str]) -> set[str]:
+        """All that may be digests in the records of runs. Unreadable."""
+        found: set[str] = set()
+        with contextlib.suppress(FileNotFoundError), opened_place(self._place) as folder:
+            for run in runs:
+                for content in read_tree(folder, run, of_records=True):
+                    found.update(find_digests(content))
+        return found
+
+    def blobs(self) -> Iterator[Blob]:
+        for place, digests in self.folders.items():
+            for name in digests:
+                yield place, name
+
+    def large_blobs(self) -> Iterator[Blob]:
+        """The blobs in which digests may be."""
+        return (blob for blob in self.blobs() if blob[1] not in self.small)
+
+
+def flow_state(datastore: str, flow: str) -> object:
+    """What tells whether a run has been added to a flow, or taken from it."""
+    status = stat_or_none(f"{datastore}/{flow}")
+    return None if status is None else (status.st_ino, status.st_mtime_ns, status.st_nlink)
+
+
+def measure_blobs(
+    folders: Mapping[Place, Iterable[str]], before: float = math.inf
+) -> Iterator[tuple[Blob, Usage]]:
+    """What blobs take, each with its _meta; but for those written after the epoch seconds `before`
+    and those that are gone."""
+    for place, digests in folders.items():
+        with contextlib.suppress(FileNotFoundError), opened_place(place) as folder:
+            for name in digests:
+                usage = measure_blob(folder, name, before)
+                if usage is not None:
+                    yield (place, name), usage
+
+
+def measure_blob(folder: int, name: str, before: float) -> Usage | None:
+    usage = Usage()
+    for file in (name, f"{name}{BLOB_META_END}"):
+        with contextlib.suppress(FileNotFoundError):
+            status = os.stat(file, dir_fd=folder, follow_symlinks=False)
+            if status.st_mtime > before or not stat.S_ISREG(status.st_mode):
+                return None
+            usage = usage.plus(Usage(1, status.st_blocks * 512))
+    return usage if usage.files else None
+
+
+def is_named_by_content(blob: Blob) -> bool:
+    """Whether the name of a blob is the digest of what it holds."""
+    import hashlib
+    import zlib
+
+    digest_so_far = hashlib.sha1(usedforsecurity=False)
+    place, name = blob
+    try:
+        with opened_place(place) as folder, open_regular_file(folder, name) as file:
+            for chunk in unpacked_chunks(file):
+                digest_so_far.update(chunk)
+    except (OSError, zlib.error):
+        return False
+    return digest_so_far.hexdigest() == name
+
+
+# -- runs and blobs that may go --------------------------------------------------------------------
+
+
+class Conditions(NamedTuple):
+    """Which runs are to be deleted: those for which all of it holds."""
+
+    flow: str | None = None
+    before: float | None = None  # epoch seconds; begun before
+    keep_last: int | None = None  # not among so many newest of their flow
+    statuses: Collection[str] = ENDED
+    tags: Sequence[str] = ()  # having all of these
+    not_tags: Sequence[str] = ()  # having none of these
+
+    def are_given(self) -> bool:
+        """Whether any is said; the flow alone names no runs."""
+        is_limited = self.before is not None or self.keep_last is not None
+        return is_limited or set(self.statuses) != set(ENDED) or bool(self.tags or self.not_tags)
+
+
+class FlowUsage(NamedTuple):
+    """What a flow takes."""
+
+    flow: str
+    runs: int
+    held: Usage
+    unreferenced: Usage  # of it, what nothing refers to
+
+
+class RunUsage(NamedTuple):
+    """What a run takes."""
+
+    ids: Ids
+    own: Usage  # its records, logs and cards
+    data: Usage  # the blobs that it refers to
+    only: Usage  # what is its own, and the blobs that nothing else refers to
+
+
+class Retention:
+    """Says what is in a root and what may go, and deletes it."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._store = model.store
+        self._folder = model.store.folder
+        self._entries = itertools.count(time.time_ns())  # numbers for trash entries
+
+    # -- what may go -------------------------------------------------------------------------------
+
+    def reasons_to_stay(self, runs: Iterable[Ids]) -> dict[Ids, str]:
+        """Those of the runs that have to stay even if all others go, each with the reason in a
+        sentence. NotFound where one is not there."""
+        going = dict.fromkeys(runs)
+        reasons = {ids: reason for ids in going if (reason := self._reason_to_stay(ids))}
+        resumed = [pair for flow in {i[0] for i in going} for pair in self._model.resumed(flow)]
+        is_complete = False
+        while not is_complete:
+            is_complete = True
+            for ids, origin in resumed:
+                is_needed = origin in going and origin not in reasons
+                if is_needed and (ids not in going or ids in reasons):
+                    reasons[origin] = f"{'/'.join(ids)} was resumed from it and needs it."
+                    is_complete = False
+        return reasons
+
+    def _reason_to_stay(self, ids: Ids) -> str | None:
+        """Why a run has to stay whatever else goes; None where it may go."""
+        row = self._model.run(ids)
+        if row is None:
+            raise NotFound(f"There is no run {'/'.join(ids)}.")
+        if row["status"] == RUNNING:
+            return "It is running."
+        if ids[1] == DATA_DIR:
+            return "The artifacts of its flow are in the folder of its name."
+        try:
+            with opened_place((self._folder, *ids)):
+                return None
+        except FileNotFoundError:
+            return "It is behind a symbolic link."
+
+    def choose_runs(self, conditions: Conditions) -> Iterator[RunRow]:
+        """The runs that the conditions name, newest first; none that is running."""
+        seen: dict[str, int] = {}
+        for row in self._model.runs(conditions.flow):
+            seen[row["flow_id"]] = seen.get(row["flow_id"], 0) + 1
+            tags = {*(row["tags"] or ()), *(row["system_tags"] or ())}
+            if (
+                seen[row["flow_id"]] > (conditions.keep_last or 0)
+                and (conditions.before is None or row["ts_epoch"] < conditions.before * 1000)
+                and tags.issuperset(conditions.tags)
+                and tags.isdisjoint(conditions.not_tags)
+                and self._model.judge(row)["status"] in conditions.statuses
+            ):
+                yield row
+
+    def find_garbage(
+        self, going: Collection[Ids] = (), flow: str | None = None, spares: bool = True
+    ) -> list[Garbage]:
+        """The blobs, of one flow or of all, to which nothing refers but the runs that are `going`.
+
+        `spares`: without those that stay in any case. Unreadable where it cannot be told.
+        """
+        every = [FlowData(self._folder, name) for name in self.flow_folders()]
+        found = [
+            self._garbage_by_records(data, going, spares)
+            for data in every
+            if flow in (None, data.flow)
+        ]
+        self._keep_referred_in_blobs(every, found)
+        return [garbage for garbage in found if garbage.blobs or garbage.doubt]
+
+    def _garbage_by_records(self, data: FlowData, going: Collection[Ids], spares: bool) -> Garbage:
+        """The blobs of a flow to which no file of a run refers, and no record."""
+        staying = [run for run in data.runs if (data.flow, run) not in going]
+        referred: set[str] = set().union(*(data.runs[run] for run in staying))
+        rest = {place: digests - referred for place, digests in data.folders.items()}
+        doubt = data.doubt
+        if any(rest.values()) and not doubt:
+            try:
+                referred = data.referred_in_records(staying)
+            except Unreadable as error:
+                doubt = str(error)
+            if spares and self._is_in_use(data):
+                doubt = "a run of it is running"
+        if doubt:
+            rest.clear()
+        before = time.time() - YOUNG_SECONDS if spares else math.inf
+        usages = measure_blobs({p: digests - referred for p, digests in rest.items()}, before)
+        blobs = {blob: usage for blob, usage in usages if self._is_metaflows(blob)}
+        return Garbage(data.flow, data.state, blobs, doubt)
+
+    def _is_in_use(self, data: FlowData) -> bool:
+        """Whether a run of a flow lives, or one may that is recorded elsewhere."""
+        if any(self._model.judge(row)["status"] == RUNNING for row in self._model.runs(data.flow)):
+            return True
+        before = time.time() - YOUNG_SECONDS
+        unrecorded = (run for run in data.runs if self._store.run((data.flow, run)) is None)
+        changed = (stat_or_none(f"{self._folder}/{data.flow}/{run}") for run in unrecorded)
+        return any(status is not None and status.st_mtime > before for status in changed)
+
+    def _is_metaflows(self, blob: Blob) -> bool:
+        """Whether a file is a blob for certain: outside the .metaflow its name is not enough."""
+        return blob[0][0] == self._folder or is_named_by_content(blob)
+
+    def _keep_referred_in_blobs(self, every: Iterable[FlowData], found: Sequence[Garbage]) -> None:
+        """Take from the garbage the blobs to which those that stay refer."""
+        wanted: dict[str, list[Blob]] = {}
+        for garbage in found:
+            for blob in garbage.blobs:
+                wanted.setdefault(blob[1], []).append(blob)
+        if not wanted:
+            return
+        going = {blob for garbage in found for blob in garbage.blobs}
+        staying = (blob for data in every for blob in data.large_blobs() if blob not in going)
+        for _, digests in follow_references(staying, wanted):
+            for garbage in found:
+                for blob in itertools.chain.from_iterable(map(wanted.__getitem__, digests)):
+                    garbage.blobs.pop(blob, None)
+
+    def flow_folders(self) -> list[str]:
+        """The names of all folders that may be those of flows."""
+        with opened_folder(self._folder) as folder:
+            names = [entry.name for entry in list_entries(folder) if is_real_folder(entry)]
+        return sorted(n for n in names if not n.startswith(PROGRAM) and n != CARDS_DIR)
+
+    # -- deleting ----------------------------------------------------------------------------------
+
+    def delete_runs(self, runs: Iterable[Ids]) -> Iterator[tuple[Ids, Usage]]:
+        """Delete runs with their cards, each in one step, and tell of each what it took.
+
+        NotFound, or NotDeletable, before any is deleted where one is not there or has to stay.
+        """
+        going = list(dict.fromkeys(runs))
+        for ids, reason in self.reasons_to_stay(going).items():
+            raise NotDeletable(f"{'/'.join(ids)} cannot be deleted. {reason}")
+        # A run that was resumed before the one that it was resumed from, which is always older.
+        for ids in sorted(going, key=self._sort_key, reverse=True):
+            changed = self._reason_to_stay(ids)
+            if changed is not None:
+                raise NotDeletable(f"{'/'.join(ids)} cannot be deleted any more. {changed}")
+            yield ids, self._delete_run(ids)
+
+    def _sort_key(self, ids: Ids) -> SortKey:
+        run = self._store.run(ids)
+        return (0, id_order(ids[1])) if run is None else run_sort_key(run)
+
+    def _delete_run(self, ids: Ids) -> Usage:
+        usage = self.measure_run(ids)
+        trash = self._make_trash(ids[0])
+        entry = f"{TRASH_ENTRY}{os.getpid()}-{next(self._entries)}"
+        with opened_place((self._folder, ids[0])) as flow, opened_place(trash) as folder:
+            os.rename(ids[1], entry, src_dir_fd=flow, dst_dir_fd=folder)
+        self._set_latest_run(ids[0])
+        self._finish_deletion(trash, entry)
+        return usage
+
+    def _make_trash(self, flow: str) -> Place:
+        """A folder for what is to be removed; on a full disk, where none can be made, one that the
+        flow has anyway and in which nobody looks for folders."""
+        try:
+            make_folder(f"{self._folder}/{TRASH_DIR}")
+        except OSError as error:
+            if error.errno in FULL_DISK:
+                return (self._folder, flow, META_DIR)
+            raise
+        return (self._folder, TRASH_DIR)
+
+    def finish_deletions(self) -> None:
+        """Finish what others have begun to delete, and mend what they have left."""
+        flows = self.flow_folders()
+        for trash in ((self._folder, TRASH_DIR), *((self._folder, f, META_DIR) for f in flows)):
+            with contextlib.suppress(FileNotFoundError):
+                with opened_place(trash) as folder:
+                    names = [n for n in os.listdir(folder) if n.startswith(TRASH_ENTRY)]
+                for name in names:
+                    self._finish_deletion(trash, name)
+        for flow in flows:
+            self._set_latest_run(flow)
+
+    def _finish_deletion(self, trash: Place, entry: str) -> None:
+        """Remove the cards of a run that is in the trash, and then what is there of the run."""
+        with contextlib.suppress(FileNotFoundError), opened_place(trash) as folder:
+            ids = self._ids_of_deleted((*trash, entry))
+            if ids is not None and not self._has_folder(*ids):
+                for place in self._card_places(ids):
+                    with contextlib.suppress(FileNotFoundError), opened_place(place[:-1]) as above:
+                        remove_tree(above, place[-1])
+            remove_tree(folder, entry)
+
+    def _ids_of_deleted(self, place: Place) -> Ids | None:
+        """The ids of the run whose folder is at a place, None where that is not told."""
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, NotStorable):
+            with opened_place((*place, META_DIR)) as folder:
+                told = json.loads(read_entry(folder, SELF_FILE))
+            ids = (str(told["flow_id"]), str(told["run_number"]))
+            list(map(check_name, ids))
+            return ids
+        return None
+
+    def _card_places(self, ids: Ids) -> list[Place]:
+        """Where cards of a run may be: here, and in other roots that have no such run."""
+        others = [
+            root
+            for root in read_card_roots(self._folder)
+            if self._model.files.status(root) and not os.path.lexists("/".join((root, *ids)))
+        ]
+        return [(root, CARDS_DIR, ids[0], "runs", ids[1]) for root in (self._folder, *others)]
+
+    def _set_latest_run(self, flow: str) -> None:
+        """Let `latest_run`, where it names no run that is there, name the newest.
+
+        It is written in place, as Metaflow does: that takes no space, and it stays its owner's.
+        """
+        with contextlib.suppress(FileNotFoundError), opened_place((self._folder, flow)) as folder:
+            flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            descriptor = open_entry(LATEST_RUN_FILE, flags, folder)
+            with open(descriptor, "rb+", buffering=0) as file:
+                if self._has_folder(flow, os.fsdecode(file.read(NAME_BYTES)).strip()):
+                    return
+                newest = next(self._store.runs((flow,)), None)
+                if newest is None:
+                    remove_entry(folder, LATEST_RUN_FILE)
+                    return
+                content = str(newest["run_number"]).encode()
+                os.pwrite(descriptor, content, 0)
+                os.ftruncate(descriptor, len(content))
+
+    def _has_folder(self, *names: str) -> bool:
+        """Whether there is something of these names in the .metaflow, which may be no names."""
+        with contextlib.suppress(NotStorable):
+            list(map(check_name, names))
+            return os.path.lexists("/".join((self._folder, *names)))
+        return False
+
+    def remove_garbage(self, garbage: Garbage) -> Iterator[Usage]:
+        """Remove blobs, and tell of each what it took; no more of them once a run has been added to
+        the flow, or taken from it."""
+        by_folder = itertools.groupby(garbage.blobs.items(), key=lambda item: item[0][0])
+        for place, blobs in by_folder:
+            with contextlib.suppress(FileNotFoundError), opened_place(place) as folder:
+                for (_, name), usage in blobs:
+                    if flow_state(self._folder, garbage.flow) != garbage.state:
+                        return
+                    remove_entry(folder, name)
+                    remove_entry(folder, f"{name}{BLOB_META_END}")
+                    yield usage
+
+    # -- what there is -----------------------------------------------------------------------------
+
+    def measure_all(self) -> Usage:
+        """What the whole .metaflow takes."""
+        return measure_place(os.path.split(self._folder))
+
+    def measure_run(self, ids: Ids) -> Usage:
+        """What a run takes, with its cards and without the blobs."""
+        places = ((self._folder, *ids), *self._card_places(ids))
+        return total_usage(map(measure_place, places))
+
+    def measure_flows(self, flows: Iterable[str]) -> Iterator[FlowUsage]:
+        """What flows take, with all their runs, cards and blobs."""
+        garbage = {found.flow: found.usage() for found in self.find_garbage(spares=False)}
+        for flow in flows:
+            runs = sum(1 for _ in self._store.runs((flow,)))
+            places = [(self._folder, *above, flow) for above in ((), (CARDS_DIR,), (DATA_DIR,))]
+            held = total_usage(map(measure_place, places))
+            yield FlowUsage(flow, runs, held, garbage.get(flow, Usage()))
+
+    def measure_runs(self, flow: str) -> Iterator[RunUsage]:
+        """What the runs of a flow take, newest first. Unreadable."""
+        data = FlowData(self._folder, flow)
+        usages = dict(measure_blobs(data.folders))
+        references = self._references(data)
+        counts: dict[str, int] = {}
+        for digests in references.values():
+            for name in digests:
+                counts[name] = counts.get(name, 0) + 1
+        for run in self._store.runs((flow,)):
+            ids = (flow, str(run["run_number"]))
+            referred = references.get(ids[1], set())
+            only = {name for name in referred if counts[name] == 1}
+            own = self.measure_run(ids)
+            held = {blob: usage for blob, usage in usages.items() if blob[1] in referred}
+            alone = [usage for blob, usage in held.items() if blob[1] in only]
+            yield RunUsage(ids, own, total_usage(held.values()), own.plus(total_usage(alone)))
+
+    def _references(self, data: FlowData) -> dict[str, set[str]]:
+        """The blobs to which each run of a flow refers, directly or not. Unreadable."""
+        direct: set[str] = set().union(*data.runs.values())
+        wanted: dict[str, list[Blob]] = {}
+        for blob in data.blobs():
+            if blob[1] not in direct:
+                wanted.setdefault(blob[1], []).append(blob)
+        if not wanted:
+            return data.runs
+        starts = [blob for blob in data.large_blobs() if blob[1] in direct]
+        edges = {blob[1]: found for blob, found in follow_references(starts, wanted)}
+        references = {}
+        for run, digests in data.runs.items():
+            reached = {*digests, *(data.referred_in_records([run]) & wanted.keys())}
+            unread = list(reached)
+            while unread:
+                further = edges.get(unread.pop(), set()) - reached
+                reached |= further
+                unread += further
+            references[run] = reached
+        return references
+
+
+# ==================================================================================================
 # API: the route table: a method and a path, and a small handler over the store
 # ==================================================================================================
 #
@@ -4961,6 +5715,13 @@ def get_run(model: Model, request: Request, flow: str, run: str) -> Response:
     return json_or_404(model.store.run(run_ids(flow, run)), "run")
 
 
+@route("DELETE", RUN)
+def delete_run(model: Model, request: Request, flow: str, run: str) -> Response:
+    """Delete a run with its cards, and say what that took; the blobs go with the next `gc`."""
+    usages = [usage for _, usage in Retention(model).delete_runs([run_ids(flow, run)])]
+    return json_response({"runs": len(usages), **total_usage(usages)._asdict()})
+
+
 @route("POST", FLOW + "/run")
 def create_run(model: Model, request: Request, flow: str) -> Response:
     """Make a run, with the id that the client sends or a new one."""
@@ -5178,6 +5939,7 @@ def parse_attempt_segment(segment: str) -> int:
 STATUS_OF_STORE_ERRORS: Mapping[type, int] = {
     NotFound: 404,
     AlreadyExists: 409,
+    NotDeletable: 409,
     NotStorable: 400,
     SystemTagKept: 422,
 }
@@ -12935,6 +13697,337 @@ def do_card(arguments: Arguments) -> None:
 
         if not webbrowser.open(f"file://{urllib.parse.quote(found[0][2])}"):
             raise ServiceError("There is no browser to open it in.")
+
+
+# -- du, rm and gc ---------------------------------------------------------------------------------
+
+MOST_RUNS_LISTED = 20
+
+DRY_RUN_OPTION = ("--dry-run", {"action": "store_true", "help": "only say what would be deleted"})
+YES_OPTION = ("--yes", {"action": "store_true", "help": "do not ask"})
+
+
+class Deletion(NamedTuple):
+    """What is to be deleted, or has been."""
+
+    runs: dict[Ids, Usage]
+    kept: dict[Ids, str]  # runs that were meant too, but have to stay, with the reasons
+    unreferenced: Usage
+
+    def total(self) -> Usage:
+        return total_usage((*self.runs.values(), self.unreferenced))
+
+
+@contextlib.contextmanager
+def explained_failures() -> Iterator[None]:
+    """Say in a sentence what cannot be measured or deleted."""
+    try:
+        yield
+    except Unreadable as error:
+        raise ServiceError(f"It cannot be told what refers to what: {error}.") from None
+    except StoreError as error:
+        raise ServiceError(str(error)) from None
+    except OSError as error:
+        where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+        raise ServiceError(f"It cannot go on: {where}{error.strerror}.") from None
+
+
+@subcommand(
+    f"{PROGRAM} du TrainFlow",
+    ("pathspec", {"nargs": "?", "metavar": "FLOW|RUN"}),
+    JSON_OPTION,
+)
+def do_du(arguments: Arguments) -> None:
+    """Show what takes how much of the disk.
+
+    Of each flow, with all its runs, and what of it nothing refers to, which `gc` deletes; of FLOW,
+    of each of its runs: what is its own, the artifacts that it refers to, and what would go with
+    it alone. Sizes are those on the disk, as `du` shows them, folders included.
+    """
+    model = open_model(arguments)
+    retention = Retention(model)
+    with explained_failures():
+        if arguments.pathspec is None:
+            show_flow_usages(model, retention, arguments.json)
+        elif is_flow(model, arguments.pathspec):
+            show_run_usages(retention, arguments.pathspec.strip("/"), None, arguments.json)
+        else:
+            run = resolve_only_run(model, arguments.pathspec)
+            show_run_usages(retention, run[0], run, arguments.json)
+
+
+def is_flow(model: Model, pathspec: str) -> bool:
+    """Whether a pathspec is the name of a flow."""
+    name = pathspec.strip("/")
+    return bool(name) and "/" not in name and model.store.flow((name,)) is not None
+
+
+def resolve_only_run(model: Model, pathspec: str) -> Ids:
+    """The ids of the run that a pathspec means, which has to be one."""
+    ids = resolve_pathspec(model, pathspec)
+    if len(ids) != RUN_DEPTH:
+        raise ServiceError(f"{'/'.join(ids)} is no run.", exit_code=2)
+    return ids
+
+
+def show_flow_usages(model: Model, retention: Retention, as_json: bool) -> None:
+    names = [name for name in retention.flow_folders() if model.store.flow((name,)) is not None]
+    flows = list(track(retention.measure_flows(names), "flows measured", len(names)))
+    total = retention.measure_all()
+    runs = sum(flow.runs for flow in flows)
+    unreferenced = total_usage(flow.unreferenced for flow in flows)
+    if as_json:
+        rows = [
+            {
+                "flow_id": flow.flow,
+                "runs": flow.runs,
+                **flow.held._asdict(),
+                "unreferenced": flow.unreferenced._asdict(),
+            }
+            for flow in flows
+        ]
+        totals = {"runs": runs, **total._asdict(), "unreferenced": unreferenced._asdict()}
+        print_json({**totals, "flows": rows})
+        return
+    cells = [
+        (flow.flow, str(flow.runs), *usage_cells(flow.held), format_size(flow.unreferenced.bytes))
+        for flow in flows
+    ]
+    cells.append(("all", str(runs), *usage_cells(total), format_size(unreferenced.bytes)))
+    print_table(("FLOW", "RUNS", "FILES", "SIZE", "UNREFERENCED"), cells, cut=("FLOW",))
+
+
+def show_run_usages(retention: Retention, flow: str, run: Ids | None, as_json: bool) -> None:
+    usages = track(retention.measure_runs(flow), "runs measured")
+    rows = [usage for usage in usages if run in (None, usage.ids)]
+    if as_json:
+        shown = [
+            {
+                "flow_id": flow,
+                "run": row.ids[1],
+                **row.own._asdict(),
+                "data": row.data._asdict(),
+                "only": row.only._asdict(),
+            }
+            for row in rows
+        ]
+        print_json({"flow_id": flow, "runs": shown} if run is None else shown[0])
+        return
+    cells = [
+        (
+            "/".join(row.ids),
+            *usage_cells(row.own),
+            format_size(row.data.bytes),
+            format_size(row.only.bytes),
+        )
+        for row in rows
+    ]
+    print_table(("RUN", "FILES", "SIZE", "ARTIFACTS", "ONLY ITS OWN"), cells, cut=("RUN",))
+
+
+def format_size(size: int) -> str:
+    """A number of bytes, in the unit that leaves few digits."""
+    if size < 1000:
+        return f"{size} B"
+    value, unit = float(size), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value >= 999.95:
+            value, unit = value / 1000, larger
+    return f"{value:.1f} {unit}"
+
+
+def usage_cells(usage: Usage) -> Sequence[str]:
+    return (f"{usage.files:,}", format_size(usage.bytes))
+
+
+@subcommand(
+    f"{PROGRAM} rm TrainFlow/1795448419531000 TrainFlow/latest-failed",
+    ("pathspecs", {"nargs": "+", "metavar": "RUN"}),
+    DRY_RUN_OPTION,
+    YES_OPTION,
+    JSON_OPTION,
+)
+def do_rm(arguments: Arguments) -> None:
+    """Delete runs, each with its records, logs and cards.
+
+    RUN is a run as for `show`, but a flow does not stand for its newest run. The artifacts to which
+    nothing refers any more are deleted by `gc`. A run that is running stays, and so does one that
+    another was resumed from, unless that goes too; then nothing is deleted at all.
+    """
+    model = open_model(arguments)
+    retention = Retention(model)
+    for pathspec in arguments.pathspecs:
+        if is_flow(model, pathspec):
+            raise ServiceError(
+                f"{pathspec} is a flow: name a run of it, such as {pathspec}/latest, or delete all "
+                f"with `gc --flow {pathspec} --keep-last 0`.",
+                exit_code=2,
+            )
+    runs = [resolve_only_run(model, pathspec) for pathspec in arguments.pathspecs]
+    with explained_failures():
+        for ids, reason in retention.reasons_to_stay(runs).items():
+            raise NotDeletable(f"{'/'.join(ids)} cannot be deleted. {reason}")
+        plan = Deletion({ids: retention.measure_run(ids) for ids in runs}, {}, Usage())
+    if agree(arguments, plan, model):
+        done = Deletion(delete_tracked(retention, plan), {}, Usage())
+        print_deletion(done, arguments.json)
+
+
+@subcommand(
+    f"{PROGRAM} gc --older-than 30d --keep-last 3 --status failed",
+    (
+        "--older-than",
+        {"type": parse_age, "metavar": "AGE", "help": "runs begun more than 30d, 12h ago"},
+    ),
+    (
+        "--keep-last",
+        {"type": parse_lines, "metavar": "N", "help": "runs but for the newest N of each flow"},
+    ),
+    ("--status", {"choices": ENDED, "help": "runs of this status"}),
+    ("--flow", {"metavar": "FLOW", "help": "nothing of other flows"}),
+    ("--tag", {"action": "append", "default": [], "help": "runs with this tag"}),
+    ("--not-tag", {"action": "append", "default": [], "help": "runs without this tag"}),
+    DRY_RUN_OPTION,
+    YES_OPTION,
+    JSON_OPTION,
+)
+def do_gc(arguments: Arguments) -> None:
+    """Delete the runs for which all conditions hold, and then what nothing refers to.
+
+    Without a condition no run is deleted; --flow alone is none. Runs that are running stay, and
+    those that one that stays was resumed from. What nothing refers to stays for a day after it was
+    written, and while a run of its flow is running.
+    """
+    model = open_model(arguments)
+    retention = Retention(model)
+    if arguments.flow is not None and not is_flow(model, arguments.flow):
+        raise ServiceError(f"There is no flow {arguments.flow!r}.")
+    with explained_failures():
+        if not arguments.dry_run:
+            retention.finish_deletions()
+        chosen = choose_runs(retention, arguments)
+        kept = retention.reasons_to_stay(chosen)
+        going = [ids for ids in chosen if ids not in kept]
+        garbage = retention.find_garbage(going, arguments.flow)
+        unreferenced = total_usage(found.usage() for found in garbage)
+        usages = {ids: retention.measure_run(ids) for ids in going}
+        plan = Deletion(usages, kept, unreferenced)
+    for found in garbage:
+        if found.doubt:
+            print_notice(f"no artifact of {found.flow} is deleted: {found.doubt}")
+    if agree(arguments, plan, model):
+        runs = delete_tracked(retention, plan)
+        with explained_failures():
+            if runs or not arguments.yes:
+                garbage = retention.find_garbage(flow=arguments.flow)
+            blobs = itertools.chain.from_iterable(map(retention.remove_garbage, garbage))
+            total = sum(len(found.blobs) for found in garbage)
+            removed = total_usage(track(blobs, "artifacts deleted", total))
+        print_deletion(Deletion(runs, kept, removed), arguments.json)
+
+
+def choose_runs(retention: Retention, arguments: Arguments) -> list[Ids]:
+    """The runs that the options of `gc` name."""
+    conditions = Conditions(
+        arguments.flow,
+        arguments.older_than,
+        arguments.keep_last,
+        (arguments.status,) if arguments.status else ENDED,
+        arguments.tag,
+        arguments.not_tag,
+    )
+    if not conditions.are_given():
+        return []
+    return [run_row_ids(row) for row in track(retention.choose_runs(conditions), "runs found")]
+
+
+def agree(arguments: Arguments, plan: Deletion, model: Model) -> bool:
+    """Say what is to be deleted, and whether it shall be: because of --yes, or of an answer.
+
+    ServiceError where nobody can be asked, or where the answer is no.
+    """
+    is_anything = plan.total().files > 0 or bool(plan.runs)
+    if arguments.dry_run or not (is_anything or arguments.json):
+        if arguments.json:
+            print_json({"dry_run": True, **deletion_json(plan)})
+        else:
+            print_plan(plan, model)
+        return False
+    if not arguments.json:
+        print_plan(plan, model)
+    if arguments.yes or not is_anything:
+        return True
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise ServiceError("Nothing was deleted: without a terminal it takes --yes.", exit_code=2)
+    print(f"Delete {describe_usage(plan.total())}? [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise ServiceError("Nothing was deleted.")
+    return True
+
+
+def print_plan(plan: Deletion, model: Model) -> None:
+    """Show the runs that are to be deleted, and how much that and the rest is."""
+    listed = list(itertools.islice(plan.runs.items(), MOST_RUNS_LISTED))
+    rows = []
+    for ids, usage in listed:
+        row = model.run(ids)
+        started = "-" if row is None else format_moment(row["ts_epoch"])
+        rows.append(
+            ("" if row is None else row["status"], "/".join(ids), started, *usage_cells(usage))
+        )
+    if rows:
+        print_table(("STATUS", "RUN", "STARTED", "FILES", "SIZE"), rows, cut=("RUN",))
+    if len(plan.runs) > len(listed):
+        print(f"and {len(plan.runs) - len(listed)} more runs")
+    for ids, reason in itertools.islice(plan.kept.items(), MOST_RUNS_LISTED):
+        print(f"{printable('/'.join(ids))} stays. {printable(reason)}")
+    if len(plan.kept) > MOST_RUNS_LISTED:
+        print(f"and {len(plan.kept) - MOST_RUNS_LISTED} more runs stay")
+    print_deletion(plan, False, "To delete")
+
+
+def print_deletion(deletion: Deletion, as_json: bool, what: str = "Deleted") -> None:
+    """Say how much is to be or was deleted."""
+    if as_json:
+        print_json({"dry_run": False, **deletion_json(deletion)})
+        return
+    parts = []
+    if deletion.runs:
+        of_runs = describe_usage(total_usage(deletion.runs.values()))
+        parts.append(f"{count_runs(deletion.runs)} of {of_runs}")
+    if deletion.unreferenced.files:
+        parts.append(f"{describe_usage(deletion.unreferenced)} to which nothing refers")
+    print(f"{what}: {', and '.join(parts) or 'nothing'}")
+
+
+def count_runs(runs: Collection[Ids]) -> str:
+    return f"{len(runs):,} run{'s' if len(runs) != 1 else ''}"
+
+
+def describe_usage(usage: Usage) -> str:
+    return f"{usage.files:,} file{'s' if usage.files != 1 else ''} ({format_size(usage.bytes)})"
+
+
+def deletion_json(deletion: Deletion) -> dict[str, object]:
+    return {
+        "runs": [
+            {"flow_id": ids[0], "run": ids[1], **usage._asdict()}
+            for ids, usage in deletion.runs.items()
+        ],
+        "kept": [
+            {"flow_id": ids[0], "run": ids[1], "reason": reason}
+            for ids, reason in deletion.kept.items()
+        ],
+        "unreferenced": deletion.unreferenced._asdict(),
+        **deletion.total()._asdict(),
+    }
+
+
+def delete_tracked(retention: Retention, plan: Deletion) -> dict[Ids, Usage]:
+    """Delete the runs of a plan, and return those that are deleted with what they took."""
+    with explained_failures():
+        deleted = retention.delete_runs(plan.runs)
+        return dict(track(deleted, "runs deleted", len(plan.runs)))
 
 
 # -- demo ------------------------------------------------------------------------------------------

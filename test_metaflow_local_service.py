@@ -347,6 +347,7 @@ LAYERS = (
     "Datastore",
     "Queries",
     "Model",
+    "Retention",
     "API",
     "Page",
     "UI API",
