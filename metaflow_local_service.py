@@ -4654,7 +4654,7 @@ def opened_folder(name: str, above: int | None = None) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def opened_place(place: Place) -> Iterator[int]:
+def opened_place(place: DatastorePath) -> Iterator[int]:
     """A folder by the names that lead to it, none of which may be a link but the first."""
     with contextlib.ExitStack() as above:
         folder = above.enter_context(opened_folder(place[0]))
@@ -4688,7 +4688,7 @@ def measure_entry(above: int, name: str) -> Usage:
     return usage
 
 
-def measure_place(place: Place) -> Usage:
+def measure_place(place: DatastorePath) -> Usage:
     """What is at a place takes."""
     with contextlib.suppress(FileNotFoundError), opened_place(place[:-1]) as above:
         return measure_entry(above, place[-1])
@@ -4719,7 +4719,7 @@ def open_regular_file(folder: int, name: str) -> io.BufferedReader:
     descriptor = open_entry(name, flags, folder)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise not_there()
+        raise no_such_file()
     return open(descriptor, "rb")
 
 
@@ -4730,7 +4730,7 @@ def read_entry(folder: int, name: str) -> bytes:
 
 # -- references ------------------------------------------------------------------------------------
 
-Blob = tuple[Place, str]
+Blob = tuple[DatastorePath, str]
 """A blob: the folder that it is in, and the digest that is its name."""
 
 
@@ -4848,9 +4848,10 @@ class FlowData:
     def __init__(self, datastore: str, flow: str) -> None:
         """`datastore`: the .metaflow."""
         self.flow = flow
-        self._place: Place = (datastore, flow)
+        self._place: DatastorePath = (datastore, flow)
         self.state = flow_state(datastore, flow)  # before anything is looked at
-        self.folders: dict[Place, set[str]] = {}  # that have blobs, and the digests of these
+        # The folders that contain blobs, and the digests of these.
+        self.folders: dict[DatastorePath, set[str]] = {}
         self.runs: dict[str, set[str]] = {}  # by the name of a run's folder, what it refers to
         self.small: set[str] = set()  # blobs in which no digest can be
         self.doubt: str | None = None  # why it cannot be told what its runs refer to
@@ -4869,7 +4870,7 @@ class FlowData:
                 if BLOB_PREFIX.fullmatch(name):
                     self._list_blobs((*place, name), name)
 
-    def _list_blobs(self, place: Place, prefix: str = "") -> None:
+    def _list_blobs(self, place: DatastorePath, prefix: str = "") -> None:
         with contextlib.suppress(FileNotFoundError), opened_place(place) as folder:
             matches = map(BLOB_FILE.fullmatch, os.listdir(folder))
             digests = {match[1] for match in matches if match}
@@ -4912,7 +4913,7 @@ def flow_state(datastore: str, flow: str) -> object:
 
 
 def measure_blobs(
-    folders: Mapping[Place, Iterable[str]], before: float = math.inf
+    folders: Mapping[DatastorePath, Iterable[str]], before: float = math.inf
 ) -> Iterator[tuple[Blob, Usage]]:
     """What blobs take, each with its _meta; but for those written after the epoch seconds `before`
     and those that are gone."""
@@ -5146,7 +5147,7 @@ class Retention:
         self._finish_deletion(trash, entry)
         return usage
 
-    def _make_trash(self, flow: str) -> Place:
+    def _make_trash(self, flow: str) -> DatastorePath:
         """A folder for what is to be removed; on a full disk, where none can be made, one that the
         flow has anyway and in which nobody looks for folders."""
         try:
@@ -5169,7 +5170,7 @@ class Retention:
         for flow in flows:
             self._set_latest_run(flow)
 
-    def _finish_deletion(self, trash: Place, entry: str) -> None:
+    def _finish_deletion(self, trash: DatastorePath, entry: str) -> None:
         """Remove the cards of a run that is in the trash, and then what is there of the run."""
         with contextlib.suppress(FileNotFoundError), opened_place(trash) as folder:
             ids = self._ids_of_deleted((*trash, entry))
@@ -5179,7 +5180,7 @@ class Retention:
                         remove_tree(above, place[-1])
             remove_tree(folder, entry)
 
-    def _ids_of_deleted(self, place: Place) -> Ids | None:
+    def _ids_of_deleted(self, place: DatastorePath) -> Ids | None:
         """The ids of the run whose folder is at a place, None where that is not told."""
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError, NotStorable):
             with opened_place((*place, META_DIR)) as folder:
@@ -5189,12 +5190,12 @@ class Retention:
             return ids
         return None
 
-    def _card_places(self, ids: Ids) -> list[Place]:
+    def _card_places(self, ids: Ids) -> list[DatastorePath]:
         """Where cards of a run may be: here, and in other roots that have no such run."""
         others = [
             root
             for root in read_card_roots(self._folder)
-            if self._model.files.status(root) and not os.path.lexists("/".join((root, *ids)))
+            if self._model.files.stat_folder(root) and not os.path.lexists("/".join((root, *ids)))
         ]
         return [(root, CARDS_DIR, ids[0], "runs", ids[1]) for root in (self._folder, *others)]
 
@@ -13971,7 +13972,7 @@ def print_plan(plan: Deletion, model: Model) -> None:
     rows = []
     for ids, usage in listed:
         row = model.run(ids)
-        started = "-" if row is None else format_moment(row["ts_epoch"])
+        started = "-" if row is None else format_time(row["ts_epoch"])
         rows.append(
             ("" if row is None else row["status"], "/".join(ids), started, *usage_cells(usage))
         )
