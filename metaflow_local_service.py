@@ -11428,6 +11428,7 @@ def send_order(
 
 PIDFILE = f"{PROGRAM}.pid"
 LEASE = f"{PROGRAM}.lease"
+LOCK_FILE = f"{PROGRAM}.lock"
 LOG_FILE = f"{PROGRAM}.log"
 PORT_FILE = f"{PROGRAM}.port"
 
@@ -11490,7 +11491,7 @@ class Service(NamedTuple):
         is_in_place = served is not None and os.path.samestat(served, meant)
         if self.nonce is None:
             return is_in_place
-        if (self.device, self.inode) != (meant.st_dev, meant.st_ino):
+        if not self.is_of(folder):
             return False
         if is_in_place and self.machine == own_name():
             return True
@@ -11499,6 +11500,11 @@ class Service(NamedTuple):
         except OSError:
             return False
         return bool(told.get("serves"))
+
+    def is_of(self, folder: str) -> bool:
+        """Whether it has been started for this .metaflow, which may have been moved since."""
+        meant = stat_or_none(folder)
+        return meant is not None and (self.device, self.inode) == (meant.st_dev, meant.st_ino)
 
 
 def datastore_folder(root: str) -> str:
@@ -11607,40 +11613,44 @@ def registry_lock(root: str, how: int) -> Iterator[None]:
     """Hold the lock of the root's folder: exclusive to start a service, shared to look for one.
 
     It is held for milliseconds, or for as long as a service takes to stop, and hides a service
-    that is starting until it has started. ServiceError where it cannot be had in time: every user
-    who may read a folder may lock it.
+    that is starting until it has started. It is a file that nobody else can open, unlike the
+    folder, which everybody can lock who may read it.
     """
-    descriptor = open_datastore_folder(root)
+    path = os.path.join(datastore_folder(root), LOCK_FILE)
+    access = os.O_RDWR if how & fcntl.LOCK_EX else os.O_RDONLY
     try:
-        lock_descriptor(descriptor, datastore_folder(root), how)
+        lock = cast(LockedFile, LockedFile.acquire(path, how, access | os.O_CREAT))
+    except FileNotFoundError:
+        raise ServiceError(f"{datastore_folder(root)} is not there any more.") from None
+    try:
         yield
     finally:
-        os.close(descriptor)
+        lock.release()
 
 
 def running_service(root: str) -> Service | None:
     """The service of a root, None where there is none. Under `registry_lock`.
 
-    Alive is whose pidfile is locked. One that is stopping is waited for and then is none.
+    Alive is whose pidfile is locked. One that is stopping is waited for and then is none, and so is
+    one whose folder has been moved here, which is told to stop.
     """
-    pidfile = os.path.join(datastore_folder(root), PIDFILE)
+    folder = datastore_folder(root)
+    pidfile = os.path.join(folder, PIDFILE)
     try:
         lock = LockedFile.acquire(pidfile, fcntl.LOCK_SH | fcntl.LOCK_NB, os.O_RDONLY)
-        if lock is None:
-            service = read_pidfile(pidfile)
-            if not service.is_stopping:
-                if service.serves(datastore_folder(root)):
-                    return service
-                if service.nonce is None:
-                    stop_process(service, pidfile)  # it does not see that its folder was moved
-            is_asked = service.is_stopping or service.nonce is None
-            if not is_free_soon(pidfile, STOP_SECONDS if is_asked else LEAVING_SECONDS):
-                raise ServiceError(
-                    f"The service of {service.root} holds {datastore_folder(root)}, "
-                    "but cannot be reached from here."
-                )
-        else:
+        if lock is not None:
             lock.release()
+            return None
+        service = read_pidfile(pidfile)
+        if not service.is_stopping and service.serves(folder):
+            return service
+        if is_hard_link(pidfile) and not service.is_of(folder):
+            return None  # as `cp -l` makes: the service holds the file, but not in this folder
+        is_ending = service.is_stopping or dismiss_service(service, pidfile)
+        if not is_free_soon(pidfile, STOP_SECONDS if is_ending else LEAVING_SECONDS):
+            raise ServiceError(
+                f"The service of {service.root} holds {folder}, but cannot be reached from here."
+            )
     except FileNotFoundError:
         pass
     return None
@@ -11650,7 +11660,30 @@ STOP_SECONDS = SHUTDOWN_SECONDS + 10
 """How long a service that was told to stop is waited for."""
 
 LEAVING_SECONDS = 5.0
-"""How long one is waited for that sees by itself that its folder has been moved."""
+"""How long one is waited for that cannot be told."""
+
+
+def is_hard_link(path: str) -> bool:
+    """Whether a file has other names, maybe in other folders."""
+    status = stat_or_none(path)
+    return status is not None and status.st_nlink > 1
+
+
+def dismiss_service(service: Service, pidfile: str) -> bool:
+    """Tell a service to stop whose folder was moved to where the pidfile is now.
+
+    False if it cannot be told, or has another folder.
+    """
+    if service.nonce is None:  # it does not see by itself that its folder was moved
+        stop_process(service, pidfile)
+        return True
+    if not service.is_of(os.path.dirname(pidfile)):
+        return False
+    try:
+        service.order("stop")
+    except OSError:
+        return False
+    return True
 
 
 def is_free_soon(pidfile: str, seconds: float) -> bool:
@@ -11727,8 +11760,8 @@ def read_pidfile(path: str) -> Service:
 
 
 def find_service(root: str) -> Service | None:
-    """The service of a root, None where there is none. Makes nothing."""
-    if not os.path.isdir(datastore_folder(root)):
+    """The service of a root, None where there is none. Makes nothing where none has been."""
+    if not os.path.lexists(os.path.join(datastore_folder(root), PIDFILE)):
         return None
     with registry_lock(root, fcntl.LOCK_SH):
         return running_service(root)
@@ -11741,6 +11774,10 @@ def acquire_lease(root: str) -> LockedFile:
     """
     make_datastore_folder(root)
     path = os.path.join(datastore_folder(root), LEASE)
+    if is_hard_link(path):
+        with registry_lock(root, fcntl.LOCK_EX):
+            if is_hard_link(path) and running_service(root) is None:
+                remove_file(path)  # it is another root's, of which this one is a copy
     return cast(LockedFile, LockedFile.acquire(path, fcntl.LOCK_SH))
 
 
@@ -11906,6 +11943,7 @@ def _bind(options: Options) -> Claim:
         folder = open_datastore_folder(options.root)
         undo.callback(os.close, folder)
         pidfile = os.path.join(datastore_folder(options.root), PIDFILE)
+        remove_file(pidfile)  # nobody's, or that of the root which this one is a copy of
         lock = cast(LockedFile, LockedFile.acquire(pidfile, fcntl.LOCK_EX))
         undo.callback(lock.release)
         undo.callback(remove_file, pidfile)
@@ -12263,7 +12301,7 @@ def escape_character(match: Match[str]) -> str:
     return match.group().encode("unicode_escape").decode()
 
 
-MISSING_SECONDS = 1.2
+MISSING_SECONDS = 5.0
 """How long the folder of a service may be missing before it is gone for good."""
 
 
@@ -12296,7 +12334,6 @@ class Daemon:
         self._path = datastore_folder(options.root)
         self._folder = os.fstat(self._descriptor)
         self._missing_since: float | None = None
-        self._is_lost = False  # another folder is in place of ours, or none is for good
         self._is_open = threading.Event()  # whether Metaflow is imported, and requests are answered
         self._holders: dict[int, int] = {}  # processes that it stays for, with their pidfd or -1
         self._server.owner = self
@@ -12362,6 +12399,7 @@ class Daemon:
     def _stop(self, *_: object) -> None:
         """End; at once, where nothing has been answered yet."""
         if not self._is_open.is_set():
+            self._server.socket.close()  # the port is free when the pidfile is gone
             self._leave()
             os._exit(0)
         self._server.stop()
@@ -12398,10 +12436,10 @@ class Daemon:
 
     def _is_wanted(self, idle_seconds: float) -> bool:
         if self._is_gone() or not self._owns_root():
-            self._is_lost = True
             log.warning("%s is not ours any more", self._path)
             return False
-        if not self._idle_timeout or idle_seconds < self._idle_timeout:
+        is_idle = self._idle_timeout and idle_seconds >= self._idle_timeout
+        if not is_idle or not self._is_in_place():
             return True
         return self._is_held() or not self._end_leases()
 
@@ -12432,6 +12470,10 @@ class Daemon:
             return True
         return os.path.samestat(current, os.fstat(self._lock.descriptor))
 
+    def _has_lost_root(self) -> bool:
+        """Whether what is at the path of the folder now is not for this service to change."""
+        return not self._is_in_place() or not self._owns_root()
+
     def _end_leases(self) -> bool:
         """Take the lease from everybody, if nobody has it; who wants it then waits for our end."""
         if self._lease is None:
@@ -12445,9 +12487,9 @@ class Daemon:
     def _announce_stop(self) -> None:
         """Let those who look for a service wait until this one is gone.
 
-        Who looks for one in a folder that has been moved away waits already, with its lock.
+        Whoever looks for one in a folder that was moved waits already, with its lock.
         """
-        if self._is_lost:
+        if self._has_lost_root():
             return
         suppressed = contextlib.suppress(
             OSError, ServiceError
@@ -12458,10 +12500,11 @@ class Daemon:
 
     def _leave(self) -> None:
         """Remove what tells of the service, in the folder that is ours. The locks end with us."""
-        if not self._is_lost and self._end_leases() and self._lease is not None:
+        has_root = not self._has_lost_root()
+        if has_root and self._end_leases() and self._lease is not None:
             remove_file(self._lease.path)
         if self._owns_root():
-            if not os.path.exists(os.path.join(self._path, PIDFILE)) or not self._is_lost:
+            if has_root or not os.path.exists(os.path.join(self._path, PIDFILE)):
                 self._options.registry.remove(self._options.root)
             with contextlib.suppress(OSError):
                 os.unlink(PIDFILE, dir_fd=self._descriptor)

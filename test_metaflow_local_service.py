@@ -7144,6 +7144,7 @@ def test_a_folder_that_is_back_soon_is_served_again(daemon: Api, cli: Cli) -> No
     service, datastore = running(cli.folder), cli.folder / ".metaflow"
     datastore.rename(cli.folder / "away")
     told = daemon.get("/flows")
+    assert not eventually(lambda: daemon.get("/flows").status != 503, seconds=2)
     (cli.folder / "away").rename(datastore)
     assert (told.status, "not in its place" in told.json["message"]) == (503, True)
     assert daemon.get("/flows").status == 200
@@ -7157,10 +7158,26 @@ def test_a_folder_that_is_deleted_ends_its_service_and_frees_its_port(cli: Cli) 
     assert again.stdout.startswith("Started"), again.stderr
 
 
-def test_copies_of_a_root_have_services_of_their_own(daemon: Api, cli: Cli, tmp_path: Path) -> None:
-    shutil.copytree(cli.folder, tmp_path / "copy")
+def test_a_service_of_a_moved_folder_makes_room_for_one_at_the_new_place(cli: Cli) -> None:
+    url = cli("url").stdout
+    first = running(cli.folder)
+    (cli.folder / ".metaflow").rename(cli.folder.parent / ".metaflow")
+    assert cli("url", cwd=cli.folder.parent).stdout == url
+    assert running(cli.folder.parent).pid != first.pid
+
+
+@pytest.mark.parametrize("copy", [shutil.copy2, os.link])
+def test_copies_of_a_root_have_services_of_their_own(cli: Cli, tmp_path: Path, copy: Any) -> None:
+    assert cli("run", "true").returncode == 0
+    service = running(cli.folder)
+    shutil.copytree(cli.folder, tmp_path / "copy", copy_function=copy)
     assert running(tmp_path / "copy") is None
-    assert cli("url", "--root", tmp_path / "copy").stdout.strip() != daemon.url
+    with cli.popen("run", "--root", tmp_path / "copy", "cat") as command:
+        assert running_soon(tmp_path / "copy").url != service.url
+        leases = [path / ".metaflow" / mls.LEASE for path in (cli.folder, tmp_path / "copy")]
+        assert not os.path.samefile(*leases)
+        command.kill()
+    assert running(cli.folder) == service
 
 
 def test_a_root_keeps_its_port(daemon: Api, cli: Cli) -> None:
@@ -7272,7 +7289,7 @@ def test_a_pid_that_is_anothers_by_now_is_left_alone(daemon: Api, cli: Cli) -> N
         bystander.kill()
 
 
-@pytest.mark.parametrize("name", [mls.PIDFILE, mls.LEASE])
+@pytest.mark.parametrize("name", [mls.PIDFILE, mls.LEASE, mls.LOCK_FILE])
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 def test_what_is_no_file_in_place_of_one_is_one_sentence(cli: Cli, name: str, make: Any) -> None:
     datastore = cli.folder / ".metaflow"
@@ -7282,7 +7299,7 @@ def test_what_is_no_file_in_place_of_one_is_one_sentence(cli: Cli, name: str, ma
     (datastore / name).rename(datastore / "other")
 
 
-@pytest.mark.parametrize("name", [mls.PIDFILE, mls.LEASE])
+@pytest.mark.parametrize("name", [mls.PIDFILE, mls.LEASE, mls.LOCK_FILE])
 def test_what_others_may_read_is_made_private(cli: Cli, name: str) -> None:
     path = cli.folder / ".metaflow" / name
     path.parent.mkdir()
@@ -7294,17 +7311,23 @@ def test_what_others_may_read_is_made_private(cli: Cli, name: str) -> None:
         command.kill()
 
 
-def test_a_folder_that_another_process_locks_is_one_sentence(
-    cli: Cli, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_on_the_folder_is_nobodys_business(cli: Cli) -> None:
     datastore = cli.folder / ".metaflow"
     datastore.mkdir()
-    monkeypatch.setattr(mls, "LOCK_SECONDS", 0.1)
     descriptor = os.open(datastore, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(mls.ServiceError, match="locked by another process"):
-        running(cli.folder)
+    assert cli("run", "true").returncode == 0
+    assert cli("stop").stdout.startswith("Stopped")
     os.close(descriptor)
+
+
+def test_a_lock_that_is_not_released_is_one_sentence(
+    daemon: Api, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mls, "LOCK_SECONDS", 0.1)
+    locked = pytest.raises(mls.ServiceError, match="locked by another process")
+    with mls.registry_lock(str(cli.folder), fcntl.LOCK_EX), locked:
+        running(cli.folder)
 
 
 @pytest.mark.parametrize("reason", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
@@ -7316,6 +7339,7 @@ def test_where_there_are_no_locks_is_one_sentence(
 
     monkeypatch.setattr(mls.fcntl, "flock", flock)
     (cli.folder / ".metaflow").mkdir()
+    pidfile(cli.folder).touch()
     with pytest.raises(mls.ServiceError, match="cannot be locked"):
         running(cli.folder)
     with pytest.raises(mls.ServiceError, match="cannot be locked"):
@@ -7378,7 +7402,7 @@ def test_stop_returns_when_all_but_the_log_is_gone(daemon: Api, cli: Cli) -> Non
         socket.create_connection((daemon.host, daemon.port))
     left = [path.name for path in (cli.folder / ".metaflow").iterdir() if path.is_file()]
     assert (sorted(left), list((cli.home / "services").iterdir())) == (
-        [mls.LOG_FILE, mls.PORT_FILE],
+        sorted([mls.LOCK_FILE, mls.LOG_FILE, mls.PORT_FILE]),
         [],
     )
 
