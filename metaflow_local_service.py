@@ -270,19 +270,19 @@ def root_folder(option: str | None, environment: Environment, here: str) -> str:
     return nearest_project(here) or os.path.realpath(here)
 
 
-def has_proxy(host: str, environment: Environment) -> bool:
-    """Whether clients that heed the usual variables ask a proxy for http://`host`."""
+def has_proxy(host: str, port: int, environment: Environment) -> bool:
+    """Whether clients that heed the usual variables ask a proxy for http://`host`:`port`."""
     names = ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
     exceptions = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
     if not any(map(environment.get, names)) or exceptions.strip() == "*":
         return False
-    return not any(is_excepted(host, name.strip()) for name in exceptions.split(","))
+    return not any(is_excepted(host, port, name.strip()) for name in exceptions.split(","))
 
 
-def is_excepted(host: str, exception: str) -> bool:
-    """Whether a name, address or network in no_proxy excepts a host."""
+def is_excepted(host: str, port: int, exception: str) -> bool:
+    """Whether a name, address or network in no_proxy excepts a host, maybe only for this port."""
     if "/" not in exception:
-        name = exception.strip("[]").lstrip(".").lower()
+        name = re.sub(rf"(?<=[^:]):{port}$", "", exception).strip("[]").lstrip(".").lower()
         return name != "" and (host == name or host.endswith(f".{name}"))
     import ipaddress
 
@@ -10958,6 +10958,10 @@ class Server(http.server.ThreadingHTTPServer):
             raise HttpError(503, refusal)
         return self.service
 
+    def count_connections(self) -> int:
+        with self._lock:
+            return len(self._connections)
+
     def _idle_seconds(self) -> float:
         with self._lock:
             is_used = self._busy or self._pages
@@ -11451,6 +11455,7 @@ class Service(NamedTuple):
     nonce: str | None = None  # what an order must bring; None in services that take none
     device: int = 0  # of the .metaflow that it serves
     inode: int = 0
+    network: str = ""  # the network namespace in which it listens
 
     def settings(self, user: Environment) -> dict[str, str]:
         """What is to be set in a user's environment for Metaflow to use the service.
@@ -11469,7 +11474,7 @@ class Service(NamedTuple):
 
     def public(self) -> dict[str, object]:
         """All of it that others may see."""
-        inner = ("key", "is_stopping", "nonce", "device", "inode")
+        inner = ("key", "is_stopping", "nonce", "device", "inode", "network")
         return {k: v for k, v in self._asdict().items() if k not in inner}
 
     def order(self, order: str, waits: bool = True, **fields: object) -> Mapping[str, Any]:
@@ -11483,7 +11488,8 @@ class Service(NamedTuple):
         """Whether this .metaflow is the one that it serves, under whatever name.
 
         It is where the service's own path leads to it. Where that leads elsewhere, the folder may
-        have been moved, or have another name where the service runs: then the service is asked.
+        have been moved, or have another name where the service runs: then the service is asked, as
+        is one that may not be reached from here.
         """
         meant, served = stat_or_none(folder), stat_or_none(datastore_folder(self.root))
         if meant is None:
@@ -11493,7 +11499,7 @@ class Service(NamedTuple):
             return is_in_place
         if not self.is_of(folder):
             return False
-        if is_in_place and self.machine == own_name():
+        if is_in_place and (self.machine, self.network) == (own_name(), namespace("net")):
             return True
         try:
             told = self.order("identify")
@@ -11505,6 +11511,12 @@ class Service(NamedTuple):
         """Whether it has been started for this .metaflow, which may have been moved since."""
         meant = stat_or_none(folder)
         return meant is not None and (self.device, self.inode) == (meant.st_dev, meant.st_ino)
+
+
+def namespace(kind: str) -> str:
+    """Which namespace this process is in, where there are such: of "pid" or "net"."""
+    status = stat_or_none(f"/proc/self/ns/{kind}")
+    return str(status.st_ino) if status is not None else "-"
 
 
 def datastore_folder(root: str) -> str:
@@ -11713,7 +11725,7 @@ def stop_process(service: Service, pidfile: str) -> None:
             return
         process = os.pidfd_open(service.pid)
         try:
-            if not has_open(service.pid, pidfile):
+            if not holds_lock(service.pid, pidfile):
                 raise ServiceError(
                     f"The service of {service.root} does not answer, and process {service.pid} "
                     "is not it: it runs where it cannot be reached from here."
@@ -11725,12 +11737,20 @@ def stop_process(service: Service, pidfile: str) -> None:
         raise ServiceError(f"Process {service.pid} cannot be stopped: {error.strerror}.") from None
 
 
-def has_open(pid: int, path: str) -> bool:
-    """Whether a process has a file open, as Linux tells it."""
+def holds_lock(pid: int, path: str) -> bool:
+    """Whether a process has locked a file, as Linux tells it.
+
+    Where it does not tell of locks, to have the file open will do.
+    """
     meant = os.stat(path)
-    folder = f"/proc/{pid}/fd"
-    statuses = (stat_or_none(os.path.join(folder, name)) for name in os.listdir(folder))
-    return any(status is not None and os.path.samestat(status, meant) for status in statuses)
+    tells_locks = os.path.exists("/proc/locks")
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        status = stat_or_none(f"/proc/{pid}/fd/{name}")
+        if status is not None and os.path.samestat(status, meant):
+            with open(f"/proc/{pid}/fdinfo/{name}", encoding="ascii") as f:
+                if "FLOCK" in f.read() or not tells_locks:
+                    return True
+    return False
 
 
 def read_pidfile(path: str) -> Service:
@@ -11858,8 +11878,10 @@ def ensure_service(options: Options) -> tuple[Service, bool]:
     """The service of the root, started where there is none, and whether it was.
 
     Returns when the service owns its root and takes connections, which it answers once it has
-    imported Metaflow. ServiceError where it cannot start or another one runs than is asked for.
+    imported Metaflow. An outdated service that nobody needs is replaced. ServiceError where it
+    cannot start or another one runs than is asked for.
     """
+    retire_outdated_service(options.root)
     service = find_service(options.root)
     if service is None:
         make_datastore_folder(options.root)
@@ -11876,6 +11898,41 @@ def ensure_service(options: Options) -> tuple[Service, bool]:
     if options.makes_key and service.key is None:
         raise ServiceError(f"The service of {service.root} runs already, without a key.")
     return service, False
+
+
+def is_outdated(service: Service) -> bool:
+    """Whether it is of another version of this program, or of one that took no orders yet."""
+    return service.version != __version__ or service.nonce is None
+
+
+def retire_outdated_service(root: str) -> None:
+    """Stop the service of a root if it is outdated and nobody needs it. The next has its port.
+
+    Commands need it that hold the lease, so this is to be called before one takes it, and so does
+    whatever it tells of itself. One with a key, another address or a terminal has been started on
+    purpose, and is left to whoever did that.
+    """
+    service = find_service(root)
+    if service is None or not is_outdated(service):
+        return
+    is_common = service.host == DEFAULT_HOST and service.key is None and service.log is not None
+    path = os.path.join(datastore_folder(root), LEASE)
+    lease = LockedFile.acquire(path, fcntl.LOCK_EX | fcntl.LOCK_NB) if is_common else None
+    if lease is None:
+        return
+    with contextlib.suppress(ServiceError):
+        if not is_needed(service):
+            stop_service(service)
+            keep_port(root, service.port)
+    lease.release()
+
+
+def is_needed(service: Service) -> bool:
+    """Whether a service says that somebody needs it, which those of earlier versions do not."""
+    try:
+        return bool(service.order("identify").get("is_needed"))
+    except OSError:
+        return False
 
 
 def serve_in_foreground(options: Options) -> None:
@@ -12023,6 +12080,7 @@ def _register(options: Options, claim: Claim, log_file: str | None) -> None:
         nonce=claim.nonce,
         device=folder.st_dev,
         inode=folder.st_ino,
+        network=namespace("net"),
     )
     claim.lock.write(json.dumps(service._asdict()))
     keep_port(options.root, server.server_port)
@@ -12372,9 +12430,17 @@ class Daemon:
             return None
         if order == "stop":
             os.kill(os.getpid(), signal.SIGTERM)
-        elif order == "hold" and fields.get("namespace") == pid_namespace():
+        elif order == "hold" and fields.get("namespace") == namespace("pid"):
             self._hold(fields.get("pid", ""))
-        return {"serves": self._is_in_place()}
+        return {"serves": self._is_in_place(), "is_needed": self._is_needed()}
+
+    def _is_needed(self) -> bool:
+        """Whether it is never to stop, or has connections beside the one that asks, or holders."""
+        return (
+            not self._options.idle_timeout
+            or self._server.count_connections() > 1
+            or any(is_process_alive(*holder) for holder in list(self._holders.items()))
+        )
 
     def _hold(self, pid: str) -> None:
         """Stay for as long as a process lives."""
@@ -12525,16 +12591,10 @@ def is_process_alive(pid: int, descriptor: int) -> bool:
     return True
 
 
-def pid_namespace() -> str:
-    """What tells apart the processes whose pids mean the same, where there are namespaces."""
-    status = stat_or_none("/proc/self/ns/pid")
-    return str(status.st_ino) if status is not None else "-"
-
-
 def hold_service(service: Service, pid: int) -> None:
     """Let a service stay for as long as a process lives; asking it counts as use."""
     with contextlib.suppress(OSError):
-        service.order("hold", waits=False, pid=pid, namespace=pid_namespace())
+        service.order("hold", waits=False, pid=pid, namespace=namespace("pid"))
 
 
 def wait_until_ready(service: Service) -> None:
@@ -12667,6 +12727,22 @@ def resolve_options(arguments: Arguments, idle_timeout: float = DEFAULT_IDLE_TIM
     )
 
 
+def obtain_service(arguments: Arguments) -> tuple[Service, bool]:
+    """The service that the command line asks for, and whether it was started for that."""
+    service, is_new = ensure_service(resolve_options(arguments))
+    mention_version(service)
+    return service, is_new
+
+
+def mention_version(service: Service) -> None:
+    """Say if a service is outdated, which is in use, or it would have been replaced."""
+    if is_outdated(service):
+        print_notice(
+            f"the service at {service.url} is of version {service.version}, and goes on since it "
+            f"is in use; `{PROGRAM} stop` ends it"
+        )
+
+
 def command_settings(arguments: Arguments, service: Service) -> dict[str, str]:
     """The variables to set for a command that uses the service."""
     user = user_environment(os.environ)
@@ -12701,8 +12777,10 @@ def do_run(arguments: Arguments) -> None:
     if not command:
         raise ServiceError(f"run needs a command; see {PROGRAM} run --help", exit_code=2)
     options = resolve_options(arguments)
+    retire_outdated_service(options.root)
     lease = acquire_lease(options.root)
     service, _ = ensure_service(options)
+    mention_version(service)
     hold_service(service, os.getpid())  # the command may close the lease, as sudo does
     lease.keep_on_exec()
     if shutil.which(command[0]):
@@ -12731,7 +12809,7 @@ def do_start(arguments: Arguments) -> None:
     Returns once it answers, and prints its URL and the settings for a shell. If one runs already,
     prints those of that one.
     """
-    service, is_new = ensure_service(resolve_options(arguments))
+    service, is_new = obtain_service(arguments)
     wait_until_ready(service)
     print(f"{'Started' if is_new else 'Running already'} at {service.url} for {service.root}")
     print_settings(arguments, service)
@@ -12806,9 +12884,16 @@ def describe_service(service: Service) -> str:
             f"port   {service.port}",
             f"root   {service.root}",
             f"since  {since}",
-            f"log    {service.log or 'on the terminal that it runs on'}",
+            f"log    {describe_log(service)}",
         )
     )
+
+
+def describe_log(service: Service) -> str:
+    """Where a service logs."""
+    if service.log is None:
+        return "on the terminal that it runs on"
+    return service.log if os.path.isfile(service.log) else "none"
 
 
 def no_service_message(arguments: Arguments) -> str:
@@ -12827,10 +12912,10 @@ def do_url(arguments: Arguments) -> None:
         if service is None:
             raise ServiceError(f"No service runs for {resolve_root(arguments)}.")
     else:
-        service, _ = ensure_service(resolve_options(arguments))
+        service, _ = obtain_service(arguments)
     hold_service(service, asking_process())
     host = urllib.parse.urlsplit(service.url).hostname or service.host
-    if has_proxy(host, os.environ):
+    if has_proxy(host, service.port, os.environ):
         print_notice(f"a proxy is set that would get the requests for {host}: add it to no_proxy")
     print(service.url)
 
@@ -12846,7 +12931,7 @@ def do_ui(arguments: Arguments) -> None:
     Starts the service if none runs, prints the URL of the page and opens it in a browser. The page
     of a service with a key asks for it once: `env` prints the key.
     """
-    service, _ = ensure_service(resolve_options(arguments))
+    service, _ = obtain_service(arguments)
     wait_until_ready(service)
     hold_service(service, asking_process())
     print(service.url, flush=True)
@@ -12863,15 +12948,18 @@ SHELLS = frozenset(
 
 
 def asking_process() -> int:
-    """The shell that runs this command, for which the service stays; this process if it is none.
+    """The shell or the script that runs this command, for which the service stays.
 
     A command substitution runs in a copy of its shell, which ends with the substitution. So what
-    counts is the first process above that has another command line than the copy's parent.
+    counts is the first process above that has another command line than the copy's parent. This
+    process counts if it was left alone, with the first process of all for its parent.
     """
     asking = os.getppid()
+    if asking <= 1:
+        return os.getpid()
     name, _, command_line = describe_process(asking)
     if name not in SHELLS:
-        return os.getpid()
+        return asking
     while True:
         parent = describe_process(asking)[1]
         if not command_line or describe_process(parent)[2] != command_line:
@@ -12900,7 +12988,7 @@ def mention_page(service: Service) -> None:
 @subcommand(f'eval "$({PROGRAM} env)"', takes_service=True)
 def do_env(arguments: Arguments) -> None:
     """Print the settings as `export` lines for a shell's eval; starts the service if none runs."""
-    service, _ = ensure_service(resolve_options(arguments))
+    service, _ = obtain_service(arguments)
     hold_service(service, asking_process())
     if os.environ.get(ENV_SYSROOT) != service.root:
         print_notice(f"with these settings, flows of any folder are recorded in {service.root}")
@@ -14152,8 +14240,10 @@ def do_demo(arguments: Arguments) -> None:
     except OSError as error:
         raise ServiceError(f"{flow} cannot be written: {error.strerror}.") from None
     options = resolve_options(arguments)
+    retire_outdated_service(options.root)
     lease = acquire_lease(options.root)
     service, _ = ensure_service(options)
+    mention_version(service)
     wait_until_ready(service)
     note_card_root(datastore_folder(service.root), folder)
     environment = command_environment(arguments, service)

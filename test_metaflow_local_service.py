@@ -673,7 +673,7 @@ def test_the_host_is_excepted_from_proxies_and_what_was_excepted_stays(
     assert (list(exceptions.values()) or None) == expected
     assert list(exceptions) == (["no_proxy", "NO_PROXY"] if expected else [])
     assert mls.proxy_exceptions(host, {**environment, **exceptions}) == exceptions
-    assert not mls.has_proxy(host, {**environment, **exceptions})
+    assert not mls.has_proxy(host, 80, {**environment, **exceptions})
 
 
 @pytest.mark.parametrize(
@@ -688,12 +688,14 @@ def test_the_host_is_excepted_from_proxies_and_what_was_excepted_stays(
         ("a/b", True),
         (" * ", False),
         ("7.0.0.1", True),
+        ("127.0.0.1:80", False),
+        ("127.0.0.1:81", True),
     ],
 )
 def test_whether_a_proxy_would_be_asked_is_known(exceptions: str, is_caught: bool) -> None:
     for name in ("no_proxy", "NO_PROXY"):
-        assert mls.has_proxy("127.0.0.1", {**PROXIED, name: exceptions}) is is_caught
-    assert not mls.has_proxy("127.0.0.1", {"https_proxy": "http://proxy"})
+        assert mls.has_proxy("127.0.0.1", 80, {**PROXIED, name: exceptions}) is is_caught
+    assert not mls.has_proxy("127.0.0.1", 80, {"https_proxy": "http://proxy"})
 
 
 @given(st.text(max_size=7) | st.integers(-9, 99999).map(str))
@@ -7215,6 +7217,26 @@ def test_a_pidfile_of_an_earlier_version_will_do(daemon: Api, cli: Cli) -> None:
     assert cli("stop").stdout.startswith("Stopped")
 
 
+def test_a_service_of_another_version_is_replaced_unless_it_is_in_use(
+    cli: Cli, tmp_path: Path
+) -> None:
+    earlier = tmp_path / MODULE.name
+    earlier.write_text(SOURCE.replace('__version__ = "', '__version__ = "0.0.', 1))
+    command = [sys.executable, str(earlier), "run", "cat"]
+    with subprocess.Popen(
+        command, cwd=cli.folder, env=cli.environment, stdin=subprocess.PIPE
+    ) as cat:
+        old = running_soon(cli.folder)
+        kept = cli("run", "printenv", "METAFLOW_SERVICE_URL")
+        assert kept.stdout.strip() == old.url
+        assert f"version {old.version}, and goes on" in kept.stderr
+    assert cat.returncode == 0
+    replaced = cli("run", "printenv", "METAFLOW_SERVICE_URL")
+    assert replaced.stdout.strip() == old.url
+    assert "goes on" not in replaced.stderr
+    assert running(cli.folder).version == mls.__version__
+
+
 def test_an_order_without_the_nonce_is_a_request_like_others(daemon: Api, cli: Cli) -> None:
     for nonce in ("", "guessed"):
         headers = {"x-local-service-nonce": nonce}
@@ -7222,11 +7244,27 @@ def test_an_order_without_the_nonce_is_a_request_like_others(daemon: Api, cli: C
     assert stays(cli.folder)
 
 
-def test_a_service_stays_for_the_shell_that_has_asked(cli: Cli) -> None:
-    script = 'eval "$(PROGRAM)"; echo; read line'
-    words = cli.command("env", "--idle-timeout", 0.2)
+ASKING_SCRIPT = """
+import subprocess, sys
+subprocess.run(sys.argv[1:], check=True)
+print(flush=True)
+input()
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["sh", "-c", 'eval "$("$@")"; echo; read line', "sh"],
+        [sys.executable, "-c", ASKING_SCRIPT],
+    ],
+    ids=["shell", "script"],
+)
+def test_a_service_stays_for_the_shell_or_the_script_that_has_asked(
+    cli: Cli, words: list[str]
+) -> None:
     shell = subprocess.Popen(
-        ["sh", "-c", script.replace("PROGRAM", shlex.join(words))],
+        [*words, *cli.command("env", "--idle-timeout", 0.2)],
         cwd=cli.folder,
         env=cli.environment,
         stdin=subprocess.PIPE,
