@@ -1329,9 +1329,9 @@ def test_a_write_that_fails_leaves_nothing_behind(
     calls_until_then = 3 if kind in ("metadata", "artifacts") else 1
     calls = iter(range(1, 100))
 
-    def fails_once(*arguments: Any) -> Any:
+    def fails_once(*arguments: Any, **folders: int) -> Any:
         if next(calls) != calls_until_then:
-            return works(*arguments)
+            return works(*arguments, **folders)
         if broken == "half a write":
             return works(arguments[0], arguments[1][:10])
         raise OSError(errno.ENOSPC, "full")
@@ -6701,9 +6701,9 @@ def test_tags_are_on_the_disk_before_they_replace_others(
         calls.append(("fsync", "folder" if is_folder else "file"))
         fsync(descriptor)
 
-    def note_rename(source: str, target: str) -> None:
+    def note_rename(source: str, target: str, **folders: int) -> None:
         calls.append(("rename", os.path.basename(target)))
-        rename(source, target)
+        rename(source, target, **folders)
 
     monkeypatch.setattr(os, "fsync", note_fsync)
     monkeypatch.setattr(os, "rename", note_rename)
