@@ -951,6 +951,13 @@ class Store:
         moments = self._listing(self._folder_of(step), step, _task).sort_keys
         return [(*step, str(moment[1][1])) for moment in moments]
 
+    def run_ids(self) -> Iterator[Ids]:
+        """The ids of all runs, in no order."""
+        for flow in self._listing(self.folder, (), _flow).sort_keys:
+            ids = (str(flow[1][1]),)
+            for run in self._listing(self._folder_of(ids), ids, _run).sort_keys:
+                yield (*ids, str(run[1][1]))
+
     def attempts_with_artifacts(self, ids: Ids) -> list[int]:
         """The attempts of a task of which there are artifacts, in no order."""
         return list(self._files_of(ids).artifacts)
@@ -6922,6 +6929,7 @@ const live = {
   subscriptions: new Map(),
   made: 0,
   delay: 1000, // until it is tried again
+  isLost: false,
   heard: 0,
   redraw: 0,
 };
@@ -6955,6 +6963,7 @@ function connect() {
     clearInterval(pinging);
     socket.onclose = null;
     socket.close();
+    live.isLost = true;
     showLive("reconnecting");
     setTimeout(connect, live.delay);
     live.delay = Math.min(live.delay * 1.5, 5000);
@@ -6976,6 +6985,8 @@ function connect() {
       announce(Math.max(opened, live.heard));
     }
     if (byId("problem")) route();
+    else if (live.isLost) view.catchUp().catch(() => {}); // lost again: then again
+    live.isLost = false;
   };
   socket.onmessage = ({data}) => {
     isAnswered = true;
@@ -6983,17 +6994,19 @@ function connect() {
     const frame = data === "__pong__" ? {} : JSON.parse(data);
     const subscription = live.subscriptions.get(frame.uuid);
     if (!subscription) return;
-    subscription.keep(frame.data);
+    if (frame.type === "DELETE") subscription.drop(frame.data);
+    else subscription.keep(frame.data);
     drawSoon();
   };
 }
 
 /** Hears of a resource. What changed since the view opened is sent again: it may be missed. */
-function subscribe(owner, resource, keep) {
+function subscribe(owner, resource, keep, drop) {
   const uuid = "page-" + (live.made += 1);
+  const deletions = Boolean(drop);
   const announce = (since) =>
-    say({type: "SUBSCRIBE", uuid, resource, since: Math.floor(since / 1000) - 2});
-  live.subscriptions.set(uuid, {announce, keep, opened: owner.opened});
+    say({type: "SUBSCRIBE", uuid, resource, deletions, since: Math.floor(since / 1000) - 2});
+  live.subscriptions.set(uuid, {announce, keep, drop, opened: owner.opened});
   owner.signal.addEventListener("abort", () => {
     live.subscriptions.delete(uuid);
     say({type: "UNSUBSCRIBE", uuid});
@@ -7033,6 +7046,11 @@ function keepRun(run) {
   const entry = runs.get(runKey(run)) || {parameters: null, row: null};
   noticeEnd(entry.run, run);
   runs.set(runKey(run), Object.assign(entry, {run, isStale: true}));
+}
+
+function forgetRun(key) {
+  runs.delete(key);
+  marked.delete(key);
 }
 
 /** A run that ends while nobody looks is told of by the tab. */
@@ -7497,15 +7515,29 @@ class RunList {
   async load() {
     this.more.hidden = true; // so that it comes in sight anew
     this.page += 1;
-    const query = new URLSearchParams({...this.asked, _page: this.page});
-    const {data, pages} = await get("/runs?" + query);
-    data.forEach(keepRun);
+    const {data, pages} = await this.fetchPage(this.page);
     this.draw();
     this.more.hidden = !data.length || !pages || !pages.next;
     if (this.columns.length) {
       await fetchParameters([...runs.values()]);
       this.draw();
     }
+  }
+
+  async fetchPage(page) {
+    const fetched = await get("/runs?" + new URLSearchParams({...this.asked, _page: page}));
+    fetched.data.forEach(keepRun);
+    return fetched;
+  }
+
+  /** After a time without the service, nobody has told which runs are gone. */
+  async catchUp() {
+    const there = new Set();
+    for (let page = 1; page <= this.page; page += 1) {
+      (await this.fetchPage(page)).data.forEach((run) => there.add(runKey(run)));
+    }
+    [...runs.keys()].filter((key) => !there.has(key)).forEach(forgetRun);
+    this.draw();
   }
 
   /** Which parameters there are is found out from the newest run of each flow. */
@@ -7519,8 +7551,11 @@ class RunList {
 
 async function listView(mine, query) {
   const list = new RunList(query);
-  mine.draw = () => list.draw();
-  mine.showTab = () => list.showTab();
+  Object.assign(mine, {
+    draw: () => list.draw(),
+    showTab: () => list.showTab(),
+    catchUp: () => list.catchUp(),
+  });
   list.draw();
   const shown = panel("runs", "Runs", wrapTable("Runs", list.table), list.none);
   showNodes(list.newToolbar(), shown, list.more);
@@ -7530,7 +7565,7 @@ async function listView(mine, query) {
   });
   scrolled.observe(list.more);
   mine.signal.addEventListener("abort", () => scrolled.disconnect());
-  subscribe(mine, "/runs", keepRun);
+  subscribe(mine, "/runs", keepRun, ({flow_id: flow, run}) => forgetRun(`${flow}/${run}`));
 }
 
 function emptyList(count, page, problem, terms) {
@@ -7617,19 +7652,38 @@ function tagEditor(flow, id, changed) {
   return {node: h("div", {class: "tags", id: "tags"}, list, opener, form, said), show};
 }
 
-async function deleteRun(flow, id) {
+async function deleteRun(flow, id, menu) {
   const text = `${flow}/${id} is deleted with what only it has stored: records, artifacts, logs ` +
     "and cards. This cannot be undone.";
+  closeMenu(menu); // the focus comes back to it
   if (!await ask("Delete this run?", text, "Delete")) return;
   try {
     await change("DELETE", runPath(flow, id));
-    runs.delete(`${flow}/${id}`);
+    forgetRun(`${flow}/${id}`);
     location.hash = listLink(listed);
   } catch (problem) {
-    const isUnknown = [404, 405].includes(problem.status);
-    tell("The run was not deleted", h("p", null, isUnknown
-      ? "This service cannot delete runs, or the run is gone already." : problem.message));
+    tell("The run was not deleted", h("p", null, problem.message));
   }
+}
+
+/** Takes the place of a view of a run that was deleted, here or elsewhere. */
+function showDeleted(flow, id) {
+  view.abort();
+  view = newView();
+  forgetRun(`${flow}/${id}`);
+  showInTab("", `${flow}/${id}`);
+  showNodes(h("h1", null, `${flow}/${id}`), panel("deleted", "Deleted", note(
+    "This run was deleted. ", h("a", {class: "link", href: listLink(listed)}, "All runs"))));
+}
+
+/** Hears of a run; also whether it was deleted while the service was not heard. */
+function followRun(mine, flow, id, keep) {
+  const drop = () => showDeleted(flow, id);
+  subscribe(mine, runPath(flow, id), keep, drop);
+  mine.catchUp = async () => {
+    const {data} = await getIfAny(runPath(flow, id), null);
+    if (!data && runs.has(`${flow}/${id}`)) drop();
+  };
 }
 
 // The graph. Steps stand in layers, by the longest way to them; edges that go back are loops.
@@ -8131,7 +8185,10 @@ class RunPage {
   drawHead() {
     const {run, flow, id} = this;
     const menu = h("details", {class: "menu"}, h("summary", null, "More"), h("div", null,
-      h("button", {class: "danger", onclick: () => deleteRun(flow, id)}, "Delete this run")));
+      h("button", {
+        class: "danger",
+        onclick: ({target}) => deleteRun(flow, id, target.closest("details")),
+      }, "Delete this run")));
     const known = run.status ? [badge(run.status), h("span", {class: "space"}),
       copyButton(`${flow}/${id}`, "pathspec"), menu] : [];
     this.head.dataset.status = run.status || "";
@@ -8216,7 +8273,8 @@ class RunPage {
 async function runView(mine, flow, id) {
   const shown = new RunPage(flow, id);
   const query = "?_order=%2Bts_epoch&_limit=1000&postprocess=false";
-  shown.run = (await getIfAny(shown.base, {})).data;
+  const {data: run} = await getIfAny(shown.base, null);
+  if (run) shown.keep(run);
   (await getAll(shown.base + "/tasks" + query)).forEach((row) => shown.keepTask(row));
   showNodes(...shown.nodes());
   Object.assign(mine, {
@@ -8225,7 +8283,7 @@ async function runView(mine, flow, id) {
     tick: () => shown.tick(),
   });
   shown.draw();
-  subscribe(mine, shown.base, (row) => shown.keep(row));
+  followRun(mine, flow, id, (row) => shown.keep(row));
   subscribe(mine, shown.base + "/tasks", (row) => shown.keepTask(row));
 }
 
@@ -8760,6 +8818,7 @@ async function taskView(mine, ids, chosen) {
   Object.assign(mine, {draw: () => shown.draw(), showTab: () => shown.showTab()});
   shown.draw();
   shown.follow().catch(fail);
+  followRun(mine, flow, id, keepRun);
   subscribe(mine, attempts, (row) => shown.keep(row));
 }
 
@@ -8856,7 +8915,8 @@ let typing = 0;
 function newView() {
   const nothing = () => {};
   return Object.assign(new AbortController(),
-    {opened: Date.now(), draw: nothing, tick: nothing, wake: nothing, showTab: nothing});
+    {opened: Date.now(), draw: nothing, tick: nothing, wake: nothing, showTab: nothing,
+      catchUp: async () => {}});
 }
 
 function decode(text) {
@@ -9033,6 +9093,11 @@ function filterKey(key) {
   return showSuggestions(false);
 }
 
+function closeMenu(menu) {
+  menu.open = false;
+  menu.querySelector("summary").focus();
+}
+
 function leaveFilter() {
   showSuggestions(false);
   move(1);
@@ -9046,8 +9111,7 @@ addEventListener("keydown", (event) => { // what has nothing to do leaves the ke
   if (document.querySelector("dialog[open]")) return;
   const menu = document.querySelector(".menu[open]");
   if (key === "Escape" && menu) {
-    menu.open = false;
-    menu.querySelector("summary").focus();
+    closeMenu(menu);
   } else if (target === filter) {
     if (filterKey(key) !== true) event.preventDefault();
   } else if (isTyping) {
@@ -9295,6 +9359,7 @@ class Resource(NamedTuple):
     is_one: bool = False  # one object that changes, and no list that grows
     told: Callable[[Any], Mapping[str, Any]] = lambda row: row  # a row as pages are told of it
     is_late: bool = False  # pages are told of an end LATE_SECONDS after it was seen
+    keys: Callable[[], Iterable[tuple[str, ...]]] = tuple  # of all that is there, told or not
 
 
 TOLD_SECONDS = 60.0
@@ -9568,7 +9633,8 @@ def runs_resource(look: Snapshot, query: Query) -> Resource:
     """The newest runs, and those that go on; to be fetched they come in pages, see above."""
     rows = partial(filter_runs, look.model, query)
     told = (cast(RunRow, look.told_run(row)) for row in look.newest_runs())
-    return Resource(lambda: rows(told), ("flow_id", "run"), is_late=True)
+    keys = look.model.store.run_ids
+    return Resource(lambda: rows(told), ("flow_id", "run"), is_late=True, keys=keys)
 
 
 @ui_resource("/flows", is_paged=True)
@@ -9590,7 +9656,10 @@ def flow_resource(look: Snapshot, query: Query, flow: str) -> Resource:
 def run_resource(look: Snapshot, query: Query, flow: str, run: str) -> Resource:
     """One run."""
     row = look.run(run_ids(flow, run))
-    return Resource(lambda: [row] if row else [], is_one=True, told=look.told_run, is_late=True)
+    rows: list[RunRow] = [row] if row else []
+    return Resource(
+        lambda: rows, is_one=True, told=look.told_run, is_late=True, keys=lambda: [() for _ in rows]
+    )
 
 
 @ui_resource(RUN + "/steps")
@@ -10129,8 +10198,11 @@ MOST_SUBSCRIPTIONS = 256
 class Subscription:
     """What a page wants to hear of, and what it has heard."""
 
-    def __init__(self, uuid: str, resource: str, since: float) -> None:
-        """`since`: epoch seconds; what has changed after that is sent at once. HttpError where
+    def __init__(
+        self, uuid: str, resource: str, since: float, hears_deletions: bool = False
+    ) -> None:
+        """`since`: epoch seconds; what has changed after that is sent at once. `hears_deletions`:
+        is told what is deleted, which the official UI would take for a change. HttpError where
         there is no such resource."""
         path, _, query = resource.partition("?")
         self.uuid = uuid
@@ -10144,6 +10216,8 @@ class Subscription:
         # By the keys of rows, where ends come late: when they were last seen going on.
         self._going_on: dict[object, float] = {}
         self._is_first_look = True
+        self._hears_deletions = hears_deletions
+        self._keys: set[tuple[str, ...]] = set()  # of all that was there, whether told or not
 
     def depth(self) -> tuple[int, bool]:
         """What orders subscriptions: runs first, then steps, then tasks."""
@@ -10175,10 +10249,23 @@ class Subscription:
             if known == state or (self._is_first_look and last_change(row) < self._since):
                 continue
             kind = "UPDATE" if found.is_one or known is not None else "INSERT"
-            frames.append({"type": kind, "uuid": self.uuid, "resource": self.resource, "data": row})
+            frames.append(self._frame(kind, row))
+        if self._hears_deletions:
+            frames += self._deletions(found)
         self._stamp = stamp
         self._is_first_look = False
         return frames
+
+    def _deletions(self, found: Resource) -> list[Mapping[str, object]]:
+        """What tells, by their keys, of the rows that are gone since the last look."""
+        keys = set(found.keys())
+        gone, self._keys = self._keys - keys, keys
+        for key in gone:
+            self._known.pop(key, None)
+        return [self._frame("DELETE", dict(zip(found.key, key))) for key in gone]
+
+    def _frame(self, kind: str, row: Mapping[str, object]) -> Mapping[str, object]:
+        return {"type": kind, "uuid": self.uuid, "resource": self.resource, "data": row}
 
 
 def row_fingerprint(row: Mapping[str, Any]) -> str:
@@ -10264,7 +10351,8 @@ class Feed:
             raise BadFrame(OVER_LIMIT)
         if isinstance(resource, str):
             try:
-                self._subscriptions[uuid] = Subscription(uuid, resource, begin)
+                hears_deletions = asked.get("deletions") is True
+                self._subscriptions[uuid] = Subscription(uuid, resource, begin, hears_deletions)
                 self._next_look = 0.0
             except HttpError:
                 log.debug("a page subscribes to %r, which there is not", resource)

@@ -4761,6 +4761,25 @@ def test_a_run_appears_moves_and_ends_on_a_page(ui: Api) -> None:
         assert page.frame()["data"]["tags"] == ["new"]
 
 
+def test_pages_hear_of_deleted_runs_if_they_ask_to(store: mls.Store, ui: Api) -> None:
+    flow = ui.new_flow()
+    gone, kept = ui.new_run(flow), ui.new_run(flow)
+    with Page(ui) as page, Page(ui) as official:
+        for resource in ("/runs", gone, kept):
+            page.subscribe(resource, uuid=resource, deletions=True)
+        official.subscribe("/runs")
+        assert {page.frame()["type"] for _ in range(4)} == {"INSERT", "UPDATE"}
+        assert [official.frame()["type"] for _ in range(2)] == ["INSERT", "INSERT"]
+        names = gone.split("/")[2::2]
+        shutil.rmtree(Path(store.folder, *names))
+        told = {frame["uuid"]: frame for frame in (page.frame(), page.frame())}
+        assert {frame["type"] for frame in told.values()} == {"DELETE"}
+        assert told["/runs"]["data"] == dict(zip(("flow_id", "run"), names))
+        assert told[gone]["data"] == {}
+        ui.patch(f"{kept}/tag/mutate", {"tags_to_add": ["later"]})
+        assert official.frame()["type"] == "UPDATE", "to the official UI all frames are changes"
+
+
 def test_steps_and_attempts_of_a_run_appear_in_their_order(store: mls.Store, ui: Api) -> None:
     run = ui.new_run(ui.new_flow())
     with Page(ui) as page:
@@ -9542,9 +9561,7 @@ def test_names_and_lines_of_code_are_copied(chromium: Browser, walked_run: str) 
 
 
 @browser
-def test_tags_are_added_and_removed_and_a_deletion_asks_first(
-    page: BrowserPage, daemon: Api
-) -> None:
+def test_tags_are_added_and_removed(page: BrowserPage, daemon: Api) -> None:
     run = daemon.new_run(daemon.new_flow("Tagged"))
     visit(page, f"{daemon.url}/#{run.replace('/flows', '').replace('/runs', '')}")
     page.get_by_role("button", name="Add a tag").click()
@@ -9555,11 +9572,53 @@ def test_tags_are_added_and_removed_and_a_deletion_asks_first(
     page.get_by_role("button", name="Remove the tag two words").click()
     expect(page.locator("#tags .tag")).to_have_count(0)
     assert daemon.get(run).json["tags"] == []
-    page.locator("#head .menu summary").click()
-    page.get_by_role("button", name="Delete this run").click()
-    page.get_by_role("dialog").get_by_role("button", name="Cancel").click()
-    expect(page.get_by_role("dialog")).to_have_count(0)
-    assert daemon.get(run).status == 200
+
+
+@browser
+def test_a_run_is_deleted_from_its_menu_and_from_all_pages(
+    chromium: Browser, cli: Cli, daemon: Api
+) -> None:
+    flow = daemon.new_flow("Deleted")
+    gone, kept = (daemon.new_run(flow).split("/")[-1] for _ in range(2))
+    with new_page(chromium, permitted="404|409") as page, new_page(chromium) as other:
+        visit(other, daemon.url)
+        expect(run_row(other, "Deleted")).to_have_count(2)
+        visit(page, f"{daemon.url}/#/Deleted/{gone}")
+        menu = page.locator("#head .menu summary")
+        menu.click()
+        opener = page.get_by_role("button", name="Delete this run")
+        dialog = page.get_by_role("dialog")
+        opener.click()
+        expect(dialog).to_contain_text(f"Deleted/{gone}")
+        expect(dialog).to_contain_text("cannot be undone")
+        expect(dialog.get_by_role("button", name="Cancel")).to_be_focused()
+        page.keyboard.press("Escape")
+        expect(dialog).to_have_count(0)
+        expect(menu).to_be_focused()
+        assert daemon.get(f"/flows/Deleted/runs/{gone}").status == 200
+
+        def refuse(route: Any) -> None:
+            route.fulfill(status=409, json={"message": "The run has not ended."})
+
+        def delete(route: Any) -> None:
+            assert route.request.method == "DELETE"
+            shutil.rmtree(cli.folder / ".metaflow" / "Deleted" / gone)
+            route.fulfill(json={"runs": 1, "files": 1, "bytes": 1})
+
+        page.route(f"**/flows/Deleted/runs/{gone}", refuse)
+        menu.click()
+        opener.click()
+        dialog.get_by_role("button", name="Delete").click()
+        expect(dialog).to_contain_text("The run has not ended.")
+        dialog.get_by_role("button", name="Close").click()
+        page.unroute_all()
+        page.route(f"{daemon.url}/flows/Deleted/runs/{gone}", delete)
+        menu.click()
+        opener.click()
+        dialog.get_by_role("button", name="Delete").click()
+        expect(run_row(page, "Deleted")).to_have_count(1)
+        expect(run_row(page, "Deleted")).to_have_attribute("data-run", f"Deleted/{kept}")
+        expect(run_row(other, "Deleted")).to_have_count(1)
 
 
 FILTERED = {
