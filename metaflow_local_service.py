@@ -3260,6 +3260,7 @@ class ArtifactRow(_ArtifactRow, total=False):
     content: str
     content_kind: str  # the media type of bytes
     postprocess_error: DisplayError
+    is_inherited: bool  # whether a task before has had the same
 
 
 class Card(TypedDict):
@@ -3350,6 +3351,20 @@ def format_foreach_frames(frames: Sequence[str]) -> str | None:
     if len(frames) == 1:
         return frames[0].partition("=")[2] or frames[0]
     return ", ".join(frames) or None
+
+
+def origin_of_clone(ids: Ids, told: Mapping[str, object]) -> Ids | None:
+    """The task that a task is a clone of, by its metadata; None where it is none, or of none that
+    there may be."""
+    run, task = told.get("origin-run-id"), told.get("origin-task-id")
+    if run is None or task is None:
+        return None
+    origin = (ids[0], str(run), ids[2], str(task))
+    with contextlib.suppress(NotStorable):
+        for name in origin:
+            check_name(name)
+        return origin
+    return None
 
 
 MOST_ORIGINS = 20
@@ -4033,13 +4048,13 @@ class Model:
                 attempts[number] = self._completed_by_artifact(ids, number, attempt)
         told = {m["field_name"]: m["value"] for m in reversed(metadata)}
         origin_run = str(told.get("origin-run-id") or "None")
-        origin_task = told.get("origin-task-id")
+        origin = origin_of_clone(ids, told)
         frames = self.foreach_frames(ids)
         history = History(
             attempts,
             format_foreach_frames(frames),
             None if origin_run == "None" else origin_run,
-            f"{ids[0]}/{origin_run}/{ids[2]}/{origin_task}" if origin_task else None,
+            "/".join(origin) if origin else None,
         )
         if version is not None:
             self._histories.put(key, (version, history))
@@ -4052,13 +4067,9 @@ class Model:
         """
         fields = ("foreach-stack", "origin-run-id", "origin-task-id")
         told = {m["field_name"]: m["value"] for m in self.store.metadata(ids, fields=fields)}
-        stack = told.get("foreach-stack")
-        if stack is None and hops > 0 and "origin-task-id" in told:
-            origin = (ids[0], str(told.get("origin-run-id")), ids[2], str(told["origin-task-id"]))
-            with contextlib.suppress(NotStorable):
-                for name in origin:
-                    check_name(name)
-                return self.foreach_frames(origin, hops - 1)
+        stack, origin = told.get("foreach-stack"), origin_of_clone(ids, told)
+        if stack is None and hops > 0 and origin:
+            return self.foreach_frames(origin, hops - 1)
         frames = [stack] if isinstance(stack, str) else stack or []
         return [frame for frame in frames if isinstance(frame, str)]
 
@@ -4279,23 +4290,32 @@ class Model:
         return content if is_small else f"sha {row['sha']}"
 
     def _code(self, ids: Ids) -> dict[str, str]:
-        """The digest of the package of the code of a run, where one was made."""
+        """The digests of the code of a run: of its package, where one was made, and of its graph,
+        which has the lines, decorators and docstrings of the steps."""
+        graphs = (artifact["sha"] for artifact in self._stored_graphs(ids))
+        found = {"graph": next(graphs, None), "package": self._package_digest(ids)}
+        return {name: sha for name, sha in found.items() if sha is not None}
+
+    def _package_digest(self, ids: Ids) -> str | None:
         for step in self.store.steps(ids):
             for task in self.store.task_ids((*ids, step["step_name"]))[:1]:
                 for metadatum in self.store.metadata(task, fields=("code-package",)):
                     with contextlib.suppress(ValueError, LookupError, TypeError):
-                        return {"package": str(json.loads(value_text(metadatum))["sha"])}
-        return {}
+                        return str(json.loads(value_text(metadatum))["sha"])
+        return None
 
     # -- what the flow is --------------------------------------------------------------------------
 
     def graph(self, ids: Ids) -> Graph | None:
         """The graph of the flow of a run, as `_parameters` has stored it; None where it has not."""
+        artifact = next(self._stored_graphs(ids), None)
+        return None if artifact is None else self._graph_in(artifact)
+
+    def _stored_graphs(self, ids: Ids) -> Iterator[Artifact]:
         for task in self.store.task_ids((*ids, PARAMETERS_STEP)):
             artifact = self.store.artifact(task, "_graph_info")
             if artifact is not None:
-                return self._graph_in(artifact)
-        return None
+                yield artifact
 
     def _graph_in(self, artifact: Artifact) -> Graph | None:
         key = f"{artifact['flow_id']}/{artifact['location']}/{artifact['sha']}"
@@ -4343,6 +4363,35 @@ class Model:
             (artifact_row(artifact) for artifact in self.store.artifacts(ids, attempt)),
             key=lambda row: row["name"],
         )
+
+    def mark_inherited(self, ids: Ids, rows: Sequence[ArtifactRow]) -> None:
+        """Say of the artifacts of a task whether a task before it has had the same."""
+        unknown = {row["name"]: row for row in rows}
+        for row in rows:
+            row["is_inherited"] = False
+        for task in self._tasks_before(ids):
+            for name, row in list(unknown.items()):
+                earlier = self.store.artifact(task, name)
+                if earlier is not None and earlier["sha"] == row["sha"]:
+                    unknown.pop(name)["is_inherited"] = True
+            if not unknown:
+                return
+
+    def _tasks_before(self, ids: Ids) -> Iterator[Ids]:
+        """The tasks that a task may have followed: of the steps before its own, and where both are
+        in the same loop, of the same turn of it."""
+        run, step = ids[:2], ids[2]
+        steps = (self.graph(run) or {}).get("steps", {})
+        nexts = {n: s.get("next") for n, s in steps.items() if isinstance(s, dict)}
+        before = [
+            name for name, names in nexts.items() if isinstance(names, list) and step in names
+        ]
+        frames = self.foreach_frames(ids)
+        for name in (PARAMETERS_STEP, *before):
+            for task in self.store.task_ids((*run, name)):
+                shared = zip(frames, self.foreach_frames(task))
+                if task != ids and all(one == other for one, other in shared):
+                    yield task
 
     def value(self, artifact: Artifact | ArtifactRow, limit: int) -> Any:
         """The value of an artifact, read without unpickling; OSError, TooLarge or ValueError."""
@@ -4516,6 +4565,7 @@ class Model:
         return []
 
 
+MOST_COMPARED = 5
 COMPARED_SECTIONS = ("parameters", "artifacts", "durations", "tags", "code")
 Facts = Mapping[str, Mapping[str, Any]]
 """What is compared of a run: by section, the values by their names."""
@@ -7890,7 +7940,7 @@ function nodeContent(name, step) {
   const took = told.isCloned ? "cloned" : duration(to - from);
   const isOne = told.all.length === 1;
   const status = isOne ? [told.status].filter((one) => one !== "completed") : told.others;
-  const text = [...(isOne ? [] : [plural(told.all.length, "task")]), ...status, took];
+  const text = [...status, ...(isOne ? [] : [plural(told.all.length, "task")]), took];
   return {status: told.status, isCloned: told.isCloned, text: text.join(" \u00b7 ")};
 }
 
@@ -7906,8 +7956,9 @@ function taskRow(run, task, isSingle) {
   const last = newest(task);
   const tries = task.attempts.filter(Boolean).length;
   const seconds = (ms) => Math.max(0, ms - run.ts_epoch) / 1000;
-  const place = ({status, started_at: from, finished_at: to}) => `--from:${seconds(from)};--to:` +
-    (status === "running" ? "var(--now)" : seconds(to || from));
+  const beginOf = (row) => row.started_at || (row.status === "running" && row.ts_epoch);
+  const place = (row) => `--from:${seconds(beginOf(row))};--to:` +
+    (row.status === "running" ? "var(--now)" : seconds(row.finished_at || row.started_at));
   const bar = (row) => h("span", {
     class: `bar ${colour(row.status)}${row.origin_pathspec ? " cloned" : ""}`,
     style: place(row),
@@ -7929,7 +7980,7 @@ function taskRow(run, task, isSingle) {
   h("span", {class: isSingle ? "" : "under"}, label,
     shown === label ? null : h("span", {class: "dim"}, " " + id),
     h("span", {class: "hidden-text"}, `${isSingle ? "" : ` in ${last.step_name}`}: ${more}`)),
-  h("span", {class: "lane"}, task.attempts.filter((row) => row && row.started_at).map(bar)),
+  h("span", {class: "lane"}, task.attempts.filter((row) => row && beginOf(row)).map(bar)),
   h("span", {class: "number"}, tries > 1 ? h("span", {class: "dim"}, `${tries} tries `) : null,
     last.origin_pathspec ? h("span", {class: "dim"}, "cloned ") : null, elapsed(last)));
 }
@@ -8594,30 +8645,7 @@ function cardPart(attempt, owner) {
   });
 }
 
-// Artifacts, and where those come from that a task has not made itself.
-
-/** Names and content hashes of what the tasks before one had. */
-async function inherited(flow, id, step, row) {
-  const {data: graph} = await getIfAny(runPath(flow, id) + "/dag", {});
-  const before = Object.entries(graph.steps || {})
-    .filter(([, {next}]) => (next || []).includes(step)).map(([name]) => name);
-  const names = ["_parameters", ...before].join(",");
-  const query = `/tasks?step_name=${encodeURIComponent(names)}&postprocess=false&_limit=1000`;
-  const tasks = (await getAll(runPath(flow, id) + query))
-    .filter((task) => task.task_id !== row.task_id && names.split(",").includes(task.step_name));
-  const label = row.foreach_label || "";
-  const isNear = (task) => !task.foreach_label || label.startsWith(task.foreach_label) ||
-    task.foreach_label.startsWith(label);
-  const ids = [...new Map(tasks.filter(isNear).map((task) => [task.task_id, task])).values()];
-  const near = ids.slice(0, MOST_TASKS_BEFORE);
-  const lists = await Promise.all(near.map((task) => getAll(
-    path("flows", flow, "runs", id, "steps", task.step_name, "tasks", taskId(task)) +
-      "/artifacts?_limit=1000")));
-  return new Set(lists.flat().map(artifactKey));
-}
-
-const MOST_TASKS_BEFORE = 6;
-const artifactKey = ({name, sha}) => `${name}=${sha}`;
+// Artifacts: those that a task has made apart from those that a task before had already.
 
 /** An image that an artifact holds; read here, since the page may show nothing but data. */
 async function showImage(url, into) {
@@ -8643,19 +8671,17 @@ function artifactRow(row, attempt) {
 
 const noneOf = (attempt) => (attempt.phase() === "settled" ? "None." : "None yet.");
 
-function artifactPart(attempt, known) {
+function artifactPart(attempt) {
   const {base, number} = attempt;
   const heads = ["Name", "Value", "Python"];
   const tableFor = (title, rows) =>
     wrapTable(title, tableOf("names", heads, rows.map((row) => artifactRow(row, attempt))));
   return newPart("artifacts", "Artifacts", async () => {
-    const query = `/artifacts?_limit=50&postprocess=true&attempt_id=${number}`;
+    const query = `/artifacts?_limit=50&postprocess=true&inherited=true&attempt_id=${number}`;
     const rows = (await getAll(base + query)).filter(({name}) => !name.startsWith("_"));
     if (!rows.length) return emptyLine("artifacts", "Artifacts", noneOf(attempt));
-    const earlier = await known();
-    const isOld = (row) => earlier.has(artifactKey(row));
-    const made = rows.filter((row) => !isOld(row));
-    const old = rows.filter(isOld);
+    const made = rows.filter((row) => !row.is_inherited);
+    const old = rows.filter((row) => row.is_inherited);
     const shown = made.length
       ? panel("artifacts", "Artifacts", titled("Artifacts"), tableFor("Artifacts", made))
       : emptyLine("artifacts", "Artifacts", "None of its own.");
@@ -8706,7 +8732,6 @@ class TaskPage {
     this.line = lineInAddress();
     this.head = h("div", {id: "head"});
     this.why = h("div");
-    this.before = null; // what the tasks before had, asked for once
     this.moving = []; // the parts that are worth asking for again and again
     this.still = [];
     if (this.isThere) this.makeParts();
@@ -8729,13 +8754,7 @@ class TaskPage {
     const logs = [logPart("out", "Standard output", this), logPart("err", "Standard error", this)];
     if (this.row().status === "failed") logs.reverse();
     this.moving = [...logs, cardPart(this, this.owner)];
-    this.still = [artifactPart(this, () => this.inherited()), metadataPart(this)];
-  }
-
-  inherited() {
-    const [flow, id, step] = this.ids;
-    this.before = this.before || inherited(flow, id, step, this.row()).catch(() => new Set());
-    return this.before;
+    this.still = [artifactPart(this), metadataPart(this)];
   }
 
   nodes() {
@@ -9787,11 +9806,14 @@ def metadata_resource(look: Snapshot, query: Query, *task: str) -> Resource:
 @ui_resource(TASK + "/artifacts")
 def artifacts_resource(look: Snapshot, query: Query, *task: str) -> Resource:
     """The artifacts of an attempt of a task, with their values if `postprocess` says so; to who
-    has subscribed always, since the official UI asks for none then, but shows them."""
+    has subscribed always, since the official UI asks for none then, but shows them. With
+    `inherited=true` each tells whether a task before has had the same."""
     ids, attempt = task_ids(*task), parse_attempt(query)
 
     def rows() -> Iterable[ArtifactRow]:
         found = select_rows(look.model.artifacts(ids, attempt), query, UI_ARTIFACT_COLUMNS)
+        if first_value(query, "inherited") == "true":
+            look.model.mark_inherited(ids, found)
         is_valued = look.is_live or first_value(query, "postprocess") == "true"
         return map(look.model.with_value, found) if is_valued else found
 
@@ -9832,9 +9854,6 @@ def ui_run_artifacts(model: Model, request: Request, flow: str, run: str) -> Res
     return envelope_page(request, select_rows(remote, request.query, UI_ARTIFACT_COLUMNS))
 
 
-MOST_COMPARED = 5
-
-
 @ui_route("GET", "/api/compare")
 def ui_compare(model: Model, request: Request) -> Response:
     """What differs between runs, each named as FLOW/RUN; with `all=true` also what does not."""
@@ -9842,6 +9861,9 @@ def ui_compare(model: Model, request: Request) -> Response:
     if not 2 <= len(named_runs) <= MOST_COMPARED or any(r.count("/") != 1 for r in named_runs):
         raise BadQuery(f"2 to {MOST_COMPARED} runs are compared, each as run=FLOW/RUN.")
     runs = [run_ids(*pathspec.split("/")) for pathspec in named_runs]
+    for ids in runs:
+        if model.store.run(ids) is None:
+            raise HttpError(404, f"There is no run {'/'.join(ids)}.")
     has_equal = first_value(request.query, "all") == "true"
     return envelope_one(request, model.compare(runs, has_equal))
 
@@ -11931,16 +11953,18 @@ class Index:
     def remove(self, root: str) -> None:
         remove_file(self._link(root))
 
-    def services(self) -> list[Service]:
-        """All running services that it knows, by root; links to others are removed.
+    def services(self, besides: str | None = None) -> list[Service]:
+        """All running services that it knows, by root, but for the root `besides`; links to others
+        are removed.
 
         A root that cannot be looked at is passed over.
         """
+        passed_over = None if besides is None else self._link(besides)
         found = []
         with contextlib.suppress(OSError):
             for name in os.listdir(self.folder):
                 link = os.path.join(self.folder, name)
-                if name.endswith(".pid") and os.path.islink(link):
+                if name.endswith(".pid") and os.path.islink(link) and link != passed_over:
                     root = os.path.dirname(os.path.dirname(os.readlink(link)))
                     with contextlib.suppress(ServiceError):
                         service = find_service(root)
@@ -12599,15 +12623,15 @@ class Daemon:
             return BrokenService(f"The service cannot start: {reason}.")
 
     def _list_services(self) -> list[ServiceRow]:
-        """All running services of this user."""
-        return [
-            {
-                "root": service.root,
-                "url": service.url,
-                "is_this": service.port == self._server.server_port,
-            }
-            for service in self._options.registry.services()
+        """All running services of this user, by root; this one without a look at its pidfile, at
+        which it would wait for its own end."""
+        root = self._options.root
+        own: ServiceRow = {"root": root, "url": self._server.url, "is_this": True}
+        others: list[ServiceRow] = [
+            {"root": service.root, "url": service.url, "is_this": False}
+            for service in self._options.registry.services(besides=root)
         ]
+        return sorted([own, *others], key=lambda row: row["root"])
 
     def _is_wanted(self, idle_seconds: float) -> bool:
         if self._is_gone() or not self._owns_root():
@@ -13676,6 +13700,8 @@ def do_compare(arguments: Arguments) -> None:
     for ids in runs:
         if len(ids) != RUN_DEPTH:
             raise ServiceError(f"{'/'.join(ids)} is not a run.", exit_code=2)
+    if len(runs) > MOST_COMPARED:
+        raise ServiceError(f"At most {MOST_COMPARED} runs are compared.", exit_code=2)
     compared = model.compare(runs, arguments.all) if len(runs) > 1 else model.changes(runs[0])
     if compared is None:
         raise ServiceError(f"No run before {'/'.join(runs[0])} has succeeded.")
