@@ -6624,7 +6624,9 @@ kbd {
   .timeline { --name: 130px; --time: 66px; }
   .row { gap: 8px; padding-inline: 12px; }
   .tick:nth-child(even) { display: none; }
-  .narrow { display: inline-block; }
+  .narrow { display: inline-block; max-width: 132px; }
+  .toolbar .space { display: none; }
+  .row > .under { white-space: normal; overflow-wrap: anywhere; }
   #runs thead { display: none; }
   #runs :is(table, tbody) { display: block; }
   #runs tbody tr {
@@ -6638,6 +6640,7 @@ kbd {
   #runs tbody :is(td, th) { padding: 0; border: 0; }
   #runs td:empty, #runs .empty { display: none; }
   #runs tbody .mark { width: auto; margin-left: -5px; padding: 0; }
+  #runs tbody td:nth-child(3) { flex: 1 0 45%; }
   #runs td:nth-child(6) { display: none; }
   .title input:not([type="checkbox"]) { width: 130px; }
   #runs .details { flex: 1 0 100%; width: 100%; max-width: 100%; }
@@ -6681,6 +6684,7 @@ const main = byId("main");
 const filter = byId("filter");
 const SVG = "http://www.w3.org/2000/svg";
 const API = location.pathname.endsWith("/") ? location.pathname.slice(0, -1) : "";
+const SOCKETS = location.origin.replace(/^http/, "ws") + API;
 
 /** An element. Text from flows passes through here alone: strings become text nodes, no markup. */
 function h(tag, props, ...children) {
@@ -6868,31 +6872,23 @@ function codePanel(snippets) {
   return folded("code", "Use it in code", h("div", {class: "snippets"}, lines));
 }
 
-/** Asks something in a dialog; true where the answer is yes. */
-function ask(title, text, yes) {
-  const dialog = h("dialog", {"aria-label": title}, h("h2", null, title), h("p", null, text));
-  const answer = (value) => h("button",
-    {class: value && "danger", onclick: () => dialog.close(value)}, value || "Cancel");
-  dialog.append(h("div", {class: "buttons"}, answer(""), answer(yes)));
+/** Opens a dialog; gives the value of the button that closes it, nothing where none does. */
+function openDialog(title, content, buttons) {
+  const dialog = h("dialog", {"aria-label": title}, h("h2", null, title), content);
+  const newButton = ([text, value, className]) =>
+    h("button", {class: className, onclick: () => dialog.close(value)}, text);
+  dialog.append(h("div", {class: "buttons"}, buttons.map(newButton)));
   document.body.append(dialog);
   dialog.showModal();
   return new Promise((resolve) => {
     dialog.onclose = () => {
       dialog.remove();
-      resolve(dialog.returnValue === yes);
+      resolve(dialog.returnValue);
     };
   });
 }
 
-/** Says something in a dialog. */
-function tell(title, ...content) {
-  const dialog = h("dialog", {"aria-label": title}, h("h2", null, title), ...content);
-  dialog.append(h("div", {class: "buttons"},
-    h("button", {class: "primary", onclick: () => dialog.close()}, "Close")));
-  dialog.onclose = () => dialog.remove();
-  document.body.append(dialog);
-  dialog.showModal();
-}
+const tell = (title, content) => openDialog(title, content, [["Close", "", "primary"]]);
 
 // Addresses: of the service, and of views of the page.
 
@@ -6906,15 +6902,23 @@ function listLink(query, choices = {}) {
   return "#/" + (pairs.length ? "?" + new URLSearchParams(pairs) : "");
 }
 
-/** Asks the service; what is asked belongs to the view that is shown, and is given up with it. */
-async function get(url) {
-  const options = {signal: view.signal};
-  const answer = await fetch(API + "/api" + url, options).catch((problem) => {
+/** The answer to a request; an error with a sentence where there is none, or a refusal. */
+async function request(url, options) {
+  const answer = await fetch(API + url, options).catch((problem) => {
     throw problem.name === "AbortError" ? problem : new Error("The service does not answer.");
   });
-  if (answer.ok) return answer.json();
-  if (answer.status === 401) askForKey();
-  throw await refusal(answer);
+  if (!answer.ok) throw await refusal(answer);
+  return answer;
+}
+
+/** Asks the service; what is asked belongs to the view that is shown, and is given up with it. */
+async function get(url) {
+  try {
+    return (await request("/api" + url, {signal: view.signal})).json();
+  } catch (problem) {
+    if (problem.status === 401) askForKey();
+    throw problem;
+  }
 }
 
 async function refusal(answer) {
@@ -6945,15 +6949,11 @@ async function getAll(url) {
   return rows;
 }
 
-/** Changes something; the reason, where the service refuses. */
-async function change(method, url, body) {
-  const answer = await fetch(API + url, {
-    method,
-    headers: {"Content-Type": "application/json"},
-    body: body && JSON.stringify(body),
-  }).catch(() => { throw new Error("The service does not answer."); });
-  if (!answer.ok) throw await refusal(answer);
-}
+const change = (method, url, body) => request(url, {
+  method,
+  headers: {"Content-Type": "application/json"},
+  body: body && JSON.stringify(body),
+});
 
 function askForKey() {
   view.abort();
@@ -7004,7 +7004,7 @@ function drawNow() {
 }
 
 function connect() {
-  const socket = new WebSocket(location.origin.replace(/^http/, "ws") + API + "/api/ws");
+  const socket = new WebSocket(SOCKETS + "/api/ws");
   let isAnswered = true;
   let pinging = 0;
   live.socket = socket;
@@ -7115,6 +7115,7 @@ document.addEventListener("visibilitychange", () => {
   if (document.hidden) return;
   unseen.run = null;
   drawNow();
+  showServices();
 });
 
 // The filter: parts match, case does not matter, - excludes, commas are alternatives.
@@ -7297,7 +7298,7 @@ const projectOf = (run) =>
 
 /** The choices that the address of the list holds. */
 function listChoices() {
-  const choices = new URLSearchParams(location.hash.split("?")[1] || "");
+  const choices = addressQuery();
   return {
     sort: choices.get("sort") || "",
     group: choices.get("group") || "",
@@ -7706,11 +7707,12 @@ async function deleteRun(flow, id, menu) {
   const text = `${flow}/${id} is deleted with what only it has stored: records, artifacts, logs ` +
     "and cards. This cannot be undone.";
   closeMenu(menu); // the focus comes back to it
-  if (!await ask("Delete this run?", text, "Delete")) return;
+  const choices = [["Cancel", ""], ["Delete", "delete", "danger"]];
+  if (!await openDialog("Delete this run?", h("p", null, text), choices)) return;
   try {
     await change("DELETE", runPath(flow, id));
     forgetRun(`${flow}/${id}`);
-    location.hash = listLink(listed);
+    location.hash = listHash;
   } catch (problem) {
     tell("The run was not deleted", h("p", null, problem.message));
   }
@@ -7723,7 +7725,7 @@ function showDeleted(flow, id) {
   forgetRun(`${flow}/${id}`);
   showInTab("", `${flow}/${id}`);
   showNodes(h("h1", null, `${flow}/${id}`), panel("deleted", "Deleted", note(
-    "This run was deleted. ", h("a", {class: "link", href: listLink(listed)}, "All runs"))));
+    "This run was deleted. ", h("a", {class: "link", href: listHash}, "All runs"))));
 }
 
 /** Hears of a run; also whether it was deleted while the service was not heard. */
@@ -7952,13 +7954,15 @@ function absence(name, run, nodes, steps) {
 
 // The timeline.
 
+const secondsInto = (run, ms) => Math.max(0, ms - run.ts_epoch) / 1000;
+
 function taskRow(run, task, isSingle) {
   const last = newest(task);
   const tries = task.attempts.filter(Boolean).length;
-  const seconds = (ms) => Math.max(0, ms - run.ts_epoch) / 1000;
   const beginOf = (row) => row.started_at || (row.status === "running" && row.ts_epoch);
-  const place = (row) => `--from:${seconds(beginOf(row))};--to:` +
-    (row.status === "running" ? "var(--now)" : seconds(row.finished_at || row.started_at));
+  const place = (row) => `--from:${secondsInto(run, beginOf(row))};--to:` +
+    (row.status === "running" ? "var(--now)"
+      : secondsInto(run, row.finished_at || row.started_at));
   const bar = (row) => h("span", {
     class: `bar ${colour(row.status)}${row.origin_pathspec ? " cloned" : ""}`,
     style: place(row),
@@ -7988,8 +7992,7 @@ function taskRow(run, task, isSingle) {
 function stepHead(run, step) {
   const told = summary(step);
   const {from, to} = stepTime(told);
-  const seconds = (ms) => Math.max(0, ms - run.ts_epoch) / 1000;
-  const end = told.counts.running ? "var(--now)" : seconds(to);
+  const end = told.counts.running ? "var(--now)" : secondsInto(run, to);
   const counts = [plural(told.all.length, "task"), ...told.others].join(", ");
   const pathspec = `${run.flow_id}/${runId(run)}/${step.name}`;
   return h("div", {class: "row step-head", tabindex: -1},
@@ -7997,7 +8000,7 @@ function stepHead(run, step) {
       copyButton(pathspec, pathspec)),
     h("span", {class: "lane"}, h("span", {
       class: "bar " + colour(told.status),
-      style: `--from:${seconds(from)};--to:${end}`,
+      style: `--from:${secondsInto(run, from)};--to:${end}`,
     })),
     h("span", {class: "number", "data-since": told.counts.running && from},
       duration(to - from)));
@@ -8067,8 +8070,7 @@ function timelineControls(flow, id, changed) {
 /** Asks which tasks have an artifact, or a foreach variable, of a value. */
 function searchArtifacts(flow, id, key, value, answer) {
   const query = new URLSearchParams({key, value, scope: "ARTIFACT,FOREACH_VARIABLE"});
-  const base = location.origin.replace(/^http/, "ws") + API;
-  const socket = new WebSocket(`${base}/api/search${runPath(flow, id)}?${query}`);
+  const socket = new WebSocket(`${SOCKETS}/api/search${runPath(flow, id)}?${query}`);
   socket.onmessage = ({data}) => {
     const {event} = JSON.parse(data);
     if (event.type === "result" || event.type === "error") answer(event);
@@ -8569,57 +8571,63 @@ function logPart(stream, title, attempt) {
 const cards = new Set(); // those that are shown
 const TALLEST_CARD = 20000;
 const FRESH_CARD = 2000; // for so long a card is not loaded anew: what it shows may come yet
+const SILENT_CARD = {height: 480, after: 3000}; // of one that does not tell its height
 
 addEventListener("message", ({data, source}) => {
   for (const card of cards) {
-    if (card.next && card.next.contentWindow === source) card.hear(card.next, data || {});
-    else if (card.frame && card.frame.contentWindow === source) card.hear(card.frame, data || {});
+    const frame = [card.next, card.frame].find((one) => one && one.contentWindow === source);
+    if (frame) card.hear(frame, data || {});
   }
 });
 
-function newCard(base, {hash, type, id}, number) {
-  const url = `${API}/api${base}/cards/${encodeURIComponent(hash)}`;
-  const name = [`${number}: ${type}`, id].filter(Boolean).join(" \u00b7 ");
-  const box = h("div", {class: "card"});
-  const opened = h("a", {class: "link", href: url, target: "_blank", rel: "noopener"},
-    "Open in a new tab");
-  const card = {
-    node: panel(null, "Card " + name, titled("Card " + name, opened), box),
-    frame: null, // what is shown
-    next: null, // what takes its place when it is drawn, so that nothing flashes
-    data: null,
-    opened: 0,
-  };
-  card.open = () => {
-    card.opened = Date.now();
-    card.next = h("iframe", {
+class Card {
+  constructor(base, {hash, type, id}, number) {
+    this.url = `${API}/api${base}/cards/${encodeURIComponent(hash)}`;
+    this.title = "Card " + [`${number}: ${type}`, id].filter(Boolean).join(" \u00b7 ");
+    this.box = h("div", {class: "card"});
+    this.frame = null; // what is shown
+    this.next = null; // what takes its place when it is drawn, so that nothing flashes
+    this.data = null;
+    this.opened = 0;
+    const opened = h("a", {class: "link", href: this.url, target: "_blank", rel: "noopener"},
+      "Open in a new tab");
+    this.node = panel(null, this.title, titled(this.title, opened), this.box);
+    this.open();
+  }
+
+  open() {
+    this.opened = Date.now();
+    this.next = h("iframe", {
       sandbox: "allow-scripts",
-      title: "Card " + name,
-      src: url + "?embed=true&follow=true",
-      onload: ({target}) => setTimeout(() => card.show(target, 480), 3000), // one that is silent
+      title: this.title,
+      src: this.url + "?embed=true&follow=true",
+      onload: ({target}) => setTimeout(() => this.showSilent(target), SILENT_CARD.after),
     });
-    box.append(card.next);
-  };
-  card.show = (frame, height) => {
-    if (frame === card.next) {
-      if (card.frame) card.frame.remove();
-      [card.frame, card.next] = [frame, null];
-      card.tell();
-    } else if (frame.classList.contains("ready") && height === 480) {
-      return;
+    this.box.append(this.next);
+  }
+
+  show(frame, height) {
+    if (frame === this.next) {
+      if (this.frame) this.frame.remove();
+      [this.frame, this.next] = [frame, null];
+      this.tell();
     }
     frame.classList.add("ready");
     frame.style.height = `${Math.min(TALLEST_CARD, Math.ceil(height))}px`;
-  };
-  card.tell = () => {
-    if (card.frame && card.data) card.frame.contentWindow.postMessage(card.data, "*");
-  };
-  card.hear = (frame, {cardHeight, cardIsStale}) => {
-    if (typeof cardHeight === "number" && cardHeight > 0) card.show(frame, cardHeight);
-    if (cardIsStale && !card.next && Date.now() - card.opened > FRESH_CARD) card.open();
-  };
-  card.open();
-  return card;
+  }
+
+  showSilent(frame) {
+    if (!frame.classList.contains("ready")) this.show(frame, SILENT_CARD.height);
+  }
+
+  tell() {
+    if (this.frame && this.data) this.frame.contentWindow.postMessage(this.data, "*");
+  }
+
+  hear(frame, {cardHeight, cardIsStale}) {
+    if (typeof cardHeight === "number" && cardHeight > 0) this.show(frame, cardHeight);
+    if (cardIsStale && !this.next && Date.now() - this.opened > FRESH_CARD) this.open();
+  }
 }
 
 function cardPart(attempt, owner) {
@@ -8629,7 +8637,7 @@ function cardPart(attempt, owner) {
   return newPart("cards", "Cards", async () => {
     const {data, missing = 0} = await getIfAny(attempt.base + "/cards?data=true", []);
     for (const row of data) {
-      const card = known.get(row.hash) || newCard(attempt.base, row, known.size + 1);
+      const card = known.get(row.hash) || new Card(attempt.base, row, known.size + 1);
       known.set(row.hash, card);
       cards.add(card);
       card.data = row.data;
@@ -8849,7 +8857,7 @@ function causeAlone(node) {
 
 /** The line of a log that the address names. */
 function lineInAddress() {
-  const query = new URLSearchParams(location.hash.split("?")[1] || "");
+  const query = addressQuery();
   const row = Number(query.get("line")) - 1;
   return row >= 0 ? {stream: query.get("log") || "out", row} : null;
 }
@@ -8927,8 +8935,20 @@ async function compareView(mine, keys) {
 
 let view = newView();
 let here = "";
-let listed = ""; // the filter of the list, to go back to
+let listed = ""; // the filter of the list
+let listHash = listLink(""); // the address of the list, to go back to
 let typing = 0;
+
+// How far views were scrolled, by their entries in the history: back and forward lead there.
+const scrolls = new Map();
+let entry = 0;
+history.scrollRestoration = "manual";
+
+function enterHistory() {
+  scrolls.set(entry, scrollY);
+  if (!history.state) history.replaceState(Date.now(), "");
+  entry = history.state;
+}
 
 /** What is shown: it is given up by aborting it. */
 function newView() {
@@ -8967,7 +8987,7 @@ function openView(mine) {
 
 function showCrumbs() {
   const [flow, id, step, task] = names();
-  const trail = [["Runs", listLink(isList() ? "" : listed)], [flow, link(flow)],
+  const trail = [["Runs", isList() ? listLink("") : listHash], [flow, link(flow)],
     [id, link(flow, id)], [step, link(flow, id)], [task, link(flow, id, step, task)]];
   if (addressQuery().has("compare")) trail.push(["Compare", location.hash]);
   byId("crumbs").replaceChildren(...trail.filter(([name]) => name)
@@ -8976,12 +8996,16 @@ function showCrumbs() {
 
 async function route() {
   view.abort();
+  enterHistory();
   const from = here;
   const mine = newView();
   const [flow] = names();
   view = mine;
   here = location.hash;
-  if (isList()) listed = flow ? `flow:"${flow}"` : addressQuery().get("q") || "";
+  if (isList()) {
+    listed = flow ? `flow:"${flow}"` : addressQuery().get("q") || "";
+    listHash = here || listLink("");
+  }
   if (document.activeElement !== filter) filter.value = listed;
   document.title = names().join("/") || "Metaflow runs";
   byId("marked").hidden = true;
@@ -8996,16 +9020,17 @@ function focusAfter(from) {
   const back = [...main.querySelectorAll("a.nav")]
     .find((item) => from === item.hash || from.startsWith(item.hash + "/"));
   if (back) {
-    back.focus();
+    back.focus({preventScroll: scrolls.has(entry)});
     return;
   }
   main.focus({preventScroll: true});
 }
 
-/** Shows a view from its top; not later, when somebody may have scrolled it already. */
+/** Shows a view from its top, or as it was; not later, when somebody may have scrolled it. */
 function showNodes(...nodes) {
   main.replaceChildren(...nodes);
-  if (!lineInAddress() && document.activeElement !== filter) scrollTo(0, 0);
+  if (lineInAddress() || document.activeElement === filter) return;
+  scrollTo(0, scrolls.get(entry) || 0);
 }
 
 function search(target) {
@@ -9056,7 +9081,7 @@ function move(by) {
 
 function goUp() {
   const [flow, id, , task] = names();
-  location.hash = task ? link(flow, id) : id || !isList() ? listLink(listed) : "#/";
+  location.hash = task ? link(flow, id) : id || !isList() ? listHash : "#/";
 }
 
 function markFocused() {

@@ -3138,9 +3138,9 @@ def end_task(ui: Api, task: str, kind: str = "local", is_ok: str = "True") -> No
     ui.post(f"{task}/metadata", [metadatum(name, value) for name, value in told])
 
 
-def store_log(store: mls.Store, task: str) -> None:
+def store_log(datastore: str | Path, task: str) -> None:
     """Leave the files that the scheduler leaves when the process of an attempt has exited."""
-    folder = Path(store.folder, *task.split("/")[2::2])
+    folder = Path(datastore, *task.split("/")[2::2])
     for name in ("runtime_stdout.log", "runtime_stderr.log"):
         (folder / f"0.{name}").write_bytes(b"")
 
@@ -3166,7 +3166,7 @@ def test_a_log_is_awaited_until_the_scheduler_has_stored_it_or_for_minutes(
     assert stored_logs() == [False, True, True]
     assert stored_logs(mls.STORING_SECONDS - 10) == [False, True, True]
     assert stored_logs(mls.STORING_SECONDS + 10) == [True, True, True]
-    store_log(store, awaited)
+    store_log(store.folder, awaited)
     assert stored_logs() == [True, True, True]
 
 
@@ -4836,7 +4836,7 @@ def test_pages_hear_of_an_end_when_the_log_is_there_and_of_the_runs_last(
         for _ in range(2):
             told = page.frame()["data"]
             assert (told["status"], told["tags"]) == ("running", ["later"])
-        store_log(store, task)
+        store_log(store.folder, task)
         frames = [page.frame() for _ in range(2)]
         assert [frame["uuid"] for frame in frames] == ["/tasks", ""]
         for frame in frames:
@@ -4869,7 +4869,7 @@ def test_a_log_that_comes_after_the_end_of_its_run_is_told_of(
     with Page(ui) as page:
         page.subscribe(f"{run}/tasks")
         assert page.frame()["data"]["is_log_stored"] is False
-        store_log(store, task)
+        store_log(store.folder, task)
         assert page.frame()["data"]["is_log_stored"] is True
 
 
@@ -9642,8 +9642,10 @@ FILTERED = {
 }
 
 
-def complete_run(api: Api, run: str) -> None:
-    end_task(api, api.new_task(api.new_step(run, "end")))
+def complete_run(cli: Cli, api: Api, run: str) -> None:
+    task = api.new_task(api.new_step(run, "end"))
+    end_task(api, task)
+    store_log(cli.folder / ".metaflow", task)
 
 
 @pytest.fixture(scope="session")
@@ -9653,7 +9655,7 @@ def filtered_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         assert cli("start", "--idle-timeout", 3600).returncode == 0
         api = Api(cli.status()["url"])
         for flow, fields in FILTERED.items():
-            complete_run(api, api.new_run(api.new_flow(flow), **fields))
+            complete_run(cli, api, api.new_run(api.new_flow(flow), **fields))
         api.close()
         yield api.url
 
@@ -9730,7 +9732,7 @@ def test_runs_are_sorted_grouped_and_marked(page: BrowserPage, filtered_runs: st
 
 
 @browser
-def test_ordinary_tags_leave_the_columns_whole(page: BrowserPage, daemon: Api) -> None:
+def test_ordinary_tags_leave_the_columns_whole(page: BrowserPage, cli: Cli, daemon: Api) -> None:
     tags = [
         "nightly-build",
         "experiment",
@@ -9739,7 +9741,7 @@ def test_ordinary_tags_leave_the_columns_whole(page: BrowserPage, daemon: Api) -
         "x" * 90,
     ]
     flow = daemon.new_flow("AFlowWithQuiteALongNameIndeed")
-    complete_run(daemon, daemon.new_run(flow, tags=tags, user_name="barbara"))
+    complete_run(cli, daemon, daemon.new_run(flow, tags=tags, user_name="barbara"))
     page.set_viewport_size({"width": 1600, "height": 900})
     visit(page, daemon.url)
     row = run_row(page, "AFlowWithQuiteALongNameIndeed")
