@@ -7704,8 +7704,8 @@ function tagEditor(flow, id, changed) {
 }
 
 async function deleteRun(flow, id, menu) {
-  const text = `${flow}/${id} is deleted with what only it has stored: records, artifacts, logs ` +
-    "and cards. This cannot be undone.";
+  const text = `${flow}/${id} is deleted with its records, logs and cards, and at the next "gc" ` +
+    "the artifacts that no other run has. This cannot be undone.";
   closeMenu(menu); // the focus comes back to it
   const choices = [["Cancel", ""], ["Delete", "delete", "danger"]];
   if (!await openDialog("Delete this run?", h("p", null, text), choices)) return;

@@ -4115,7 +4115,8 @@ def test_runs_are_compared_by_what_differs(zoo: Api) -> None:
     assert {"parameters", "artifacts", "durations"} <= sections
     for query in ("", f"run={run}", f"run={run}&run=nonsense"):
         assert zoo.get(f"/api/compare?{query}").status == 400
-    assert zoo.get(f"/api/compare?run={run}&run=None/1").status == 404
+    missing = zoo.get(f"/api/compare?run={run}&run=None/1")
+    assert (missing.status, missing.json) == (404, {"message": "There is no run None/1."})
 
 
 def test_facts_of_runs_differ_by_section_and_name() -> None:
@@ -4146,9 +4147,14 @@ def test_durations_differ_if_by_much_and_other_values_as_json(
     assert mls.is_different(section, values) == is_different
 
 
-def test_the_services_of_a_user_are_listed(daemon: Api, cli: Cli) -> None:
-    (row,) = daemon.get("/api/services").json["data"]
-    assert row == {"root": str(cli.folder), "url": daemon.url, "is_this": True}
+def test_the_services_of_a_user_are_listed(daemon: Api, cli: Cli, tmp_path: Path) -> None:
+    assert cli("start", "--root", tmp_path).returncode == 0
+    other = cli.status("--root", tmp_path)
+    rows = daemon.get("/api/services").json["data"]
+    assert sorted(rows, key=lambda row: not row["is_this"]) == [
+        {"root": str(cli.folder), "url": daemon.url, "is_this": True},
+        {"root": other["root"], "url": other["url"], "is_this": False},
+    ]
 
 
 CARD_FLOW = """
@@ -9589,7 +9595,8 @@ def test_a_run_is_deleted_from_its_menu_and_from_all_pages(
     chromium: Browser, cli: Cli, daemon: Api
 ) -> None:
     flow = daemon.new_flow("Deleted")
-    gone, kept = (daemon.new_run(flow).split("/")[-1] for _ in range(2))
+    beating = {"system_tags": ["metaflow_version:2.19.0"]}  # so that it is running for minutes
+    gone, kept = (daemon.new_run(flow, **beating).split("/")[-1] for _ in range(2))
     with new_page(chromium, permitted="409|404.*/dag ") as page, new_page(chromium) as other:
         visit(other, daemon.url)
         expect(run_row(other, "Deleted")).to_have_count(2)
@@ -9606,23 +9613,12 @@ def test_a_run_is_deleted_from_its_menu_and_from_all_pages(
         expect(dialog).to_have_count(0)
         expect(menu).to_be_focused()
         assert daemon.get(f"/flows/Deleted/runs/{gone}").status == 200
-
-        def refuse(route: Any) -> None:
-            route.fulfill(status=409, json={"message": "The run has not ended."})
-
-        def delete(route: Any) -> None:
-            assert route.request.method == "DELETE"
-            shutil.rmtree(cli.folder / ".metaflow" / "Deleted" / gone)
-            route.fulfill(json={"runs": 1, "files": 1, "bytes": 1})
-
-        page.route(f"**/flows/Deleted/runs/{gone}", refuse)
         menu.click()
         opener.click()
         dialog.get_by_role("button", name="Delete").click()
-        expect(dialog).to_contain_text("The run has not ended.")
+        expect(dialog).to_contain_text("is running")
         dialog.get_by_role("button", name="Close").click()
-        page.unroute_all()
-        page.route(f"{daemon.url}/flows/Deleted/runs/{gone}", delete)
+        complete_run(cli, daemon, f"/flows/Deleted/runs/{gone}")
         menu.click()
         opener.click()
         dialog.get_by_role("button", name="Delete").click()
@@ -9757,13 +9753,17 @@ def test_a_page_outlives_its_service_and_hears_what_it_has_missed(
     chromium: Browser, cli: Cli, daemon: Api
 ) -> None:
     with new_page(chromium, permitted="WebSocket connection") as page:
+        gone = daemon.new_run(daemon.new_flow("Gone"))
         visit(page, daemon.url)
+        expect(run_row(page, "Gone")).to_be_visible()
         assert cli("stop").returncode == 0
         expect(page.locator("#live")).to_have_attribute("data-state", "reconnecting")
+        shutil.rmtree(Path(cli.folder, ".metaflow", *gone.split("/")[2::2]))
         daemon.close()
         assert cli("start", "--port", daemon.port).returncode == 0
         daemon.new_run(daemon.new_flow("Missed"))
         expect(run_row(page, "Missed")).to_be_visible()
+        expect(run_row(page, "Gone")).to_have_count(0)
 
 
 @browser
