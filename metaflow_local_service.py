@@ -2728,22 +2728,41 @@ def to_json(value: Any) -> Any:
 
 
 # ==================================================================================================
-# Queries: filters, cursors, derived status: pure functions over records
+# Queries: filters, orders, cursors, pages: pure functions over rows
 # ==================================================================================================
+#
+# Rules of this layer:
+#
+# - Functions of a query and of rows (records, or rows of the model), and nothing else: no store, no
+#   clock. Whoever has rows decides which of them to fetch or judge before they are filtered.
+# - A parameter that makes no sense is a BadQuery, before any row is looked at. One that names no
+#   column is ignored, as in the reference.
+# - No query may take for ever: there is no operator whose time is not bounded, and a regular
+#   expression that is not plainly cheap goes to a Search that can be interrupted.
+#
+# How it works: a Field tells the value of a column in a row, how the text of a parameter becomes an
+# operand, and which operators apply. The tables of fields, one for each list of each API, are all
+# that says what can be filtered and ordered; to add a column is to add a line there. parse_filters
+# makes predicates of parameters, all of which must hold; select_rows also sorts by `_order`.
+#
+# The lists of the metadata API have a fixed order, newest first, and pages with cursors. An Order
+# has the sort key of such a list and names the fields that it needs. A cursor consists of these
+# fields of the last record of a page. Decoded, it gives the sort key after which the next page
+# starts, even if that record is gone by then.
 
 
 class BadQuery(Exception):
-    """A parameter that means nothing: one sentence for it."""
+    """A parameter that makes no sense; the sentence says why."""
 
 
 Query = Sequence[tuple[str, str]]
-"""The parameters of a request, in their order, a name as often as it was given."""
+"""The parameters of a request in their order; a name may occur several times."""
 
-Test = Callable[[Any], bool]
+Predicate = Callable[[Any], bool]
 
 
 def first_value(query: Query, name: str) -> str | None:
-    """The value of a parameter that counts once: the first, None where it is not given."""
+    """The first value of a parameter, or None if it is not given."""
     return next((value for key, value in query if key == name), None)
 
 
@@ -2772,7 +2791,8 @@ INTEGER = re.compile(r"\s*[+-]?[0-9]{1,1000}\s*", re.ASCII)
 def is_like(text: str, pattern: str) -> bool:
     """SQL's LIKE: `%` is any text, `_` any character, a backslash takes the next one literally.
 
-    Goes back to the last `%` only, so the time is at most the product of the two lengths.
+    It backtracks to the last `%` only, so the time is at most the product of the two lengths, which
+    it would not be for a regular expression.
     """
     parts = re.findall(r"\\.|.", pattern, re.DOTALL)
     at = part = 0
@@ -2792,96 +2812,83 @@ def is_like(text: str, pattern: str) -> bool:
 
 
 class Field(NamedTuple):
-    """A field that records can be filtered by: its value in a record, and what may be compared."""
+    """A column that rows can be filtered by."""
 
-    value: Callable[[Any], Any]
-    operand: Callable[[str, str], Any]  # field name, text -> what compares with the value
+    value: Callable[[Any], Any]  # of the column in a row
+    operand: Callable[[str, str], Any]  # its name and a parameter's text -> what values compare to
     operators: frozenset[str] = OPERATORS
     is_list: bool = True  # whether a comma separates alternatives
 
 
-def _text(name: str, text: str) -> str:
+def parse_text(name: str, text: str) -> str:
+    """The operand of a text column: the text of the parameter."""
     return text
 
 
-def _number(name: str, text: str) -> int:
+def parse_integer(name: str, text: str) -> int:
+    """The operand of a column of numbers."""
+    if not INTEGER.fullmatch(text):
+        raise BadQuery(f"invalid {name}: expected an integer, got {text!r}")
+    return int(text)
+
+
+def parse_epoch(name: str, text: str) -> int:
+    """The operand of a column of times."""
     if not INTEGER.fullmatch(text):
         unit = "seconds" if name == "last_heartbeat_ts" else "milliseconds"
         raise BadQuery(f"invalid {name}: expected integer epoch {unit}, got {text!r}")
     return int(text)
 
 
-def _identifier(name: str, text: str) -> IdOrder:
-    if not INTEGER.fullmatch(text):
-        raise BadQuery(f"invalid {name}: expected an integer, got {text!r}")
-    return id_order(int(text))
+def parse_id(name: str, text: str) -> IdOrder:
+    """The operand of a column of ids."""
+    return id_order(parse_integer(name, text))
 
 
-def _status(name: str, text: str) -> str:
+def parse_status(name: str, text: str) -> str:
+    """The operand of the status of runs."""
     if text not in STATUSES:
         raise BadQuery(f"unsupported status filter: {text}")
     return text
 
 
-def _tag_list(name: str, text: str) -> object:
+def parse_tag_list(name: str, text: str) -> object:
+    """The operand of a column of tags, which is compared as a whole."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         raise BadQuery(f"invalid {name}: expected a JSON list, got {text!r}") from None
 
 
-def _given_name(identifier: Id) -> str | None:
+def string_id(identifier: Id) -> str | None:
+    """An id that a client has chosen, which is a string; None for the number of a run or task."""
     return identifier if isinstance(identifier, str) else None
 
 
-ORDERED = frozenset((*COMPARISONS, "is"))
-EQUAL = frozenset(("eq", "ne", "is"))
+def parse_filters(query: Query, fields: Mapping[str, Field]) -> list[tuple[str, Predicate]]:
+    """The conditions of a query, each with the name of its field; all of them must hold.
 
-RUN_FIELDS: Mapping[str, Field] = {
-    "flow_id": Field(lambda run: run["flow_id"], _text),
-    "run_number": Field(lambda run: id_order(run["run_number"]), _identifier, ORDERED),
-    "run_id": Field(lambda run: _given_name(run["run_number"]), _text),
-    "user_name": Field(lambda run: run["user_name"], _text),
-    "user": Field(lambda run: run.get("user"), _text),
-    "ts_epoch": Field(lambda run: run["ts_epoch"], _number, ORDERED),
-    "last_heartbeat_ts": Field(lambda run: run["last_heartbeat_ts"], _number, ORDERED),
-    "tags": Field(lambda run: run["tags"], _tag_list, EQUAL, is_list=False),
-    "system_tags": Field(lambda run: run["system_tags"], _tag_list, EQUAL, is_list=False),
-    "status": Field(lambda run: run["status"], _status),
-}
-TASK_FIELDS: Mapping[str, Field] = {
-    "task_id": Field(lambda task: id_order(task["task_id"]), _identifier, ORDERED),
-    "task_name": Field(lambda task: _given_name(task["task_id"]), _text),
-    "user_name": Field(lambda task: task["user_name"], _text),
-    "ts_epoch": Field(lambda task: task["ts_epoch"], _number, ORDERED),
-    "last_heartbeat_ts": Field(lambda task: task["last_heartbeat_ts"], _number, ORDERED),
-}
-
-
-def parse_filters(query: Query, fields: Mapping[str, Field]) -> list[tuple[str, Test]]:
-    """The conditions that a query sets, all of which must hold: the field of each and its test.
-
-    Parameters that are not about one of the fields are not conditions. BadQuery where one is about
-    a field but makes no sense.
+    Parameters that name none of the fields are ignored. BadQuery if a condition makes no sense.
     """
     conditions = []
     for parameter, value in query:
         name, _, asked = parameter.partition(":")
         if name in fields:
-            conditions.append((name, _condition(name, fields[name], asked or "eq", value)))
+            conditions.append((name, parse_condition(name, fields[name], asked or "eq", value)))
     return conditions
 
 
-def _condition(name: str, field: Field, asked: str, value: str) -> Test:
+def parse_condition(name: str, field: Field, asked: str, value: str) -> Predicate:
+    """A condition on rows; a comma in its value separates alternatives."""
     if asked not in field.operators:
         raise BadQuery(f"unsupported operator {asked!r} for field {name!r}")
     alternatives = value.split(",") if field.is_list else [value]
-    tests = [_alternative(name, field, asked, text) for text in alternatives]
+    tests = [parse_alternative(name, field, asked, text) for text in alternatives]
     return lambda record: any(test(field.value(record)) for test in tests)
 
 
-def _alternative(name: str, field: Field, asked: str, text: str) -> Test:
-    """A test of a field's value. As in SQL, nothing but null itself compares with null."""
+def parse_alternative(name: str, field: Field, asked: str, text: str) -> Predicate:
+    """A condition on the value of a field. As in SQL, null fulfils no comparison but with null."""
     if text == "null":
         return (lambda value: value is not None) if asked == "ne" else (lambda value: value is None)
     if asked == "is":
@@ -2891,19 +2898,20 @@ def _alternative(name: str, field: Field, asked: str, text: str) -> Test:
     return lambda value: value is not None and compare(value, operand)
 
 
-def parse_tag_filters(query: Query) -> list[Test]:
-    """The conditions that `_tags` parameters set on the tags and system tags of a run together."""
-    tests: list[Test] = []
+def parse_tag_filters(query: Query) -> list[Predicate]:
+    """The conditions of `_tags` parameters, on the tags and system tags of a run together."""
+    tests: list[Predicate] = []
     for parameter, value in query:
         name, _, asked = parameter.partition(":")
         if name == "_tags":
             if asked not in ("", "all", "any", "likeall", "likeany"):
                 raise BadQuery(f"unsupported operator {asked!r} for field '_tags'")
-            tests.append(_tag_test(asked, value.split(",")))
+            tests.append(make_tag_test(asked, value.split(",")))
     return tests
 
 
-def _tag_test(asked: str, wanted: list[str]) -> Test:
+def make_tag_test(asked: str, wanted: list[str]) -> Predicate:
+    """A condition on the tags of a run: it has all or any of them, or they occur in the text."""
     enough = any if asked.endswith("any") else all
 
     def test(run: Run) -> bool:
@@ -2916,6 +2924,122 @@ def _tag_test(asked: str, wanted: list[str]) -> Test:
     return test
 
 
+def filter_records(records: Iterable[T], tests: Sequence[Predicate]) -> Iterable[T]:
+    """The records that pass all tests."""
+    return (r for r in records if all(test(r) for test in tests)) if tests else records
+
+
+def regex_to_like(pair: tuple[str, str]) -> tuple[str, str]:
+    """A parameter; the operator `re` is replaced by `li`, where `.*` becomes `%`."""
+    name, separator, asked = pair[0].partition(":")
+    if separator and asked == "re":
+        parts = [re.sub(r"([%_\\])", r"\\\1", part) for part in re.split(r"\.\*+", pair[1])]
+        return f"{name}:li", "%".join(parts) + "%"
+    return pair
+
+
+# -- the columns of both APIs ----------------------------------------------------------------------
+
+ORDERED = frozenset((*COMPARISONS, "is"))
+EQUAL = frozenset(("eq", "ne", "is"))
+
+RUN_COLUMNS: Mapping[str, Field] = {
+    "flow_id": Field(lambda run: run["flow_id"], parse_text),
+    "run_number": Field(lambda run: id_order(run["run_number"]), parse_id, ORDERED),
+    "run_id": Field(lambda run: string_id(run["run_number"]), parse_text),
+    "user_name": Field(lambda run: run["user_name"], parse_text),
+    "user": Field(lambda run: run.get("user"), parse_text),
+    "ts_epoch": Field(lambda run: run["ts_epoch"], parse_epoch, ORDERED),
+    "last_heartbeat_ts": Field(lambda run: run["last_heartbeat_ts"], parse_epoch, ORDERED),
+}
+"""The columns of runs in both APIs."""
+
+RUN_FIELDS: Mapping[str, Field] = {
+    **RUN_COLUMNS,
+    "tags": Field(lambda run: run["tags"], parse_tag_list, EQUAL, is_list=False),
+    "system_tags": Field(lambda run: run["system_tags"], parse_tag_list, EQUAL, is_list=False),
+    "status": Field(lambda run: run["status"], parse_status),
+}
+TASK_FIELDS: Mapping[str, Field] = {
+    "task_id": Field(lambda task: id_order(task["task_id"]), parse_id, ORDERED),
+    "task_name": Field(lambda task: string_id(task["task_id"]), parse_text),
+    "user_name": Field(lambda task: task["user_name"], parse_text),
+    "ts_epoch": Field(lambda task: task["ts_epoch"], parse_epoch, ORDERED),
+    "last_heartbeat_ts": Field(lambda task: task["last_heartbeat_ts"], parse_epoch, ORDERED),
+}
+
+
+def make_columns(texts: Iterable[str], numbers: Iterable[str]) -> dict[str, Field]:
+    """Columns whose values are taken from the rows as they are."""
+    return {
+        **{name: Field(operator.itemgetter(name), parse_text) for name in texts},
+        **{name: Field(operator.itemgetter(name), parse_integer, ORDERED) for name in numbers},
+    }
+
+
+TASK_ID = Field(lambda row: str(row["task_id"]), parse_text)
+
+UI_RUN_COLUMNS: Mapping[str, Field] = {
+    **RUN_COLUMNS,
+    "run": Field(operator.itemgetter("run"), parse_text),
+}
+UI_JUDGED_COLUMNS: Mapping[str, Field] = make_columns(("status",), ("finished_at", "duration"))
+"""Those columns of runs that are known only after the run has been judged."""
+
+UI_FLOW_COLUMNS: Mapping[str, Field] = make_columns(("flow_id", "user_name"), ("ts_epoch",))
+UI_STEP_COLUMNS: Mapping[str, Field] = make_columns(("step_name",), ("ts_epoch", "duration"))
+UI_TASK_COLUMNS: Mapping[str, Field] = {
+    **make_columns(
+        ("step_name", "status"),
+        ("attempt_id", "ts_epoch", "started_at", "finished_at", "duration"),
+    ),
+    "task_id": TASK_ID,
+    "taskId": TASK_ID,  # the name that the official UI uses
+}
+UI_METADATA_COLUMNS: Mapping[str, Field] = {
+    **make_columns(("step_name", "field_name", "value", "type"), ("attempt_id", "ts_epoch")),
+    "task_id": TASK_ID,
+}
+UI_ARTIFACT_COLUMNS: Mapping[str, Field] = make_columns(
+    ("step_name", "name", "ds_type", "type"), ("attempt_id", "ts_epoch")
+)
+
+
+# -- orders of the UI: ?_order=-ts_epoch,step_name -------------------------------------------------
+
+ColumnOrder = tuple[str, bool]
+"""A column to order by, and whether the largest comes first."""
+
+
+def select_rows(rows: Iterable[T], query: Query, fields: Mapping[str, Field]) -> list[T]:
+    """The rows that pass the filters of a query, sorted by its `_order`."""
+    found = list(filter_records(rows, [test for _, test in parse_filters(query, fields)]))
+    sort_rows(found, parse_order(query, fields))
+    return found
+
+
+def parse_order(query: Query, known: Iterable[str]) -> list[ColumnOrder]:
+    """The columns of `_order`, descending unless they have a plus; unknown ones are ignored."""
+    order = []
+    for part in (first_value(query, "_order") or "").split(","):
+        name = part.lstrip("+- ")  # a plus in a URL arrives as a space
+        if name in known:
+            order.append((name, not part.startswith(("+", " "))))
+    return order
+
+
+def sort_rows(rows: list[Any], order: Sequence[ColumnOrder]) -> None:
+    """Sort rows in place, as PostgreSQL does: null is larger than any value."""
+    for name, is_descending in reversed(order):
+        rows.sort(key=partial(null_last_key, name), reverse=is_descending)
+
+
+def null_last_key(name: str, row: Mapping[str, Any]) -> tuple[bool, Any]:
+    """A sort key for a column in which numbers, texts and null may occur."""
+    value = row.get(name)
+    return (value is None, id_order(0 if value is None else value))
+
+
 # -- pages: ?_limit=50&_cursor=... -----------------------------------------------------------------
 
 DEFAULT_PAGE = 50
@@ -2923,17 +3047,16 @@ LARGEST_PAGE = 500
 
 
 class Order(NamedTuple):
-    """How a list is ordered, newest first, and what a cursor into it holds.
+    """The order of a list, newest first.
 
-    A cursor is the base64 of a JSON object with those fields of the last record that was seen. It
-    is compared by the same function as the records, so the next page goes on right after it.
+    A cursor into the list is the base64 of a JSON object with the fields of the last record seen.
     """
 
-    moment: Callable[[Any], SortKey]
-    keys: Mapping[str, Callable[[object], object]]
+    sort_key: Callable[[Any], SortKey]
+    fields: Mapping[str, Callable[[object], object]]  # that the sort key needs, and their parsers
 
 
-def _cursor_number(value: object) -> int | float:
+def parse_cursor_number(value: object) -> int | float:
     if isinstance(value, str) and INTEGER.fullmatch(value):
         return int(value)
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
@@ -2941,53 +3064,55 @@ def _cursor_number(value: object) -> int | float:
     raise ValueError
 
 
-def _cursor_id(value: object) -> Id:
-    return wire_id(value) if isinstance(value, str) else int(_cursor_number(value))
+def parse_cursor_id(value: object) -> Id:
+    return wire_id(value) if isinstance(value, str) else int(parse_cursor_number(value))
 
 
-def _cursor_text(value: object) -> str:
+def parse_cursor_text(value: object) -> str:
     if isinstance(value, str):
         return value
     raise ValueError
 
 
-FLOW_ORDER = Order(flow_sort_key, {"ts_epoch": _cursor_number, "flow_id": _cursor_text})
-RUN_ORDER = Order(run_sort_key, {"ts_epoch": _cursor_number, "run_number": _cursor_id})
-STEP_ORDER = Order(step_sort_key, {"ts_epoch": _cursor_number, "step_name": _cursor_text})
-TASK_ORDER = Order(task_sort_key, {"ts_epoch": _cursor_number, "task_id": _cursor_id})
-METADATA_ORDER = Order(metadatum_sort_key, {"ts_epoch": _cursor_number, "id": _cursor_number})
+FLOW_ORDER = Order(flow_sort_key, {"ts_epoch": parse_cursor_number, "flow_id": parse_cursor_text})
+RUN_ORDER = Order(run_sort_key, {"ts_epoch": parse_cursor_number, "run_number": parse_cursor_id})
+STEP_ORDER = Order(step_sort_key, {"ts_epoch": parse_cursor_number, "step_name": parse_cursor_text})
+TASK_ORDER = Order(task_sort_key, {"ts_epoch": parse_cursor_number, "task_id": parse_cursor_id})
+METADATA_ORDER = Order(
+    metadatum_sort_key, {"ts_epoch": parse_cursor_number, "id": parse_cursor_number}
+)
 ARTIFACT_ORDER = Order(
     artifact_sort_key,
     {
-        "ts_epoch": _cursor_number,
-        "task_id": _cursor_id,
-        "name": _cursor_text,
-        "step_name": _cursor_text,
+        "ts_epoch": parse_cursor_number,
+        "task_id": parse_cursor_id,
+        "name": parse_cursor_text,
+        "step_name": parse_cursor_text,
     },
 )
 
 
 def encode_cursor(order: Order, record: Mapping[str, Any]) -> str:
-    """The cursor that leads to what comes after the record."""
-    fields = {key: record[key] for key in order.keys}
+    """The cursor of the page that begins after a record."""
+    fields = {name: record[name] for name in order.fields}
     return base64.b64encode(json.dumps(fields).encode()).decode()
 
 
 def decode_cursor(order: Order, cursor: str) -> SortKey:
-    """Where a cursor points; BadQuery where it is none of such a list.
+    """The sort key that a page begins after; BadQuery if it is no cursor into such a list.
 
-    `step_name` may be missing, as it is in the reference's cursors.
+    The field `step_name` may be missing, as it is in the cursors of the reference.
     """
     try:
         fields = json.loads(base64.b64decode(cursor, validate=True))
         fields = {"step_name": "", **fields}
-        return order.moment({key: convert(fields[key]) for key, convert in order.keys.items()})
+        return order.sort_key({name: parse(fields[name]) for name, parse in order.fields.items()})
     except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
         raise BadQuery("Invalid cursor") from None
 
 
 def parse_limit(query: Query) -> int:
-    """How many records a page is to have."""
+    """The number of records on a page."""
     text = first_value(query, "_limit")
     if not text:
         return DEFAULT_PAGE
@@ -2996,39 +3121,7 @@ def parse_limit(query: Query) -> int:
     return min(int(text), LARGEST_PAGE)
 
 
-# -- what records tell together --------------------------------------------------------------------
-
-RUN_HEARTBEAT_CUTOFF = 360
-"""Seconds without a heartbeat after which a run that has not ended counts as failed."""
-
-TRUTHS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
-
-
-def value_text(metadatum: Metadatum) -> str:
-    """The value of a metadatum as text, whatever its file has."""
-    value: object = metadatum["value"]
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def sends_heartbeats(system_tags: Sequence[object] | None) -> bool:
-    """Whether a client with these system tags is one that sends heartbeats.
-
-    By its `metaflow_version:`; one that cannot be read, and no system tags at all, count as yes.
-    """
-    if system_tags is None:
-        return True
-    prefix = "metaflow_version:"
-    versions = [
-        t[len(prefix) :] for t in system_tags if isinstance(t, str) and t.startswith(prefix)
-    ]
-    if not versions:
-        return False
-    match = re.match(r"(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?", versions[0])
-    if match is None:
-        return True
-    version = tuple(int(part or 0) for part in match.groups())
-    return version >= (2, 2, 12) or (1, 14, 0) <= version < (2, 0, 0)
-
+# -- regular expressions ---------------------------------------------------------------------------
 
 REGEX_PIECE = re.compile(
     r"\\."  # an escape
@@ -3054,8 +3147,8 @@ NAMED_CLASSES = {
 ESCAPES = {r"\y": r"\b", r"\Y": r"\B", r"\m": r"\b(?=\w)", r"\M": r"\b(?<=\w)", r"\b": r"\x08"}
 
 
-class Reading(NamedTuple):
-    """One way to understand a pattern: Python's, and how it has to match."""
+class Regex(NamedTuple):
+    """A regular expression of Python's, and how it has to match."""
 
     pattern: str
     flags: int
@@ -3064,29 +3157,29 @@ class Reading(NamedTuple):
 
 LONGEST_PATTERN = 1000
 WRAPPED = re.compile(r"\^\(\?:(.*)\)\$", re.DOTALL)
-"""How Metaflow's client sends a pattern, so that a search is the full match of local mode."""
+"""Metaflow's client wraps patterns like this, so that a search is the full match of local mode."""
 
 
-def pattern_readings(pattern: str) -> list[Reading]:
-    """What a pattern means, the likeliest first; the first that Python takes counts.
+def candidate_regexes(pattern: str) -> list[Regex]:
+    """What a pattern may mean, most likely first; the first that compiles is used.
 
-    What Metaflow's client wraps is a pattern of Python's, as in local mode. Anything else is one of
-    PostgreSQL's, as in the reference, and is searched for.
+    A pattern that Metaflow's client has wrapped is a full match in Python's syntax, as in local
+    mode. Any other is a search in PostgreSQL's syntax, as in the reference.
     """
     if len(pattern) > LONGEST_PATTERN:
         raise BadQuery(f"A pattern has at most {LONGEST_PATTERN} characters.")
     wrapped = WRAPPED.fullmatch(pattern)
-    readings = [Reading(wrapped[1], 0, "fullmatch")] if wrapped else []
-    with contextlib.suppress(KeyError):  # a named class that there is not
-        readings.append(Reading(translate_postgres(pattern), int(re.DOTALL), "search"))
-    return [*readings, Reading(pattern, 0, "search")]
+    candidates = [Regex(wrapped[1], 0, "fullmatch")] if wrapped else []
+    with contextlib.suppress(KeyError):  # an unknown named class
+        candidates.append(Regex(translate_postgres(pattern), int(re.DOTALL), "search"))
+    return [*candidates, Regex(pattern, 0, "search")]
 
 
 def translate_postgres(pattern: str) -> str:
-    """A regular expression of PostgreSQL's as one of Python's.
+    """A regular expression in PostgreSQL's syntax, in Python's; KeyError for an unknown class.
 
-    They differ in what `$` and a few letters behind a backslash mean, in named classes, and in that
-    `.` is any character there.
+    The two differ in the meaning of `$` and of a few escapes, and in named classes. Also, `.` is
+    any character in PostgreSQL, for which the caller sets a flag.
     """
 
     def translate(match: Match[str]) -> str:
@@ -3105,45 +3198,48 @@ def translate_postgres(pattern: str) -> str:
 
 MOST_STEPS_IN_PLACE = 10**7
 """A search that takes at most so many steps of Python's matcher, some tenths of a second, is made
-in this process, where it cannot be interrupted."""
+in this process, where nothing can interrupt it."""
 
-Search = Callable[[Sequence[Reading], Collection[str]], "set[str]"]
-"""Finds the texts that match the first reading that Python takes; BadQuery where it takes none."""
+Search = Callable[[Sequence[Regex], Collection[str]], "set[str]"]
+"""Finds the texts that match the first candidate that compiles; BadQuery if none does."""
 
 
-def search_in_place(readings: Sequence[Reading], texts: Collection[str]) -> set[str]:
-    """A Search that nothing can interrupt."""
+def search_in_place(candidates: Sequence[Regex], texts: Collection[str]) -> set[str]:
+    """A Search in this process, which nothing can interrupt."""
     problem = ""
-    for pattern, flags, method in readings:
+    for pattern, flags, method in candidates:
         try:
             return set(filter(getattr(re.compile(pattern, flags), method), texts))
         except (re.error, RecursionError, OverflowError) as error:
             problem = str(error)
-    raise BadQuery(f"{readings[-1].pattern!r} is not a regular expression: {problem}.")
+    raise BadQuery(f"{candidates[-1].pattern!r} is not a regular expression: {problem}.")
 
 
 def find_matches(pattern: str, texts: Collection[str], search: Search) -> set[str]:
-    """Those of the texts in which a pattern is found; BadQuery where it is none or takes too long.
+    """The texts that match a pattern; BadQuery if it does not compile or takes too long.
 
-    Python tries all ways to share a text out between the repeats of a pattern, which can take for
-    ever and cannot be interrupted. What is not plainly cheap is left to `search`, which can be.
+    Python's matcher backtracks through all ways to divide a text among the repeats of a pattern.
+    That can take for ever, so all but plainly cheap patterns go to `search`, which has a limit.
     """
-    readings = pattern_readings(pattern)
-    if is_cheap(readings[0], texts):
-        with contextlib.suppress(BadQuery):  # the others may be less cheap
-            return search_in_place(readings[:1], texts)
-    return search(readings, texts)
+    candidates = candidate_regexes(pattern)
+    if is_cheap(candidates[0], texts):
+        with contextlib.suppress(BadQuery):  # then the other candidates, which may not be cheap
+            return search_in_place(candidates[:1], texts)
+    return search(candidates, texts)
 
 
 PLAIN_PIECE = re.compile(r"\\[^\w]|\\[dDsSwWZ]|\[\^?\w+\]|[^\\()\[\]*+?{}]", re.ASCII | re.DOTALL)
-"""A piece of a pattern that takes one look at each place in a text, repeats aside."""
+"""A piece of a pattern that matches a single character or none, in a single step."""
 
 REPEAT = re.compile(r"[*+?]|\{[0-9]{1,3}(?:,[0-9]{0,3})?\}")
 
 
-def is_cheap(reading: Reading, texts: Iterable[str]) -> bool:
-    """Whether a search is plainly quick: literal text, simple classes and anchors, alternatives of
-    these, and at most one repeat, in texts that are not too long for it."""
+def is_cheap(reading: Regex, texts: Iterable[str]) -> bool:
+    """Whether a search is certain to be quick.
+
+    That is so for literal text, simple classes, anchors, alternatives of these and a single repeat,
+    in texts that are not too long.
+    """
     at = repeats = 0
     is_repeatable = False
     while at < len(reading.pattern):
@@ -3274,6 +3370,9 @@ class Card(TypedDict):
 RUNNING, COMPLETED, FAILED = STATUSES
 PENDING = "pending"
 
+RUN_HEARTBEAT_CUTOFF = 360
+"""Seconds without a heartbeat after which a run that has not ended counts as failed."""
+
 TASK_HEARTBEAT_CUTOFF = 60
 """Seconds without a heartbeat after which a task is dead: six missed ones."""
 
@@ -3381,6 +3480,35 @@ class Graph(TypedDict, total=False):
 def graph_weight(graph: Graph) -> int:
     """About how many bytes of memory a graph takes."""
     return 1000 + 5 * len(json.dumps(graph))
+
+
+TRUTHS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
+
+
+def value_text(metadatum: Metadatum) -> str:
+    """The value of a metadatum as text, whatever its file has."""
+    value: object = metadatum["value"]
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def sends_heartbeats(system_tags: Sequence[object] | None) -> bool:
+    """Whether a client with these system tags is one that sends heartbeats.
+
+    By its `metaflow_version:`; one that cannot be read, and no system tags at all, count as yes.
+    """
+    if system_tags is None:
+        return True
+    prefix = "metaflow_version:"
+    versions = [
+        t[len(prefix) :] for t in system_tags if isinstance(t, str) and t.startswith(prefix)
+    ]
+    if not versions:
+        return False
+    match = re.match(r"(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?", versions[0])
+    if match is None:
+        return True
+    version = tuple(int(part or 0) for part in match.groups())
+    return version >= (2, 2, 12) or (1, 14, 0) <= version < (2, 0, 0)
 
 
 def metadatum_attempt(metadatum: Metadatum) -> int | None:
@@ -3983,7 +4111,7 @@ class Model:
             row: AttemptRow = {
                 **task,
                 **shared_columns(task),
-                "task_name": _given_name(task["task_id"]),
+                "task_name": string_id(task["task_id"]),
                 "attempt_id": number,
                 "status": status,
                 "task_ok": None,
@@ -4611,7 +4739,7 @@ class SharedColumns(TypedDict):
 def shared_columns(record: Run | Step | Task | Metadatum | Artifact) -> SharedColumns:
     """What the rows of a run's objects have otherwise than the records."""
     return {
-        "run_id": _given_name(record["run_number"]),
+        "run_id": string_id(record["run_number"]),
         "tags": record["tags"] or [],
         "system_tags": record["system_tags"] or [],
     }
@@ -4621,14 +4749,14 @@ def metadatum_row(metadatum: Metadatum) -> MetadatumRow:
     return {
         **metadatum,
         **shared_columns(metadatum),
-        "task_name": _given_name(metadatum["task_id"]),
+        "task_name": string_id(metadatum["task_id"]),
         "attempt_id": metadatum_attempt(metadatum),
         "value": value_text(metadatum),
     }
 
 
 def artifact_row(artifact: Artifact) -> ArtifactRow:
-    task_name = _given_name(artifact["task_id"])
+    task_name = string_id(artifact["task_id"])
     row: _ArtifactRow = {**artifact, **shared_columns(artifact), "task_name": task_name}
     return cast(ArtifactRow, row)
 
@@ -5772,11 +5900,6 @@ def list_runs(model: Model, request: Request, flow: str) -> Response:
         )
 
     return paginate(model, request, RUN_ORDER, runs, filtered=bool(plain or by_status))
-
-
-def filter_records(records: Iterable[T], tests: Sequence[Test]) -> Iterable[T]:
-    """The records that pass all tests."""
-    return (r for r in records if all(test(r) for test in tests)) if tests else records
 
 
 def with_status(model: Model, run: Run) -> Run:
@@ -9198,84 +9321,6 @@ showServices();
 # UI API: the routes of the official UI's backend, and its sockets
 # ==================================================================================================
 
-# -- what the UI may filter and order by -----------------------------------------------------------
-
-
-def _count(name: str, text: str) -> int:
-    if not INTEGER.fullmatch(text):
-        raise BadQuery(f"invalid {name}: expected an integer, got {text!r}")
-    return int(text)
-
-
-def make_columns(texts: Iterable[str], numbers: Iterable[str]) -> dict[str, Field]:
-    """The columns of rows by which these can be filtered and ordered."""
-    return {
-        **{name: Field(operator.itemgetter(name), _text) for name in texts},
-        **{name: Field(operator.itemgetter(name), _count, ORDERED) for name in numbers},
-    }
-
-
-TASK_ID = Field(lambda row: str(row["task_id"]), _text)
-
-UI_RUN_COLUMNS: Mapping[str, Field] = {
-    **make_columns(
-        ("flow_id", "user_name", "user", "run", "run_id"), ("ts_epoch", "last_heartbeat_ts")
-    ),
-    "run_number": RUN_FIELDS["run_number"],
-}
-UI_JUDGED_COLUMNS: Mapping[str, Field] = make_columns(("status",), ("finished_at", "duration"))
-"""What takes to find out what has become of a run."""
-
-UI_FLOW_COLUMNS: Mapping[str, Field] = make_columns(("flow_id", "user_name"), ("ts_epoch",))
-UI_STEP_COLUMNS: Mapping[str, Field] = make_columns(("step_name",), ("ts_epoch", "duration"))
-UI_TASK_COLUMNS: Mapping[str, Field] = {
-    **make_columns(
-        ("step_name", "status"),
-        ("attempt_id", "ts_epoch", "started_at", "finished_at", "duration"),
-    ),
-    "task_id": TASK_ID,
-    "taskId": TASK_ID,  # so the official UI calls it
-}
-UI_METADATA_COLUMNS: Mapping[str, Field] = {
-    **make_columns(("step_name", "field_name", "value", "type"), ("attempt_id", "ts_epoch")),
-    "task_id": TASK_ID,
-}
-UI_ARTIFACT_COLUMNS: Mapping[str, Field] = make_columns(
-    ("step_name", "name", "ds_type", "type"), ("attempt_id", "ts_epoch")
-)
-
-Column = tuple[str, bool]
-"""A column to order by, and whether the largest comes first."""
-
-
-def select_rows(rows: Iterable[T], query: Query, fields: Mapping[str, Field]) -> list[T]:
-    """The rows that pass the filters of a query, in the order that it asks for."""
-    found = list(filter_records(rows, [test for _, test in parse_filters(query, fields)]))
-    sort_rows(found, parse_order(query, fields))
-    return found
-
-
-def parse_order(query: Query, known: Iterable[str]) -> list[Column]:
-    """The order that `_order` asks for: no sign is descending; unknown columns are passed over."""
-    order = []
-    for part in (first_value(query, "_order") or "").split(","):
-        name = part.lstrip("+- ")  # a plus in a URL arrives as a space
-        if name in known:
-            order.append((name, not part.startswith(("+", " "))))
-    return order
-
-
-def sort_rows(rows: list[Any], order: Sequence[Column]) -> None:
-    """Order rows as PostgreSQL does: null is larger than everything."""
-    for name, is_descending in reversed(order):
-        rows.sort(key=partial(_column_sort_key, name), reverse=is_descending)
-
-
-def _column_sort_key(name: str, row: Mapping[str, Any]) -> tuple[bool, Any]:
-    value = row.get(name)
-    return (value is None, id_order(0 if value is None else value))
-
-
 # -- what answers are made of ----------------------------------------------------------------------
 
 HTML = "text/html; charset=utf-8"
@@ -9510,19 +9555,10 @@ def completions(request: Request, name: str, values: Iterable[str]) -> Response:
     A regular expression (`re`) is taken as text with `.*` in it, which is all that the official UI
     sends: what a person types into a box is then never a wrong or an endless one.
     """
-    fields = {name: Field(lambda value: value, _text, is_list=False)}
+    fields = {name: Field(lambda value: value, parse_text, is_list=False)}
     query = [regex_to_like(pair) for pair in request.query]
     found = sorted(filter_records(set(values), [test for _, test in parse_filters(query, fields)]))
     return envelope_rows(request, found)
-
-
-def regex_to_like(pair: tuple[str, str]) -> tuple[str, str]:
-    """A parameter, where it asks for a regular expression as one that asks for a LIKE pattern."""
-    name, separator, asked = pair[0].partition(":")
-    if separator and asked == "re":
-        parts = [re.sub(r"([%_\\])", r"\\\1", part) for part in re.split(r"\.\*+", pair[1])]
-        return f"{name}:li", "%".join(parts) + "%"
-    return pair
 
 
 @ui_route("GET", "/api/flows/autocomplete")
@@ -9644,7 +9680,7 @@ def ui_list_runs(model: Model, request: Request, flow: str | None = None) -> Res
     return envelope_page(request, judged, paging.page, paging.page + 1 if is_more else None)
 
 
-def sorted_runs(model: Model, runs: Iterable[RunRow], order: Sequence[Column]) -> list[RunRow]:
+def sorted_runs(model: Model, runs: Iterable[RunRow], order: Sequence[ColumnOrder]) -> list[RunRow]:
     """Runs, newest first, put in another order; judged only where that needs it."""
     by_verdict = any(name in UI_JUDGED_COLUMNS for name, _ in order)
     rows = [model.judge(run) if by_verdict else run for run in runs]
@@ -12454,7 +12490,7 @@ SEARCHES_AT_A_TIME = 2
 SEARCH_PROGRAM = """
 import json, re, sys
 asked = json.load(sys.stdin)
-for pattern, flags, method in asked["readings"]:
+for pattern, flags, method in asked["candidates"]:
     try:
         match = getattr(re.compile(pattern, flags), method)
         break
@@ -12474,12 +12510,14 @@ class PatternSearcher:
     def __init__(self) -> None:
         self._turn = threading.BoundedSemaphore(SEARCHES_AT_A_TIME)
 
-    def search(self, readings: Sequence[Reading], texts: Collection[str]) -> set[str]:
+    def search(self, candidates: Sequence[Regex], texts: Collection[str]) -> set[str]:
         """A Search; BadQuery where it takes too long."""
         with self._turn:
-            outcome = self._run(json.dumps({"readings": readings, "texts": list(texts)}).encode())
+            outcome = self._run(
+                json.dumps({"candidates": candidates, "texts": list(texts)}).encode()
+            )
         if "problem" in outcome:
-            pattern = readings[-1].pattern
+            pattern = candidates[-1].pattern
             raise BadQuery(f"{pattern!r} is not a regular expression: {outcome['problem']}.")
         return set(outcome["found"])
 

@@ -1654,7 +1654,7 @@ def test_what_the_client_wraps_means_what_it_means_in_local_mode(
     ],
 )
 def test_plain_patterns_are_searched_for_in_place(pattern: str, is_cheap: bool) -> None:
-    reading = mls.Reading(pattern, 0, "search")
+    reading = mls.Regex(pattern, 0, "search")
     assert mls.is_cheap(reading, ["a" * 200]) is is_cheap
     assert not mls.is_cheap(reading, ["a" * 20_000_000])
 
@@ -1667,7 +1667,7 @@ def test_a_pattern_has_a_limit() -> None:
 @settings(max_examples=200)
 @given(st.text("ab.^$|*+?[]{}1,\\dwsZ-", max_size=8), st.lists(st.text("ab1-. \n^$", max_size=6)))
 def test_a_search_in_place_finds_what_one_elsewhere_finds(pattern: str, texts: list[str]) -> None:
-    reading = mls.pattern_readings(f"^(?:{pattern})$")[0]
+    reading = mls.candidate_regexes(f"^(?:{pattern})$")[0]
     if mls.is_cheap(reading, texts):
         found = mls.find_matches(f"^(?:{pattern})$", texts, mls.search_in_place)
         assert found == {text for text in texts if re.fullmatch(pattern, text)}
@@ -1718,7 +1718,7 @@ ORDERS = ["FLOW_ORDER", "RUN_ORDER", "TASK_ORDER", "METADATA_ORDER", "ARTIFACT_O
 @given(record=any_record)
 def test_a_cursor_leads_back_to_the_place_of_its_record(name: str, record: Any) -> None:
     order = getattr(mls, name)
-    assert mls.decode_cursor(order, mls.encode_cursor(order, record)) == order.moment(record)
+    assert mls.decode_cursor(order, mls.encode_cursor(order, record)) == order.sort_key(record)
 
 
 json_texts = st.recursive(
@@ -1742,8 +1742,8 @@ any_cursor = st.text(max_size=20) | st.one_of(
 def test_a_cursor_is_a_place_or_refused(name: str, cursor: str, record: Any) -> None:
     order = getattr(mls, name)
     with contextlib.suppress(mls.BadQuery):
-        place, moment = mls.decode_cursor(order, cursor), order.moment(record)
-        assert (place < moment) + (place == moment) + (place > moment) == 1
+        place, sort_key = mls.decode_cursor(order, cursor), order.sort_key(record)
+        assert (place < sort_key) + (place == sort_key) + (place > sort_key) == 1
 
 
 @pytest.mark.parametrize(
@@ -1768,7 +1768,7 @@ def test_a_cursor_that_holds_no_numbers_is_refused(content: str) -> None:
 
 def test_a_cursor_may_hold_its_numbers_as_text_or_fractions() -> None:
     cursor = base64.b64encode(b'{"ts_epoch": "12", "run_number": 3.0}').decode()
-    assert mls.decode_cursor(mls.RUN_ORDER, cursor) == mls.RUN_ORDER.moment(a_run(3, ts_epoch=12))
+    assert mls.decode_cursor(mls.RUN_ORDER, cursor) == mls.RUN_ORDER.sort_key(a_run(3, ts_epoch=12))
 
 
 @pytest.mark.parametrize(
