@@ -5357,7 +5357,8 @@ class Retention:
         """A folder for what is to be removed; on a full disk, where none can be made, one that the
         flow has anyway and in which nobody looks for folders."""
         try:
-            make_folder(f"{self._folder}/{TRASH_DIR}")
+            with opened_folder(self._folder) as datastore:
+                make_folder(datastore, TRASH_DIR)
         except OSError as error:
             if error.errno in FULL_DISK:
                 return (self._folder, flow, META_DIR)
