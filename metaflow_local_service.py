@@ -4869,7 +4869,7 @@ def opened_place(place: DatastorePath) -> Iterator[int]:
         yield folder
 
 
-def list_entries(folder: int) -> list[os.DirEntry[str]]:
+def scan_folder(folder: int) -> list[os.DirEntry[str]]:
     with os.scandir(folder) as entries:
         return list(entries)
 
@@ -4904,7 +4904,7 @@ def measure_place(place: DatastorePath) -> Usage:
 def remove_tree(above: int, name: str) -> None:
     """Remove a folder and all that is in it; what goes meanwhile is gone."""
     with contextlib.suppress(FileNotFoundError), opened_folder(name, above) as folder:
-        for entry in list_entries(folder):
+        for entry in scan_folder(folder):
             if is_real_folder(entry):
                 remove_tree(folder, entry.name)
             else:
@@ -5027,7 +5027,7 @@ def read_tree(above: int, name: str, of_records: bool) -> Iterator[bytes]:
     `of_records` in its records. Unreadable where anything there is a link or cannot be read."""
     try:
         with opened_folder(name, above) as folder:
-            for entry in list_entries(folder):
+            for entry in scan_folder(folder):
                 if entry.is_symlink():
                     raise Unreadable(f"{entry.name} in {name} is a symbolic link")
                 if is_real_folder(entry):
@@ -5084,7 +5084,7 @@ class FlowData:
 
     def _read_runs(self) -> None:
         with contextlib.suppress(FileNotFoundError), opened_place(self._place) as folder:
-            for entry in list_entries(folder):
+            for entry in scan_folder(folder):
                 if entry.is_symlink():
                     raise Unreadable(f"{entry.name} is a symbolic link")
                 if is_real_folder(entry) and entry.name not in (DATA_DIR, META_DIR):
@@ -5216,8 +5216,8 @@ class Retention:
         while not is_complete:
             is_complete = True
             for ids, origin in resumed:
-                is_needed = origin in going and origin not in reasons
-                if is_needed and (ids not in going or ids in reasons):
+                keeps_origin = origin in going and origin not in reasons
+                if keeps_origin and (ids not in going or ids in reasons):
                     reasons[origin] = f"{'/'.join(ids)} was resumed from it and needs it."
                     is_complete = False
         return reasons
@@ -5319,7 +5319,7 @@ class Retention:
     def flow_folders(self) -> list[str]:
         """The names of all folders that may be those of flows."""
         with opened_folder(self._folder) as folder:
-            names = [entry.name for entry in list_entries(folder) if is_real_folder(entry)]
+            names = [entry.name for entry in scan_folder(folder) if is_real_folder(entry)]
         return sorted(n for n in names if not n.startswith(PROGRAM) and n != CARDS_DIR)
 
     # -- deleting ----------------------------------------------------------------------------------
