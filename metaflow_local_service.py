@@ -11864,8 +11864,8 @@ def running_service(root: str) -> Service | None:
 STOP_SECONDS = SHUTDOWN_SECONDS + 10
 """How long a service that was told to stop is waited for."""
 
-LEAVING_SECONDS = 5.0
-"""How long one is waited for that cannot be told."""
+LEAVING_SECONDS = 1.0
+"""How long one is waited for that cannot be told to stop, but may be about to end."""
 
 
 def is_hard_link(path: str) -> bool:
@@ -12935,8 +12935,8 @@ def mention_version(service: Service) -> None:
     """Say if a service is outdated, which is in use, or it would have been replaced."""
     if is_outdated(service):
         print_notice(
-            f"the service at {service.url} is of version {service.version}, and goes on since it "
-            f"is in use; `{PROGRAM} stop` ends it"
+            f"the service at {service.url} is of another version, {service.version}, and goes on "
+            f"since it is in use; `{PROGRAM} stop` ends it"
         )
 
 

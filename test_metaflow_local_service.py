@@ -7222,6 +7222,32 @@ def test_a_host_name_that_changes_proves_nothing(daemon: Api, cli: Cli) -> None:
     assert cli("stop").stdout.startswith("Stopped")
 
 
+def in_namespaces(cli: Cli, option: str, script: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell script in a namespace of its own, where the kernel allows that."""
+    if shutil.which("unshare") is None or cli.execute(["unshare", option, "true"]).returncode != 0:
+        pytest.skip("unshare makes no namespaces here")
+    program = shlex.join(cli.command())
+    return cli.execute(["unshare", option, "sh", "-c", script.replace("PROGRAM", program)])
+
+
+def test_a_service_is_known_in_other_namespaces(daemon: Api, cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    mount = f"mount --bind {cli.folder} {tmp_path}/other && cd {tmp_path}/other && PROGRAM url"
+    assert in_namespaces(cli, "-m", mount).stdout.strip() == daemon.url
+    assert is_refused(in_namespaces(cli, "-n", "PROGRAM status"), "cannot be reached", code=4)
+    assert in_namespaces(cli, "-pf", "PROGRAM stop").stdout.startswith("Stopped")
+
+
+def test_a_command_that_closes_all_its_files_keeps_its_service(cli: Cli) -> None:
+    program = "import os, time; os.closerange(3, 256); print(flush=True); time.sleep(60)"
+    words = ("run", "--idle-timeout", 0.2, sys.executable, "-c", program)
+    with cli.popen(*words) as command:
+        assert command.stdout.readline() == "\n"
+        assert stays(cli.folder, 2)
+        command.kill()
+    assert eventually(lambda: not running(cli.folder))
+
+
 def test_a_process_that_is_not_the_service_is_not_stopped(daemon: Api, cli: Cli) -> None:
     service = running(cli.folder)
     with subprocess.Popen(["sleep", "60"]) as bystander:
@@ -7230,6 +7256,11 @@ def test_a_process_that_is_not_the_service_is_not_stopped(daemon: Api, cli: Cli)
         assert is_refused(cli("stop"), bystander.pid, "is not it")
         assert bystander.poll() is None
         bystander.kill()
+    with pidfile(cli.folder).open() as not_locked:
+        others = service._replace(pid=os.getpid(), port=1, url="http://127.0.0.1:1")
+        pidfile(cli.folder).write_text(json.dumps(others._asdict()))
+        assert is_refused(cli("stop"), os.getpid(), "is not it")
+        assert not not_locked.closed
     pidfile(cli.folder).write_text(json.dumps(service._replace(pid=0)._asdict()))
     assert cli("stop").stdout.startswith("Stopped")
 
@@ -7254,7 +7285,7 @@ def test_a_service_of_another_version_is_replaced_unless_it_is_in_use(
         old = running_soon(cli.folder)
         kept = cli("run", "printenv", "METAFLOW_SERVICE_URL")
         assert kept.stdout.strip() == old.url
-        assert f"version {old.version}, and goes on" in kept.stderr
+        assert f"another version, {old.version}, and goes on" in kept.stderr
     assert cat.returncode == 0
     replaced = cli("run", "printenv", "METAFLOW_SERVICE_URL")
     assert replaced.stdout.strip() == old.url
