@@ -11622,6 +11622,29 @@ def send_order(
 # ==================================================================================================
 # Registry: which service runs where: pidfile locks and leases
 # ==================================================================================================
+#
+# A service is alive while its pidfile is locked. Nothing else is believed: not a pid, not the name
+# of a machine, not that something answers on a port. A service serves the folder that it was
+# started for, which is known by device and inode, and only while its path leads there; whoever
+# takes another for it asks it first. What it must do it is told by orders, which carry the nonce
+# from its pidfile (`Service.order`). A signal is the last resort, for a process that provably has
+# the pidfile locked.
+#
+# Locks. All are flocks on private files in the root's .metaflow: they end with the last process
+# that has the file open, however it ends. Whoever needs several acquires them in this order, and so
+# nobody waits in a circle:
+#
+#     LEASE      shared    commands, for as long as they need the service
+#                exclusive the service from its decision to end; a command that replaces an
+#                          outdated service; neither waits for it
+#     LOCK_FILE  shared    whoever looks for the service
+#                exclusive whoever starts one; the service, to write that it is stopping
+#     PIDFILE    exclusive the service, all its life
+#                shared    whoever looks whether it is locked, without waiting
+#
+# So whoever gets the lease while a service ends gets it when that is gone, and whoever holds
+# LOCK_FILE sees services only that have been registered. Files are compared with what is at their
+# path once they are locked, since whoever had them locked may have removed them.
 
 PIDFILE = f"{PROGRAM}.pid"
 LEASE = f"{PROGRAM}.lease"
@@ -12043,6 +12066,28 @@ class Index:
 # ==================================================================================================
 # Daemon: becoming one: binding, the double fork, the log file, the idle stop
 # ==================================================================================================
+#
+# Becoming one. The command that starts a service acquires all that makes a process a service (a
+# `Claim`), forks twice, and returns when the daemon has registered itself. The daemon then goes on
+# in a new interpreter, so that nothing shows of the command that has started it: the claim's files
+# stay open, and what else it must know goes through a pipe. Requests wait in the socket's queue
+# until Metaflow is imported; orders only until the new interpreter runs.
+#
+# What is left if the machine or a process is stopped dead at that moment:
+#
+#     before the pidfile is written     an empty pidfile that is not locked: no service
+#     after it, before or in the exec   a pidfile that is not locked: no service. The command that
+#                                       started it finds the port closed, and the next starts one
+#     while it serves, or ends          the same, and its link in the index. Every record that was
+#                                       acknowledged, and none in part (see the Store)
+#     while a command has the lease     nothing: its lock ends with it
+#
+# When it goes: when it is told to, by an order or a signal; when it has been idle and nobody holds
+# the lease or is held on to by process id; when its folder is gone, or has another pidfile. It
+# changes only what is in its own folder, and leaves alone what has taken the folder's place.
+#
+# Threads. The main thread imports Metaflow and then stays in `Server.serve`. Orders are obeyed in
+# the threads of their connections: they may read anything, and change only `_holders`.
 
 BROKEN_IDLE_TIMEOUT = 5.0
 """Seconds without a request after which a service goes that could not import Metaflow, so that one
@@ -12176,6 +12221,8 @@ def _launch(options: Options) -> Service:
         os.waitpid(child, 0)
     with open(reader, encoding="utf-8") as f:
         failure = f.read()
+    if not failure and os.fstat(claim.lock.descriptor).st_size == 0:
+        failure = "The service was ended before it could start."
     if failure:
         remove_file(claim.lock.path)
     claim.release()
