@@ -12603,6 +12603,8 @@ def escape_character(match: Match[str]) -> str:
     return match.group().encode("unicode_escape").decode()
 
 
+LONGEST_PIDFILE = 2**16
+
 MISSING_SECONDS = 5.0
 """How long the folder of a service may be missing before it is gone for good."""
 
@@ -12745,6 +12747,7 @@ class Daemon:
         return sorted([own, *others], key=lambda row: row["root"])
 
     def _is_wanted(self, idle_seconds: float) -> bool:
+        self._restore_pidfile()
         if self._is_gone() or not self._owns_root():
             log.warning("%s is not ours any more", self._path)
             return False
@@ -12771,6 +12774,24 @@ class Daemon:
         was_deleted = os.fstat(self._descriptor).st_nlink == 0
         is_replaced = os.path.isdir(self._path)
         return was_deleted or is_replaced or now - self._missing_since > MISSING_SECONDS
+
+    def _restore_pidfile(self) -> None:
+        """Register anew if the pidfile was deleted, as those do who tidy up.
+
+        Else the next command would start another service, and this one, which does not own the root
+        any more then, would leave those that use it.
+        """
+        if os.path.lexists(self._lock.path) or not self._is_in_place():
+            return
+        suppressed = contextlib.suppress(OSError, ServiceError)
+        with suppressed, registry_lock(self._options.root, fcntl.LOCK_EX):
+            lock = LockedFile.acquire(self._lock.path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if lock is None:
+                return  # another service has come first
+            lock.write(os.pread(self._lock.descriptor, LONGEST_PIDFILE, 0).decode())
+            self._lock.release()
+            self._lock = lock
+            self._options.registry.add(self._options.root)
 
     def _owns_root(self) -> bool:
         """Whether no other pidfile is in place of ours in the folder that is served."""

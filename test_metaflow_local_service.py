@@ -7207,6 +7207,15 @@ def test_copies_of_a_root_have_services_of_their_own(cli: Cli, tmp_path: Path, c
     assert running(cli.folder) == service
 
 
+def test_a_pidfile_that_is_deleted_is_written_again(daemon: Api, cli: Cli) -> None:
+    service = running(cli.folder)
+    pidfile(cli.folder).unlink()
+    assert eventually(lambda: running(cli.folder))
+    assert running(cli.folder) == service
+    assert cli("status", "--all").stdout.startswith(f"url    {service.url}\n")
+    assert cli("stop").stdout.startswith("Stopped")
+
+
 def test_a_root_keeps_its_port(daemon: Api, cli: Cli) -> None:
     assert cli("stop").returncode == 0
     assert cli("url").stdout.strip() == daemon.url
