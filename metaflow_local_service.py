@@ -19,10 +19,13 @@ The file is read from top to bottom. Each layer uses only what stands above it:
     Server     HTTP itself: parsing, limits, access, errors as JSON, in-flight requests
     Registry   which service runs where: pidfile locks and leases
     Daemon     becoming one: binding, the double fork, the log file, the idle stop
+    Library    what Python calls: in notebooks, scripts and tests; fixtures for pytest
     Commands   the command line
 
 A record is a dict, because it is JSON; the TypedDicts say which. An object is addressed by its
 `ids`, the parts of its pathspec: ("MyFlow", "1795448419531000", "start", "1").
+
+PYTEST_DONT_REWRITE: as a plugin of pytest's this is taken as it stands, its bytecode too.
 """
 
 from __future__ import annotations
@@ -64,7 +67,7 @@ import urllib.parse
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from re import Match
-from types import MappingProxyType, SimpleNamespace
+from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import (
     Any,
     Callable,
@@ -78,7 +81,9 @@ from typing import (
     cast,
 )
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
+
+__all__ = ["Service", "ServiceError", "ensure", "find", "running", "stop", "use"]
 
 # ==================================================================================================
 # Settings: names, defaults, environment variables, and which root is meant
@@ -11688,6 +11693,16 @@ class Service(NamedTuple):
         }
         return {**settings, ENV_EXPORTED: describe_exports({**settings, **key}, user), **key}
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """This process's environment with the settings: for a subprocess or Metaflow's Runner."""
+        user = user_environment(os.environ)
+        return {**user, **self.settings(user)}
+
+    def __repr__(self) -> str:
+        """Where it is; not its key, which would be kept in notebooks and logs."""
+        return f"<Service of {self.root} at {self.url}>"
+
     def public(self) -> dict[str, object]:
         """All of it that others may see."""
         inner = ("key", "is_stopping", "nonce", "device", "inode", "network")
@@ -12856,10 +12871,13 @@ def is_process_alive(pid: int, descriptor: int) -> bool:
     return True
 
 
-def hold_service(service: Service, pid: int) -> None:
-    """Let a service stay for as long as a process lives; asking it counts as use."""
+def hold_service(service: Service, pid: int, waits: bool = False) -> None:
+    """Let a service stay for as long as a process lives; asking it counts as use.
+
+    Returns when that is sent; if it `waits`, when the service has taken it.
+    """
     with contextlib.suppress(OSError):
-        service.order("hold", waits=False, pid=pid, namespace=namespace("pid"))
+        service.order("hold", waits, pid=pid, namespace=namespace("pid"))
 
 
 def wait_until_ready(service: Service) -> None:
@@ -12896,6 +12914,297 @@ def stop_service(service: Service) -> None:
     if is_free_soon(pidfile, STOP_SECONDS):
         return
     raise ServiceError(f"Process {service.pid} was told to stop, but is still there.")
+
+
+# ==================================================================================================
+# Library: what Python calls: in notebooks, scripts and tests; fixtures for pytest
+# ==================================================================================================
+#
+# The names in `__all__` and the two fixtures are all that is public.
+#
+# A service that Python code asks for is started by an interpreter of its own: a process that has
+# threads, as every notebook's has, cannot become a daemon. No state is kept in this process. What
+# `ensure` and `use` ask for stays for as long as the process lives, which the service watches;
+# `running` has a lease on its service, which ends with its block or with the process.
+
+START_SECONDS = 60.0
+"""How long an interpreter may take to start a service."""
+
+ORPHAN_IDLE_TIMEOUT = 10.0
+"""Seconds after which the service of a temporary root goes when its process was killed."""
+
+FolderPath = Union[str, "os.PathLike[str]"]
+
+
+def ensure(
+    root: FolderPath | None = None,
+    *,
+    host: str | None = None,
+    port: int | None = None,
+    idle_timeout: float | None = None,
+    ui_dir: FolderPath | None = None,
+    generate_key: bool = False,
+) -> Service:
+    """The service of a root, started where none runs, which stays for as long as this process.
+
+    The root is the folder that has, or gets, the .metaflow; without one, the folder that Metaflow's
+    local mode would use here. The options are those of `start`; what is not given is as the
+    environment says. Returns when the service takes connections, which it answers once it has
+    imported Metaflow. ServiceError where it cannot start, or another runs than is asked for.
+    """
+    folder = resolve_folder(root)
+    options = service_options(host, port, idle_timeout, ui_dir, generate_key)
+    lease = acquire_lease(folder)  # so that it cannot end before it knows of this process
+    try:
+        service, is_new = start_service(folder, options)
+        hold_service(service, os.getpid(), waits=not is_new)
+    finally:
+        lease.release()
+    return service
+
+
+def find(root: FolderPath | None = None) -> Service | None:
+    """The service of a root as `ensure` has it, None where none runs. Starts and makes nothing."""
+    return find_service(resolve_folder(root))
+
+
+def stop(root: FolderPath | None = None) -> None:
+    """Stop the service of a root, and return when it is gone; where none runs, that is fine too."""
+    service = find(root)
+    if service is not None:
+        stop_service(service)
+
+
+def use(root: FolderPath | None = None) -> Service:
+    """Let Metaflow in this process use the service of a root, as `ensure` has it.
+
+    Sets the environment, and Metaflow's own settings where it has been imported already: from here
+    on its client, `Runner` and every subprocess use the service. Says so on stderr.
+    """
+    service = ensure(root)
+    before = os.environ.get("METAFLOW_SERVICE_URL")
+    environment = service.environment
+    for name in os.environ.keys() - environment.keys():  # exported for another service
+        del os.environ[name]
+    os.environ.update(environment)
+    is_imported = configure_metaflow(service)
+    with contextlib.suppress(ServiceError):  # without a current folder there are no cards in it
+        note_card_root(datastore_folder(service.root), current_folder())
+    instead = "" if before in (None, service.url) else f", in place of {before}"
+    what = "the environment and the settings of" if is_imported else "the environment for"
+    print_notice(f"set {what} Metaflow: it uses {service.url} for {service.root}{instead}")
+    return service
+
+
+@contextlib.contextmanager
+def running(
+    root: FolderPath | None = None,
+    *,
+    host: str | None = None,
+    port: int | None = None,
+    idle_timeout: float | None = None,
+    ui_dir: FolderPath | None = None,
+    generate_key: bool = False,
+) -> Iterator[Service]:
+    """A service for a `with` block, on a temporary root or the one named, that ends with the block.
+
+    The options are as for `ensure`. A service that ran before, and one that others still have a
+    lease on, is left to them. When this process is killed, the service goes after its idle time,
+    which is ten seconds for a temporary root.
+    """
+    with contextlib.ExitStack() as stack:
+        if root is None:
+            folder = stack.enter_context(temporary_folder())
+            idle_timeout = ORPHAN_IDLE_TIMEOUT if idle_timeout is None else idle_timeout
+        else:
+            folder = resolve_folder(root)
+        options = service_options(host, port, idle_timeout, ui_dir, generate_key)
+        lease = acquire_lease(folder)
+        was_running = True
+        try:
+            was_running = find_service(folder) is not None
+            yield start_service(folder, options)[0]
+        finally:
+            lease.release()
+            if not was_running:
+                stop_without_leases(folder)
+
+
+def resolve_folder(root: FolderPath | None) -> str:
+    """The folder that a caller means by a root, a real path."""
+    option = None if root is None else os.path.expanduser(os.fspath(root))
+    here = "/" if option is not None and os.path.isabs(option) else current_folder()
+    return root_folder(option, os.environ, here)
+
+
+def current_folder() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        raise ServiceError("The current folder does not exist any more.") from None
+
+
+def print_notice(sentence: str) -> None:
+    """Print a line to stderr, if there is a stderr."""
+    if sys.stderr is not None:
+        print(f"{PROGRAM}: {sentence}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[str]:
+    """A folder for a `with` block, as a real path; what cannot be removed afterwards is left."""
+    import tempfile
+
+    folder = os.path.realpath(tempfile.mkdtemp(prefix="metaflow-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def service_options(
+    host: str | None,
+    port: int | None,
+    idle_timeout: float | None,
+    ui_dir: FolderPath | None,
+    generate_key: bool,
+) -> list[str]:
+    """The options as the command line has them, without those that are not given."""
+    ui_folder = None if ui_dir is None else os.path.abspath(os.fspath(ui_dir))
+    given = {"--host": host, "--port": port, "--idle-timeout": idle_timeout, "--ui-dir": ui_folder}
+    options = [f"{name}={value}" for name, value in given.items() if value is not None]
+    return [*options, "--generate-key"] if generate_key else options
+
+
+def start_service(root: str, options: Sequence[str]) -> tuple[Service, bool]:
+    """The service of a root, started where none runs, and whether it was. Under a lease."""
+    service = find_service(root)
+    if service is not None and not options:
+        return service, False
+    run_start_command(root, options)
+    started = find_service(root)
+    if started is None:
+        raise ServiceError(f"The service of {root} was started, but is gone.")
+    return started, service is None
+
+
+def run_start_command(root: str, options: Sequence[str]) -> None:
+    """Have an interpreter start the service of a root; ServiceError with what it says if it fails.
+
+    It needs none of this process's files or folders, which may be closed or gone.
+    """
+    import subprocess
+
+    if getattr(sys, "frozen", False) or not sys.executable or not os.path.isfile(__file__):
+        raise ServiceError(
+            "A service is started by a Python interpreter that runs the file of this module, and "
+            f"there is no such {'file' if sys.executable else 'interpreter'} here: "
+            f"start it with `{PROGRAM} start --root {root}`."
+        )
+    command = [sys.executable, __file__, "url", "--root", root, *options]
+    try:
+        ended = subprocess.run(
+            command,
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            timeout=START_SECONDS,
+        )
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        raise ServiceError(f"{sys.executable} cannot start the service: {error}.") from None
+    if ended.returncode != 0:
+        lines = ended.stderr.decode(errors="replace").splitlines() or ["it said nothing"]
+        raise ServiceError(lines[-1].replace(f"{PROGRAM}: ", "", 1), ended.returncode)
+
+
+def stop_without_leases(root: str) -> None:
+    """Stop the service of a root, unless somebody has a lease on it."""
+    lease = LockedFile.acquire(
+        os.path.join(datastore_folder(root), LEASE), fcntl.LOCK_EX | fcntl.LOCK_NB
+    )
+    if lease is None:
+        return
+    try:
+        service = find_service(root)
+        if service is not None:
+            stop_service(service)
+        remove_file(lease.path)
+    finally:
+        lease.release()
+
+
+def configure_metaflow(service: Service) -> bool:
+    """Have Metaflow read its settings again if it has been imported, and whether it has.
+
+    Its modules have copies of them, and keep what they have made of them.
+    """
+    configuration: Any = sys.modules.get("metaflow.metaflow_config")
+    if configuration is None:
+        return False
+    headers, key = configuration.SERVICE_HEADERS, configuration.SERVICE_AUTH_KEY
+    if headers.get("x-api-key") == key:
+        headers.pop("x-api-key", None)
+    if service.key is not None:
+        headers["x-api-key"] = service.key
+    defaults = {
+        "DEFAULT_METADATA": "local",
+        "SERVICE_URL": None,
+        "SERVICE_INTERNAL_URL": service.url,
+        "SERVICE_AUTH_KEY": None,
+        "DATASTORE_SYSROOT_LOCAL": None,
+        "DATATOOLS_LOCALROOT": os.path.join(service.root, configuration.DATATOOLS_SUFFIX),
+    }
+    settings = {name: configuration.from_conf(name, value) for name, value in defaults.items()}
+    for module_name, module in list(sys.modules.items()):
+        if module_name.partition(".")[0] in ("metaflow", "metaflow_extensions"):
+            replace_attributes(module, settings)
+    forget_metadata_providers(service)
+    return True
+
+
+def forget_metadata_providers(service: Service) -> None:
+    """Have Metaflow's client choose its metadata provider anew, and that its root or service."""
+    replace_attributes(sys.modules.get("metaflow.client.core"), {"current_metadata": False})
+    unknown = {"_INFO": None, "_supports_attempt_gets": None, "_supports_tag_mutation": None}
+    for provider in getattr(sys.modules.get("metaflow.plugins"), "METADATA_PROVIDERS", ()):
+        replace_attributes(provider, unknown)
+    storage = getattr(
+        sys.modules.get("metaflow.plugins.datastores.local_storage"), "LocalStorage", None
+    )
+    replace_attributes(storage, {"SYSROOT_VAR": service.root, "datastore_root": None})
+
+
+def replace_attributes(owner: object, values: Mapping[str, object]) -> None:
+    """Set those attributes of a module or class that it has."""
+    for name in values.keys() & getattr(owner, "__dict__", {}).keys():
+        setattr(owner, name, values[name])
+
+
+def pytest_configure(config: Any) -> None:
+    """Give pytest the fixtures `metaflow_root` and `metaflow_service`, when this is a plugin of it.
+
+    A conftest.py makes it one with `pytest_plugins = ["metaflow_local_service"]`.
+    """
+    from pathlib import Path
+
+    import pytest
+
+    def metaflow_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+        """The root of `metaflow_service`: a temporary folder of this session and xdist worker."""
+        folder = tmp_path_factory.mktemp("metaflow")
+        yield folder
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def metaflow_service(metaflow_root: Path) -> Iterator[Service]:
+        """A service on `metaflow_root`, for `Runner(..., env=metaflow_service.environment)`."""
+        with running(metaflow_root, idle_timeout=ORPHAN_IDLE_TIMEOUT) as service:
+            yield service
+
+    fixtures = ModuleType(f"{__name__} fixtures")
+    for function in (metaflow_root, metaflow_service):
+        setattr(fixtures, function.__name__, pytest.fixture(scope="session")(function))
+    config.pluginmanager.register(fixtures)
 
 
 # ==================================================================================================
@@ -12936,19 +13245,6 @@ def subcommand(
         return function
 
     return declare
-
-
-def print_notice(sentence: str) -> None:
-    """Print a line to stderr, if there is a stderr."""
-    if sys.stderr is not None:
-        print(f"{PROGRAM}: {sentence}", file=sys.stderr, flush=True)
-
-
-def current_folder() -> str:
-    try:
-        return os.getcwd()
-    except FileNotFoundError:
-        raise ServiceError("The current folder does not exist any more.") from None
 
 
 def resolve_root(arguments: Arguments) -> str:
