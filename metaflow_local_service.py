@@ -13114,7 +13114,7 @@ def run_start_command(root: str, options: Sequence[str]) -> None:
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         raise ServiceError(f"{sys.executable} cannot start the service: {error}.") from None
     if ended.returncode != 0:
-        lines = ended.stderr.decode(errors="replace").splitlines() or ["it said nothing"]
+        lines = ended.stderr.decode(errors="replace").splitlines() or ["It said nothing."]
         raise ServiceError(lines[-1].replace(f"{PROGRAM}: ", "", 1), ended.returncode)
 
 

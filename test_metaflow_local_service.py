@@ -7818,6 +7818,248 @@ def test_a_process_finds_what_a_search_in_place_finds() -> None:
 
 
 # ==================================================================================================
+# Library
+# ==================================================================================================
+
+
+@pytest.fixture
+def library(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """The module in this process, in the project; its services are this user's."""
+    monkeypatch.chdir(cli.folder)
+    monkeypatch.delenv("METAFLOW_USER", raising=False)
+    for name, value in cli.environment.items():
+        monkeypatch.setenv(name, value)
+    return cli
+
+
+class Script:
+    """A script of a user's that has a service, until its standard input is closed."""
+
+    def __init__(self, cli: Cli, body: str) -> None:
+        lines = "import sys, metaflow_local_service as mls"
+        environment = {**cli.environment, "PYTHONPATH": str(REPOSITORY)}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", f"{lines}\n{textwrap.dedent(body)}"],
+            cwd=cli.folder,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdin and self.process.stdout
+        self.root = Path(self.process.stdout.readline().strip())
+
+    def end(self, number: int = 0) -> int:
+        """End it, by a signal if one is given; the exit code."""
+        with self.process:
+            if number:
+                self.process.send_signal(number)
+                self.process.wait()
+        return self.process.returncode
+
+
+@structural
+def test_what_the_library_offers_is_what_the_readme_names() -> None:
+    (public,) = (ast.literal_eval(s.tree.value) for s in statements() if "__all__" in s.defined)
+    assert public == sorted(public)
+    assert [name for name in public if f"`{name}" not in text_of("README.md")] == []
+    of_library = {name for s in statements() if s.layer == "Library" for name in s.defined}
+    assert set(public) - of_library == {"Service", "ServiceError"}
+
+
+def test_a_service_is_started_found_and_stopped_from_python(library: Cli, tmp_path: Path) -> None:
+    assert mls.find() is None
+    assert all_paths(library.folder) == []
+    service = mls.ensure(idle_timeout=60)
+    assert (service.root, service.url) == (str(library.folder), library.status()["url"])
+    assert (
+        service.environment.items() >= {"METAFLOW_SERVICE_URL": service.url, **os.environ}.items()
+    )
+    assert mls.ensure() == mls.ensure(library.folder, port=service.port) == mls.find() == service
+    with pytest.raises(mls.ServiceError, match="runs already, on port"):
+        mls.ensure(port=1)
+    mls.stop()
+    assert mls.find() is None
+    mls.stop()
+    with pytest.raises(mls.ServiceError, match=r"^argument --port: a port is .*'70000'"):
+        mls.ensure(tmp_path / "other", port=70000)
+
+
+def test_a_service_does_not_show_its_key_where_it_is_shown(library: Cli) -> None:
+    service = mls.ensure(generate_key=True)
+    assert repr(service) == f"<Service of {library.folder} at {service.url}>"
+    assert service.environment["METAFLOW_SERVICE_AUTH_KEY"] == service.key
+
+
+def test_threads_that_ask_at_once_get_one_service(library: Cli) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        services = set(pool.map(lambda _: mls.ensure(), range(4)))
+    assert len(services) == 1
+
+
+def test_python_that_has_lost_its_folder_and_its_files_starts_one_too(cli: Cli) -> None:
+    script = f"""
+        import os
+        os.mkdir("gone"), os.chdir("gone"), os.rmdir("../gone")
+        for number in range(3):
+            os.close(number)
+        service = mls.ensure({str(cli.folder)!r})
+        try:
+            mls.ensure()
+        except mls.ServiceError as error:
+            open(service.root + "/said", "w").write(str(error))
+    """
+    assert Script(cli, script).end() == 0
+    assert (cli.folder / "said").read_text() == "The current folder is not there any more."
+    assert running(cli.folder)
+
+
+@pytest.mark.parametrize(
+    ("executable", "said"),
+    [
+        ("", "no such interpreter here"),
+        ("/usr/bin/false", "It said nothing"),
+        ("/nowhere/python", "No such file"),
+    ],
+)
+def test_where_no_python_can_be_started_that_is_one_sentence(
+    library: Cli, monkeypatch: pytest.MonkeyPatch, executable: str, said: str
+) -> None:
+    monkeypatch.setattr(sys, "executable", executable)
+    with pytest.raises(mls.ServiceError, match=said) as caught:
+        mls.ensure()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_service_stays_for_as_long_as_the_process_that_asked(cli: Cli) -> None:
+    asking = Script(cli, "print(mls.ensure(idle_timeout=0.2).root, flush=True)\nsys.stdin.read()")
+    assert asking.root == cli.folder
+    assert stays(cli.folder)
+    asking.end(signal.SIGKILL)
+    assert eventually(lambda: running(cli.folder) is None)
+
+
+RUNNING = """
+    with mls.running(idle_timeout=0.2) as service:
+        print(service.root, flush=True)
+        sys.exit(bool(sys.stdin.read()) or "no more")
+"""
+
+
+@pytest.mark.parametrize("number", [0, signal.SIGINT, signal.SIGKILL])
+def test_a_service_for_a_block_ends_with_it_however_that_ends(cli: Cli, number: int) -> None:
+    script = Script(cli, RUNNING)
+    assert stays(script.root)
+    assert script.end(number) == (-number or 1)
+    if number == signal.SIGKILL:
+        assert eventually(lambda: running(script.root) is None)
+        shutil.rmtree(script.root)
+    assert not script.root.exists()
+    assert list((cli.home / "services").iterdir()) == []
+
+
+def test_a_service_for_a_block_is_left_to_others_that_have_it(library: Cli) -> None:
+    with pytest.raises(ZeroDivisionError), mls.running("a") as first:
+        with mls.running("a") as second:
+            assert first == second == mls.find("a")
+        assert mls.find("a") == first
+        raise ZeroDivisionError
+    assert mls.find("a") is None
+    before = mls.ensure("a")
+    with mls.running("a") as service:
+        assert service == before
+    assert mls.find("a") == before
+
+
+USING = """
+    import metaflow, os, pathlib, urllib.request
+    from metaflow import Metaflow, get_metadata
+    from metaflow.plugins.datastores.local_storage import LocalStorage
+
+    pathlib.Path("of_local_mode/.metaflow/LocalFlow").mkdir(parents=True)
+    os.chdir("of_local_mode")
+    assert get_metadata() == f"local@{os.getcwd()}", get_metadata()
+    assert list(Metaflow()) == []
+    before = dict(os.environ)
+    for key in (False, True):
+        name = "WithKey" if key else "Open"
+        mls.ensure(f"../{name}", generate_key=key)
+        service = mls.use(f"../{name}")
+        request = urllib.request.Request(f"{service.url}/flows/{name}/run", b"{}")
+        if key:
+            request.add_header("x-api-key", service.key)
+        urllib.request.urlopen(request).close()
+        assert get_metadata() == f"service@{service.url}"
+        assert [run.id for run in Metaflow()] == [name], list(Metaflow())
+        assert LocalStorage.get_datastore_root_from_config(print) == service.root + "/.metaflow"
+        assert os.environ["METAFLOW_DATASTORE_SYSROOT_LOCAL"] == service.root
+    mls.use("../Open")
+    assert [run.id for run in Metaflow()] == ["Open"]
+    assert "METAFLOW_SERVICE_AUTH_KEY" not in os.environ
+    assert mls.user_environment(os.environ).keys() - before.keys() == {
+        "METAFLOW_DEFAULT_METADATA", "METAFLOW_SERVICE_URL"
+    }
+    print("used", flush=True)
+"""
+
+
+def test_metaflow_that_is_imported_already_uses_one_service_after_the_other(cli: Cli) -> None:
+    script = Script(cli, USING)
+    assert (script.end(), str(script.root)) == (0, "used")
+
+
+def readme_blocks(language: str, containing: str) -> list[str]:
+    """The code blocks of the README in a language that contain a text."""
+    blocks = re.findall(
+        rf"^```{language}\n(.+?)^```", text_of("README.md"), re.MULTILINE | re.DOTALL
+    )
+    return [block for block in blocks if containing in block]
+
+
+@pytest.mark.parametrize("before", ["", "import metaflow"])
+def test_a_notebook_does_what_the_readme_says_of_its_cell(cli: Cli, before: str) -> None:
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    (cli.folder / "train.py").write_text(SHORT_FLOW.replace("Flow(", "TrainFlow("))
+    (cell,) = readme_blocks("python", "mls.use()")
+    cells = [before, cell, "print(running.run.data.value, running.run.pathspec)"]
+    notebook = nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, cells)))
+    environment = {**cli.environment, "PYTHONPATH": str(REPOSITORY)}
+    nbclient.NotebookClient(notebook, resources={"metadata": {"path": str(cli.folder)}}).execute(
+        env=environment
+    )
+    last = notebook.cells[-1].outputs[0].text.split()
+    assert last[0] == "42"
+    assert (cli.folder / ".metaflow" / last[1]).is_dir()
+
+
+CONFTEST = 'pytest_plugins = ["metaflow_local_service"]\n'
+TEST_OF_USER = """
+    import metaflow_local_service, os, pathlib
+
+    def test_of_user(metaflow_service, metaflow_root):
+        assert metaflow_local_service.find(metaflow_root) == metaflow_service
+        assert "METAFLOW_SERVICE_URL" not in os.environ
+        with open(pathlib.Path(__file__).with_name("seen"), "a") as f:
+            print(metaflow_service.root, file=f)
+"""
+
+
+def test_each_pytest_worker_has_a_service_of_its_own_and_leaves_nothing(cli: Cli) -> None:
+    (cli.folder / "conftest.py").write_text(CONFTEST)
+    (cli.folder / "test_user.py").write_text(textwrap.dedent(TEST_OF_USER))
+    pytest_command = [sys.executable, "-m", "pytest", "-q", "-n", "8", "--dist", "each"]
+    ran = cli.execute(
+        [*pytest_command, "-p", "no:cacheprovider", "--basetemp", cli.home / "pytest"],
+        PYTHONPATH=str(REPOSITORY),
+    )
+    assert (ran.returncode, "8 passed" in ran.stdout) == (0, True), ran.stdout
+    roots = (cli.folder / "seen").read_text().split()
+    assert len(set(roots)) == 8
+    assert not any(map(os.path.exists, roots))
+    assert list((cli.home / "services").iterdir()) == []
+
+
+# ==================================================================================================
 # Commands
 # ==================================================================================================
 
