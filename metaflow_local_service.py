@@ -12387,17 +12387,27 @@ INTERPRETER_OPTIONS = {
 }
 """The options of Python's command line that say what it finds, and the flag that tells of each."""
 
-RESUMING_PROGRAM = """
-import sys
-sys.path[:] = {path!a}
-import importlib.util
+CALLING_PROGRAM = """
+import importlib.util, sys
 spec = importlib.util.spec_from_file_location({name!a}, {file!a})
 module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-module.resume_daemon(*{state!a})
+module.{call}
 """
-"""What the interpreter is to run that goes on as the daemon. It imports the module, whose bytecode
-is kept then, as it is not of a file that is run."""
+
+
+def program_that_calls(call: str) -> str:
+    """What a new interpreter is to run that is to call a function of this module.
+
+    It imports the module, whose bytecode is kept then, as it is not of a file that is run.
+    """
+    return CALLING_PROGRAM.format(name=PROGRAM.replace("-", "_"), file=__file__, call=call)
+
+
+def interpreter_command() -> list[str]:
+    """The command of an interpreter that finds what this one finds."""
+    flags = [word for flag, word in INTERPRETER_OPTIONS.items() if getattr(sys.flags, flag)]
+    return [sys.executable, *flags]
 
 
 def _exec_anew(options: Options, claim: Claim) -> None:
@@ -12414,9 +12424,8 @@ def _exec_anew(options: Options, claim: Claim) -> None:
         claim.nonce,
     )
     path = [folder for folder in sys.path if os.path.isabs(folder)]
-    program = RESUMING_PROGRAM.format(
-        path=path, name=PROGRAM.replace("-", "_"), file=__file__, state=state
-    ).encode()
+    call = f"resume_daemon(*{state!a})"
+    program = f"import sys\nsys.path[:] = {path!a}\n{program_that_calls(call)}".encode()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     is_written = os.write(writer, program) == len(program)
@@ -12426,9 +12435,8 @@ def _exec_anew(options: Options, claim: Claim) -> None:
     if is_written and os.path.isfile(__file__):
         for descriptor in state[1:4]:
             os.set_inheritable(descriptor, True)
-        flags = [word for flag, word in INTERPRETER_OPTIONS.items() if getattr(sys.flags, flag)]
         with contextlib.suppress(OSError, ValueError):
-            words = [sys.executable, *flags, "-", PROGRAM, "--root", options.root]
+            words = [*interpreter_command(), "-", PROGRAM, "--root", options.root]
             os.execv(sys.executable, words)
     _lead_input_to_nothing()
 
@@ -13101,10 +13109,10 @@ def run_start_command(root: str, options: Sequence[str]) -> None:
             f"there is no such {'file' if sys.executable else 'interpreter'} here: "
             f"start it with `{PROGRAM} start --root {root}`."
         )
-    command = [sys.executable, __file__, "url", "--root", root, *options]
+    words = ["-c", program_that_calls("main()"), "url", "--root", root, *options]
     try:
         ended = subprocess.run(
-            command,
+            [*interpreter_command(), *words],
             cwd="/",
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

@@ -7827,9 +7827,20 @@ def library(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Cli:
     """The module in this process, in the project; its services are this user's."""
     monkeypatch.chdir(cli.folder)
     monkeypatch.delenv("METAFLOW_USER", raising=False)
-    for name, value in cli.environment.items():
+    for name, value in library_environment(cli).items():
         monkeypatch.setenv(name, value)
     return cli
+
+
+def library_environment(cli: Cli) -> Mapping[str, str]:
+    """The environment of Python that imports the module, whose bytecode all tests share."""
+    bytecode = cli.home.parents[1] / "bytecode"
+    return {
+        **cli.environment,
+        "PYTHONPATH": str(REPOSITORY),
+        "PYTHONPYCACHEPREFIX": str(bytecode),
+        "PYTHONDONTWRITEBYTECODE": "",
+    }
 
 
 class Script:
@@ -7837,11 +7848,10 @@ class Script:
 
     def __init__(self, cli: Cli, body: str) -> None:
         lines = "import sys, metaflow_local_service as mls"
-        environment = {**cli.environment, "PYTHONPATH": str(REPOSITORY)}
         self.process = subprocess.Popen(
             [sys.executable, "-c", f"{lines}\n{textwrap.dedent(body)}"],
             cwd=cli.folder,
-            env=environment,
+            env=library_environment(cli),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -7910,7 +7920,7 @@ def test_python_that_has_lost_its_folder_and_its_files_starts_one_too(cli: Cli) 
             open(service.root + "/said", "w").write(str(error))
     """
     assert Script(cli, script).end() == 0
-    assert (cli.folder / "said").read_text() == "The current folder is not there any more."
+    assert (cli.folder / "said").read_text() == "The current folder does not exist any more."
     assert running(cli.folder)
 
 
@@ -7973,28 +7983,28 @@ def test_a_service_for_a_block_is_left_to_others_that_have_it(library: Cli) -> N
 
 USING = """
     import metaflow, os, pathlib, urllib.request
-    from metaflow import Metaflow, get_metadata
+    from metaflow import Metaflow, get_metadata, namespace
     from metaflow.plugins.datastores.local_storage import LocalStorage
 
     pathlib.Path("of_local_mode/.metaflow/LocalFlow").mkdir(parents=True)
     os.chdir("of_local_mode")
     assert get_metadata() == f"local@{os.getcwd()}", get_metadata()
-    assert list(Metaflow()) == []
+    namespace(None)
     before = dict(os.environ)
     for key in (False, True):
         name = "WithKey" if key else "Open"
         mls.ensure(f"../{name}", generate_key=key)
         service = mls.use(f"../{name}")
-        request = urllib.request.Request(f"{service.url}/flows/{name}/run", b"{}")
+        request = urllib.request.Request(f"{service.url}/flows/{name}", b"{}")
         if key:
             request.add_header("x-api-key", service.key)
         urllib.request.urlopen(request).close()
         assert get_metadata() == f"service@{service.url}"
-        assert [run.id for run in Metaflow()] == [name], list(Metaflow())
+        assert [flow.id for flow in Metaflow()] == [name]
         assert LocalStorage.get_datastore_root_from_config(print) == service.root + "/.metaflow"
         assert os.environ["METAFLOW_DATASTORE_SYSROOT_LOCAL"] == service.root
     mls.use("../Open")
-    assert [run.id for run in Metaflow()] == ["Open"]
+    assert [flow.id for flow in Metaflow()] == ["Open"]
     assert "METAFLOW_SERVICE_AUTH_KEY" not in os.environ
     assert mls.user_environment(os.environ).keys() - before.keys() == {
         "METAFLOW_DEFAULT_METADATA", "METAFLOW_SERVICE_URL"
@@ -8023,10 +8033,8 @@ def test_a_notebook_does_what_the_readme_says_of_its_cell(cli: Cli, before: str)
     (cell,) = readme_blocks("python", "mls.use()")
     cells = [before, cell, "print(running.run.data.value, running.run.pathspec)"]
     notebook = nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, cells)))
-    environment = {**cli.environment, "PYTHONPATH": str(REPOSITORY)}
-    nbclient.NotebookClient(notebook, resources={"metadata": {"path": str(cli.folder)}}).execute(
-        env=environment
-    )
+    client = nbclient.NotebookClient(notebook, resources={"metadata": {"path": cli.folder}})
+    client.execute(env=library_environment(cli))
     last = notebook.cells[-1].outputs[0].text.split()
     assert last[0] == "42"
     assert (cli.folder / ".metaflow" / last[1]).is_dir()
@@ -8050,7 +8058,7 @@ def test_each_pytest_worker_has_a_service_of_its_own_and_leaves_nothing(cli: Cli
     pytest_command = [sys.executable, "-m", "pytest", "-q", "-n", "8", "--dist", "each"]
     ran = cli.execute(
         [*pytest_command, "-p", "no:cacheprovider", "--basetemp", cli.home / "pytest"],
-        PYTHONPATH=str(REPOSITORY),
+        **library_environment(cli),
     )
     assert (ran.returncode, "8 passed" in ran.stdout) == (0, True), ran.stdout
     roots = (cli.folder / "seen").read_text().split()
