@@ -8055,10 +8055,22 @@ TEST_OF_USER = """
 def test_each_pytest_worker_has_a_service_of_its_own_and_leaves_nothing(cli: Cli) -> None:
     (cli.folder / "conftest.py").write_text(CONFTEST)
     (cli.folder / "test_user.py").write_text(textwrap.dedent(TEST_OF_USER))
-    pytest_command = [sys.executable, "-m", "pytest", "-q", "-n", "8", "--dist", "each"]
+    pytest_command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "xdist",
+        "-n",
+        "8",
+        "--dist",
+        "each",
+    ]
     ran = cli.execute(
         [*pytest_command, "-p", "no:cacheprovider", "--basetemp", cli.home / "pytest"],
         **library_environment(cli),
+        PYTEST_DISABLE_PLUGIN_AUTOLOAD="1",
     )
     assert (ran.returncode, "8 passed" in ran.stdout) == (0, True), ran.stdout
     roots = (cli.folder / "seen").read_text().split()
