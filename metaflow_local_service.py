@@ -6716,9 +6716,10 @@ summary h2 { display: inline; }
 .card iframe + iframe { position: absolute; inset: 0 0 auto; }
 
 /* Differences between runs, the dialogs and the login. */
-.differences { table-layout: fixed; min-width: 620px; }
-.differences thead th:first-child { width: 200px; }
-.differences td:first-child { overflow-wrap: anywhere; }
+.differences { --name: 200px; table-layout: fixed; }
+.differences { min-width: calc(var(--name) + var(--runs) * 215px); }
+.differences thead th:first-child { width: var(--name); }
+.differences :is(td:first-child, a) { overflow-wrap: anywhere; }
 .differences pre { max-height: 180px; overflow: auto; }
 dialog {
   max-width: min(560px, 92vw);
@@ -6751,6 +6752,7 @@ kbd {
   #live { order: -1; }
   .search { flex: 1 1 200px; }
   .timeline { --name: 130px; --time: 66px; }
+  .differences { --name: 120px; }
   .row { gap: 8px; padding-inline: 12px; }
   .tick:nth-child(even) { display: none; }
   .narrow { display: inline-block; max-width: 132px; }
@@ -7767,7 +7769,7 @@ const isHidden = (row) => row.step_name.startsWith("_");
 const pathspecLink = (pathspec) => link(...pathspec.split("/"));
 
 /** Why a run or an attempt failed: which task, what was raised where, and its last words. */
-function causePanel(cause) {
+function causePanel(cause, isCaught) {
   if (!cause) return [];
   const headline = cause.type ? [cause.type, cause.message].filter(Boolean).join(": ")
     : cause.message ? `${capital(cause.kind)}: ${cause.message}` : cause.summary || cause.kind;
@@ -7783,7 +7785,7 @@ function causePanel(cause) {
       isOfTask ? ["Task", code(cause.pathspec)] : null,
       ["Attempt", attempt],
       ["Line", place && code(place)],
-      ["What happened", cause.kind],
+      ["What happened", isCaught ? `${cause.kind}, and caught` : cause.kind],
     ]),
     words ? h("pre", {tabindex: 0, "aria-label": "Last lines of standard error"}, words) : null)];
 }
@@ -8933,7 +8935,7 @@ class TaskPage {
         ["Cloned from", row.origin_pathspec && h("a",
           {class: "link", href: pathspecLink(row.origin_pathspec)}, row.origin_pathspec)],
       ]) : note("Not there yet. It appears here when it starts."));
-    fill(this.why, ...causePanel(row.cause).map(causeAlone));
+    fill(this.why, ...causePanel(row.cause, row.status === "completed").map(causeAlone));
   }
 
   attemptLinks() {
@@ -9022,7 +9024,7 @@ function differencesTable(compared, differences, title) {
     return rows.length ? [head, ...rows.map(({name, values}) => h("tr", null, cell(code(name)),
       values.map((value) => cell(differenceValue(section, value)))))] : [];
   });
-  return wrapTable(title, h("table", {class: "differences"},
+  return wrapTable(title, h("table", {class: "differences", style: `--runs:${compared.length}`},
     h("thead", null, h("tr", null, h("th", {scope: "col"}, "Name"), heads)),
     h("tbody", null, groups)));
 }

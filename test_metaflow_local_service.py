@@ -10030,6 +10030,12 @@ def test_runs_are_sorted_grouped_and_marked(page: BrowserPage, filtered_runs: st
     page.keyboard.press("x")
     expect(page.locator("#marked")).to_contain_text("1 run marked")
     expect(page.get_by_role("button", name="Compare")).to_be_disabled()
+    page.keyboard.press("j")
+    page.keyboard.press("x")
+    page.keyboard.press("c")
+    expect(page.locator("#compare tbody")).to_contain_text("experiment")
+    page.keyboard.press("Escape")
+    expect(page.locator("#runs tr.group")).to_have_count(3)
 
 
 @browser
@@ -10115,6 +10121,15 @@ def test_a_thousand_runs_and_a_thousand_tasks_are_all_within_reach(
             seen = rows.count()
             page.keyboard.press("End")
             expect(rows.nth(seen)).to_be_attached()
+        opened = rows.nth(700).locator("a")
+        opened.scroll_into_view_if_needed()
+        scrolled = page.evaluate("scrollY")
+        opened.click()
+        expect(page.locator("#head h1")).to_contain_text("Many/")
+        page.go_back()
+        expect(opened).to_be_focused()
+        assert page.evaluate("scrollY") == scrolled > 0
+        page.evaluate("scrollTo(0, 0)")
         rows.first.locator("a").click()
         expect(task_rows(page, "start").first).to_be_visible()
         page.get_by_role("button", name="Show all 1,000").click()
