@@ -6599,6 +6599,7 @@ summary h2 { display: inline; }
 .graph .back { stroke-dasharray: 4 3; }
 .graph .not-taken { opacity: 0.45; }
 .graph text { fill: var(--dim); font: 11px var(--sans); }
+.graph text { paint-order: stroke; stroke: var(--card); stroke-width: 4px; } /* Over edges. */
 .graph .hint {
   position: sticky;
   left: 0;
