@@ -801,6 +801,11 @@ def folder_of(store: mls.Store, ids: Ids) -> Path:
     return Path(store.folder, *ids)
 
 
+def api_path(ids: Ids) -> str:
+    kinds = ("flows", "runs", "steps", "tasks")
+    return "".join(f"/{kind}/{name}" for kind, name in zip(kinds, ids))
+
+
 def record_file(store: mls.Store, ids: Ids) -> Path:
     return folder_of(store, ids) / "_meta" / "_self.json"
 
@@ -1243,23 +1248,81 @@ LISTS_OF_FILES: dict[str, Callable[[mls.Store, Ids], Iterable[Any]]] = {
 def test_what_others_change_in_a_file_is_seen_at_the_next_call(
     store: mls.Store, pattern: str
 ) -> None:
-    """Also when the file's folder has not changed for long, and when there was no record in it."""
+    """Also when there was no record in it, and of flows, runs, steps and tasks also when the file's
+    folder has not changed for long."""
     task = new_task(store, new_run(store, "argo"))
     store.create_metadata(task, [a_field("f")])
     store.create_artifacts(task, [an_artifact("x")])
     (path,) = Path(store.folder).rglob(pattern)
     good = path.read_bytes()
-    for content, users in (
-        (good, ["tester"]),
-        (good[:20], []),
-        (good, ["tester"]),
-        (good.replace(b"tester", b"other"), ["other"]),
+    for moment, (content, users) in enumerate(
+        (
+            (good, ["tester"]),
+            (good[:20], []),
+            (good, ["tester"]),
+            (good.replace(b"tester", b"other"), ["other"]),
+        )
     ):
         path.write_bytes(content)
+        changed = 1e9 if path.name == "_self.json" else 1e9 + moment
         for folder in (path.parent, path.parent.parent.parent):
-            os.utime(folder, (1e9, 1e9))
+            os.utime(folder, (changed, changed))
         found = LISTS_OF_FILES[pattern](store, task)
         assert [record["user_name"] for record in found] == users
+
+
+def test_a_folder_vouches_for_its_metadata_and_artifacts_until_it_changes(
+    store: mls.Store, api: Api, local: Any
+) -> None:
+    """Both modes put such files there by rename, which changes the folder; people may not."""
+    task = new_task(store, new_run(store))
+    store.create_metadata(task, [a_field("f", "first")])
+    store.create_artifacts(task, [an_artifact("x")])
+    meta = folder_of(store, task) / "_meta"
+    step = api_path(task[:3])
+
+    def told() -> object:
+        found = [m["value"] for m in store.metadata(task)]
+        below = [m["value"] for m in store.metadata_below(task[:2])]
+        listed = api.get(f"{step}/tasks/{task[3]}/metadata").json
+        assert found == below == [m["value"] for m in listed]
+        matching = {
+            value
+            for value in ("first", "other", "later")
+            if api.get(f"{step}/filtered_tasks?metadata_field_name=f&pattern={value}").json
+        }
+        assert matching == set(found)
+        return found, [a["user_name"] for a in store.artifacts_below(task[:2])]
+
+    os.utime(meta, (1e9, 1e9))
+    assert told() == (["first"], ["tester"])
+    for path, old, new in (("sysmeta_f_*", b"first", b"other"), ("0_art*", b"tester", b"others")):
+        (file,) = meta.glob(path)
+        file.write_bytes(file.read_bytes().replace(old, new))
+    os.utime(meta, (1e9, 1e9))
+    assert told() == (["first"], ["tester"])
+    local.register_metadata(
+        *task[1:], [SimpleNamespace(field="f", value="later", type="", tags=[])]
+    )
+    assert told() == (["later", "other"], ["others"])
+    shutil.rmtree(meta.parent)
+    assert told() == ([], [])
+
+
+def test_a_list_tells_of_heartbeats_and_tags_since_the_last_time(
+    store: mls.Store, api: Api, local: Any
+) -> None:
+    task = new_task(store, new_run(store))
+    runs, tasks = f"/flows/{task[0]}/runs", f"{api_path(task[:3])}/tasks"
+    for count in range(3):
+        for path in (runs, tasks, f"{runs}?_limit=5", f"{tasks}?_limit=5"):
+            (record,) = api.get(path).json
+            assert len(record["tags"]) == 1 + count, path
+            assert (record["last_heartbeat_ts"] is None) == (count == 0), path
+        assert api.get(runs).json == [api.get(api_path(task[:2])).json]
+        assert api.get(tasks).json == [api.get(api_path(task)).json]
+        store.heartbeat(task)
+        local.mutate_user_tags_for_run(*task[:2], tags_to_add=[f"tag{count}"])
 
 
 def test_links_that_lead_nowhere_are_left_out(store: mls.Store) -> None:
