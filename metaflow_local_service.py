@@ -10973,7 +10973,7 @@ to megabytes, and a reader at 40 kB a second would seem to make no progress for 
 SHUTDOWN_SECONDS = 10.0
 """How long requests in flight may go on when the service stops."""
 
-TICK_SECONDS = 0.25
+TICK_SECONDS = 2.0
 """How often the server looks for overdue connections, and asks whether it is still wanted."""
 
 # -- who may ask -----------------------------------------------------------------------------------
@@ -11190,6 +11190,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     request_queue_size = 128
     daemon_threads = True
+    timeout = 0  # of `handle_request`, which is called when there is a connection
 
     def __init__(
         self, host: str, port: int, key: str | None, listener: socket.socket | None = None
@@ -11204,7 +11205,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.owner: Owner | None = None
         self.refuses_strangers = False  # whether other users get 403; set by `serve`
         self.is_closing = False
-        self._is_accepting = False
+        self._acceptor: threading.Thread | None = None
         self._is_open = threading.Event()  # set once there is a service to answer requests
         self._connections: dict[Connection, float] = {}  # each with its deadline
         self._busy: set[Connection] = set()  # those in the middle of a request
@@ -11212,7 +11213,9 @@ class Server(http.server.ThreadingHTTPServer):
         self._unsent: dict[Connection, int] = {}  # bytes that wait for the reader of each
         self._lock = threading.Condition()  # guards these four and the time of the last request
         self._last_request = time.monotonic()
-        self._wake_reader, self._wake_writer = os.pipe()
+        self._wake_reader, self._wake_writer = os.pipe()  # ends `serve`
+        os.set_blocking(self._wake_writer, False)
+        self._end_reader, self._end_writer = os.pipe()  # ends the thread that accepts
         super().__init__((host, port), Connection, bind_and_activate=listener is None)
         if listener is not None:
             self.socket.close()
@@ -11226,7 +11229,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def descriptors(self) -> tuple[int, ...]:
         """The file descriptors that a fork has to keep open."""
-        return (self.fileno(), self._wake_reader, self._wake_writer)
+        pipes = (self._wake_reader, self._wake_writer, self._end_reader, self._end_writer)
+        return (self.fileno(), *pipes)
 
     @property
     def url(self) -> str:
@@ -11241,26 +11245,27 @@ class Server(http.server.ThreadingHTTPServer):
 
     def accept(self) -> None:
         """Start to accept connections. Orders are obeyed at once; requests wait for `serve`."""
-        acceptor = threading.Thread(target=self.serve_forever, args=(TICK_SECONDS,), daemon=True)
-        acceptor.start()
-        self._is_accepting = True
+        self._acceptor = threading.Thread(target=self.serve_forever, daemon=True)
+        self._acceptor.start()
 
     def serve(
         self,
         service: MetadataService | BrokenService,
         is_wanted: Callable[[float], bool],
+        tick: float | None = None,
     ) -> None:
         """Answer requests until `stop` is called or `is_wanted` returns False; then call `finish`.
 
-        `is_wanted` is called every TICK_SECONDS, with the seconds since the last request.
+        `is_wanted` is called every `tick` seconds (TICK_SECONDS, if not given), with the seconds
+        since the last request.
         """
         self.service = service
         self.refuses_strangers = self.access.credentials is None and tells_owners(self.socket)
         self._last_request = time.monotonic()
         self._is_open.set()
-        if not self._is_accepting:
+        if self._acceptor is None:
             self.accept()
-        while not select.select([self._wake_reader], [], [], TICK_SECONDS)[0]:
+        while not select.select([self._wake_reader], [], [], tick or TICK_SECONDS)[0]:
             self._close_overdue()
             if not is_wanted(self._idle_seconds()):
                 break
@@ -11279,6 +11284,11 @@ class Server(http.server.ThreadingHTTPServer):
     def stop(self, *_: object) -> None:
         """Make `serve` return. May be called from any thread, and as a signal handler."""
         os.write(self._wake_writer, b"!")
+
+    def stop_at_signals(self) -> None:
+        """Make `serve` return at once after a signal that has a handler. Else this would be called
+        when its thread wakes up, and the signal may have come to another."""
+        signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
 
     def open_service(self) -> MetadataService | BrokenService:
         """Wait for the service that answers requests; HttpError 503 if the owner refuses them."""
@@ -11387,6 +11397,18 @@ class Server(http.server.ThreadingHTTPServer):
             self._lock.notify()
 
     # -- seams of socketserver ---------------------------------------------------------------------
+
+    def serve_forever(self, poll_interval: float = math.inf) -> None:
+        """Accept connections until `shutdown`. Unlike socketserver's, this never wakes up to see
+        whether that was called: a service that nobody asks would do so twice a second."""
+        while self._end_reader not in select.select([self, self._end_reader], [], [])[0]:
+            self.handle_request()
+
+    def shutdown(self) -> None:
+        """Return when no more connections are accepted."""
+        os.write(self._end_writer, b"!")
+        if self._acceptor is not None:
+            self._acceptor.join()
 
     def get_request(self) -> tuple[socket.socket, Any]:
         try:
@@ -12798,6 +12820,7 @@ class Daemon:
         self._server.owner = self
         for number in STOP_SIGNALS:
             signal.signal(number, self._stop)
+        self._server.stop_at_signals()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def run(self, handler: logging.Handler) -> None:
@@ -12811,7 +12834,8 @@ class Daemon:
         threading.Thread(target=self._watch_while_opening, daemon=True).start()
         service = self._open()
         self._is_open.set()
-        self._server.serve(service, self._is_wanted)
+        tick = min(TICK_SECONDS, self._idle_timeout or TICK_SECONDS)
+        self._server.serve(service, self._is_wanted, tick)
         self._announce_stop()
         self._server.finish()
         self._leave()

@@ -205,7 +205,6 @@ def served(store: mls.Store, host: str = "127.0.0.1", key: str | None = None) ->
     """Serve a store from this process."""
     server = mls.Server(host, 0, key)
     service = mls.MetadataService(store)
-    mls.TICK_SECONDS = 0.01  # stops at once
     thread = threading.Thread(target=server.serve, args=(service, lambda idle: True))
     thread.start()
     client = Api(server.url, key)
@@ -3932,7 +3931,6 @@ def ui_served(store: mls.Store, key: str | None = None, **options: Any) -> Itera
     server = mls.Server("127.0.0.1", 0, key)
     service = mls.UiService(store, credentials=server.access.credentials, **options)
     thread = threading.Thread(target=server.serve, args=(service, lambda idle: True))
-    mls.TICK_SECONDS = 0.01  # stops at once
     thread.start()
     client = Api(server.url, key)
     client.server = server  # type: ignore[attr-defined]
@@ -6108,7 +6106,6 @@ def test_a_stuck_client_costs_one_thread_for_a_while_and_holds_up_nobody(
 def served_bytes(size: int) -> Iterator[Api]:
     """A service that answers every request with so many bytes."""
     server = mls.Server("127.0.0.1", 0, None)
-    mls.TICK_SECONDS = 0.01
 
     class Answers:
         def answer(self, request: mls.Request) -> mls.Response:
