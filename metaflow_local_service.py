@@ -13143,20 +13143,22 @@ def use(root: FolderPath | None = None) -> Service:
     """Let Metaflow in this process use the service of a root, as `ensure` has it.
 
     Sets the environment, and Metaflow's own settings where it has been imported already: from here
-    on its client, `Runner` and every subprocess use the service. Says so on stderr.
+    on its client, `Runner` and every subprocess use the service. Says so on stderr, but not where
+    the environment was so already, as in the tasks of a flow whose file calls this.
     """
     service = ensure(root)
-    before = os.environ.get("METAFLOW_SERVICE_URL")
-    environment = service.environment
-    for name in os.environ.keys() - environment.keys():  # exported for another service
+    before, environment = dict(os.environ), service.environment
+    for name in before.keys() - environment.keys():  # exported for another service
         del os.environ[name]
     os.environ.update(environment)
     is_imported = configure_metaflow(service)
     with contextlib.suppress(ServiceError):  # without a current folder there are no cards in it
         note_card_root(datastore_folder(service.root), current_folder())
-    instead = "" if before in (None, service.url) else f", in place of {before}"
-    what = "the environment and the settings of" if is_imported else "the environment for"
-    print_notice(f"set {what} Metaflow: it uses {service.url} for {service.root}{instead}")
+    if environment != before:
+        what = "the environment and the settings of" if is_imported else "the environment for"
+        other = before.get("METAFLOW_SERVICE_URL", service.url)
+        instead = "" if other == service.url else f", in place of {other}"
+        print_notice(f"set {what} Metaflow: it uses {service.url} for {service.root}{instead}")
     return service
 
 
@@ -13278,8 +13280,9 @@ def run_start_command(root: str, options: Sequence[str]) -> None:
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         raise ServiceError(f"{sys.executable} cannot start the service: {error}.") from None
     if ended.returncode != 0:
-        lines = ended.stderr.decode(errors="replace").splitlines() or ["It said nothing."]
-        raise ServiceError(lines[-1].replace(f"{PROGRAM}: ", "", 1), ended.returncode)
+        last_line = ended.stderr.decode(errors="replace").rstrip().rpartition("\n")[2]
+        said = last_line.removeprefix(f"{PROGRAM}: ")
+        raise ServiceError(said or f"{sys.executable} cannot start the service.", ended.returncode)
 
 
 def stop_without_leases(root: str) -> None:
