@@ -3578,10 +3578,10 @@ def format_foreach_frames(frames: Sequence[str]) -> str | None:
 def origin_of_clone(ids: Ids, told: Mapping[str, object]) -> Ids | None:
     """The task that a task is a clone of, by its metadata; None where it is none, or of none that
     there may be."""
-    run, task = told.get("origin-run-id"), told.get("origin-task-id")
-    if run is None or task is None:
+    run, task = str(told.get("origin-run-id")), str(told.get("origin-task-id"))
+    if "None" in (run, task):
         return None
-    origin = (ids[0], str(run), ids[2], str(task))
+    origin = (ids[0], run, ids[2], task)
     with contextlib.suppress(NotStorable):
         for name in origin:
             check_name(name)

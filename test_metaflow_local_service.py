@@ -3195,7 +3195,7 @@ def test_a_clone_of_what_can_be_no_task_is_in_no_loop(ui: Api, name: str) -> Non
     named = [metadatum("origin-run-id", name), metadatum("origin-task-id", name)]
     ui.post(f"{task}/metadata", named)
     (row,) = ui.get(f"/api{task}/attempts").json["data"]
-    assert row["foreach_label"] is None
+    assert (row["foreach_label"], row["origin_pathspec"]) == (None, None)
 
 
 def end_task(ui: Api, task: str, kind: str = "local", is_ok: str = "True") -> None:
@@ -4170,6 +4170,24 @@ def test_a_run_that_was_not_resumed_has_no_origin(ui: Api) -> None:
     assert ui.get(f"/api{task.split('/steps/')[0]}").json["data"]["origin_run_id"] is None
 
 
+@pytest.mark.parametrize(
+    ("step", "made", "inherited"),
+    [
+        ("start", {"names"}, {"name", "size"}),
+        ("work", {"letter"}, {"name", "size", "names"}),
+        ("collect", {"letters"}, {"name", "size"}),
+        ("right", {"problem"}, {"name", "size", "names"}),
+    ],
+)
+def test_artifacts_that_a_task_before_had_are_inherited(
+    zoo: Api, step: str, made: set[str], inherited: set[str]
+) -> None:
+    rows = zoo.get(f"{zoo_task(zoo, step)}/artifacts?attempt_id=0&inherited=true").json["data"]
+    shown = [(row["name"], row["is_inherited"]) for row in rows if row["name"][:1] != "_"]
+    assert {name for name, is_inherited in shown if not is_inherited} == made
+    assert {name for name, is_inherited in shown if is_inherited} == inherited
+
+
 def test_runs_are_compared_by_what_differs(zoo: Api) -> None:
     run = zoo_run(zoo).removeprefix("/flows/").replace("/runs/", "/")
     run = run.removeprefix("/api/flows/")
@@ -4177,7 +4195,7 @@ def test_runs_are_compared_by_what_differs(zoo: Api) -> None:
     assert same["differences"] == []
     whole = zoo.get(f"/api/compare?run={run}&run={run}&all=true").json["data"]
     sections = {difference["section"] for difference in whole["differences"]}
-    assert {"parameters", "artifacts", "durations"} <= sections
+    assert {"parameters", "artifacts", "durations", "code"} <= sections
     for query in ("", f"run={run}", f"run={run}&run=nonsense"):
         assert zoo.get(f"/api/compare?{query}").status == 400
     missing = zoo.get(f"/api/compare?run={run}&run=None/1")
