@@ -3384,31 +3384,58 @@ def is_cheap(reading: Regex, texts: Iterable[str]) -> bool:
 # ==================================================================================================
 # Model: runs, steps and attempts as a person means them: statuses, causes, times, logs, values
 # ==================================================================================================
+#
+# Rules of this layer:
+#
+# - It only reads, and keeps nothing that could not be computed again. Any thread may use it.
+# - What has become of a run, and why, is decided by Model.judge alone, and what has become of an
+#   attempt by Model._attempt_rows. Both APIs, the page and the commands show what these say.
+# - Rows are records with more columns. Times are epoch milliseconds, except that heartbeats are
+#   epoch seconds.
+#
+# What a verdict rests on. Nobody records the end of a run, so it is inferred, in this order:
+#
+# 1. Completed, if the newest attempt of the newest task of the end step says that it went well.
+# 2. Running, if an attempt of any task is running. It is, if neither its metadata, nor the artifact
+#    _task_ok, nor the file that its scheduler leaves, nor a later attempt says that it has ended,
+#    and its task still gives signs of life: heartbeats, or if it sends none, writing to files.
+# 3. Failed, if a task has failed and will not be tried again: because of the decorators in the
+#    flow's graph, or because its log says that the scheduler has given the run up. If no graph is
+#    known, it is the end step that must have failed.
+# 4. Failed, if the run gives no signs of life either: it has sent none for RUN_HEARTBEAT_CUTOFF
+#    seconds, or its client never sends any. Otherwise it is running, between two tasks.
+#
+# Causes are found likewise: the attempt that failed first is to blame, and the artifact with its
+# exception tells more than its stderr, which tells more than how its process ended.
+#
+# A verdict on a run that has ended is cached, together with the versions of all records that it
+# rests on. It is valid as long as the store says that these are unchanged. Histories of tasks and
+# causes are cached by version too, and graphs and logs by the identity of their files.
 
 
 class Cause(TypedDict):
-    """Why a run or an attempt of a task did not succeed."""
+    """Why a run or an attempt failed."""
 
     kind: str  # one of CAUSE_KINDS
     pathspec: str  # of the task; of the run where no task is to blame
     step_name: str | None
     task_id: Id | None
     attempt_id: int | None
-    attempts: int | None  # how many attempts the task may have had in all
+    attempts: int | None  # the most attempts that the task may have; None if unknown
     type: str | None  # the exception's
     message: str | None  # the exception's, or what killed the process
     file: str | None  # of the user's own code, as are the lines in it
     line: int | None
-    summary: str  # in a few words
-    stderr: list[str]  # the last lines of the attempt's
+    summary: str  # all of this in a few words
+    stderr: list[str]  # the last lines that the attempt has written there
 
 
 class Difference(TypedDict):
-    """What is not the same in runs that are compared."""
+    """One value that differs between the runs that are compared."""
 
     section: str  # one of COMPARED_SECTIONS
     name: str
-    values: list[Any]  # by run, in their order; None where a run has none
+    values: list[Any]  # one for each run, in their order; None for a run without it
 
 
 class Comparison(TypedDict):
@@ -3417,15 +3444,12 @@ class Comparison(TypedDict):
 
 
 class RunRow(_Run):
-    """A run. Times are epoch milliseconds, but for heartbeats; durations are milliseconds.
-
-    As in all rows, the tags are never null, and `run_id` is the name that a client gave, if any.
-    """
+    """A run. As in all rows, tags are never null, and `run_id` is an id that a client chose."""
 
     run_id: str | None
     run: str
     user: str | None  # the verified owner
-    status: str  # "" until somebody wants to know: see Model.judge
+    status: str  # "" until the run is judged; see Model.judge
     finished_at: int | None
     duration: int | None
     cause: Cause | None
@@ -3433,12 +3457,14 @@ class RunRow(_Run):
 
 
 class StepRow(Step):
-    run_id: str  # here the backend of the official UI has the number too
+    """A step; its duration is that of its tasks together."""
+
+    run_id: str  # also set where it is a number, as in the backend of the official UI
     duration: int
 
 
 class AttemptRow(Task):
-    """An attempt of a task; one that nobody has begun is its attempt 0."""
+    """An attempt of a task. A task that has not been started has an attempt 0 all the same."""
 
     run_id: str | None
     task_name: str | None
@@ -3448,14 +3474,14 @@ class AttemptRow(Task):
     started_at: int | None
     finished_at: int | None
     duration: int
-    cause: Cause | None  # of one that was caught too, although its status is completed
-    foreach_label: str | None  # the values of the foreach loops that it is in
-    origin_pathspec: str | None  # of the task that it is a clone of
-    is_log_stored: bool  # whether its log is complete, or will never come
+    cause: Cause | None  # also set if @catch caught the exception, although the status is completed
+    foreach_label: str | None  # the values of the foreach loops around it
+    origin_pathspec: str | None  # of the task that it was cloned from
+    is_log_stored: bool  # whether its log is complete, or will never be stored
 
 
 class MetadatumRow(Metadatum):
-    """A metadatum, the value of which is text."""
+    """A metadatum; its value is always text."""
 
     run_id: str | None
     task_name: str | None
@@ -3468,7 +3494,7 @@ class _ArtifactRow(Artifact):
 
 
 class DisplayError(TypedDict):
-    """Why a value is not shown; the official UI has texts of its own for some ids."""
+    """Why a value cannot be shown. The official UI has its own texts for some ids."""
 
     id: str
     detail: str
@@ -3477,7 +3503,7 @@ class DisplayError(TypedDict):
 
 class ArtifactRow(_ArtifactRow, total=False):
     content: str
-    content_kind: str  # the media type of bytes
+    content_kind: str  # the media type, if the value is bytes
     postprocess_error: DisplayError
     is_inherited: bool  # whether a task before has had the same
 
@@ -3497,34 +3523,34 @@ RUN_HEARTBEAT_CUTOFF = 360
 """Seconds without a heartbeat after which a run that has not ended counts as failed."""
 
 TASK_HEARTBEAT_CUTOFF = 60
-"""Seconds without a heartbeat after which a task is dead: six missed ones."""
+"""Seconds without a heartbeat after which a task is dead: it has missed six."""
 
 TASK_SILENCE_CUTOFF = 3600
-"""Seconds without any sign after which a task that sends no heartbeats counts as dead. It may
-compute for long without writing anything, which is not to be shown as a failure. Its run, while
-no task goes on, is judged like one that sends heartbeats: by RUN_HEARTBEAT_CUTOFF."""
+"""Seconds without any sign of life after which a task that sends no heartbeats counts as dead. It
+may compute for long without writing anything, which must not be shown as a failure."""
 
 PARAMETERS_STEP = "_parameters"
 MOST_RUNS_LOOKED_BACK = 100
-"""How far back the last run that succeeded is looked for."""
+"""How many earlier runs are searched for the last one that succeeded."""
 
 LONGEST_COMPARED = 2000
-"""How long the text of an artifact may be that is compared by its value."""
+"""The length up to which artifacts are compared by their text, and not by their digest."""
 
 DEFAULT_START_STEP = "start"
 DEFAULT_END_STEP = "end"
 
 MAX_ATTEMPTS = 6
-"""Metaflow's limit; see its metaflow_config."""
+"""The most attempts that Metaflow allows (MAX_ATTEMPTS in its metaflow_config)."""
 
 CATCH_ATTEMPTS = 3
 """How many attempts `@catch` adds (Metaflow's NUM_FALLBACK_RETRIES)."""
 
 LARGEST_SHOWN_ATTEMPT = 99
+"""Attempts with larger numbers are ignored: Metaflow never makes so many."""
 
 
 class Attempt(NamedTuple):
-    """What the records say of an attempt; times in epoch milliseconds."""
+    """What the records of a task say about one attempt."""
 
     started_at: int | None = None
     done_at: int | None = None
@@ -3532,7 +3558,7 @@ class Attempt(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What has become of a run, and the state of all that this was told by."""
+    """What has become of a run, with the versions of all records that this rests on."""
 
     status: str
     finished_at: int | None
@@ -3542,43 +3568,46 @@ class Verdict(NamedTuple):
     seen: Sequence[tuple[Ids, Version]]
 
     def weight(self) -> int:
+        """Roughly how much memory it takes, in units of a version."""
         return len(self.seen) + 1 + cause_weight(self.cause) // 200
 
 
 def cause_weight(cause: Cause | None) -> int:
-    """About how many bytes of memory a cause takes."""
+    """Roughly how many bytes of memory a cause takes."""
     if cause is None:
         return 0
     return 1000 + len(cause["message"] or "") + sum(50 + len(line) for line in cause["stderr"])
 
 
 class History(NamedTuple):
-    """What the records of a task say of it."""
+    """What the records of a task say about it."""
 
     attempts: list[Attempt]
     foreach_label: str | None
-    origin_run_id: str | None  # of the run that its run was resumed from
-    origin_pathspec: str | None
+    origin_run_id: str | None  # of the run that its own was resumed from
+    origin_pathspec: str | None  # of the task that it was cloned from
 
 
 ATTEMPT_FIELDS = ("attempt", "attempt-done", "attempt_ok")
 HISTORY_FIELDS = (*ATTEMPT_FIELDS, "foreach-stack", "origin-run-id", "origin-task-id")
 
 STORING_SECONDS = 300
-"""How long the log of an attempt may come after its end, if its scheduler does not say so."""
+"""How long after an attempt's end its log is still expected."""
 
 
 def format_foreach_frames(frames: Sequence[str]) -> str | None:
-    """The values of nested foreach loops in a line: alone where there is one, else by name."""
+    """The values of nested foreach loops, as a label; with their names if there are several."""
     if len(frames) == 1:
         return frames[0].partition("=")[2] or frames[0]
     return ", ".join(frames) or None
 
 
-def origin_of_clone(ids: Ids, told: Mapping[str, object]) -> Ids | None:
-    """The task that a task is a clone of, by its metadata; None where it is none, or of none that
-    there may be."""
-    run, task = str(told.get("origin-run-id")), str(told.get("origin-task-id"))
+def origin_of_clone(ids: Ids, metadata: Mapping[str, object]) -> Ids | None:
+    """The task that a task was cloned from, by the values of its metadata.
+
+    None if it is not a clone, or if its origin is not a possible task.
+    """
+    run, task = str(metadata.get("origin-run-id")), str(metadata.get("origin-task-id"))
     if "None" in (run, task):
         return None
     origin = (ids[0], run, ids[2], task)
@@ -3590,34 +3619,34 @@ def origin_of_clone(ids: Ids, told: Mapping[str, object]) -> Ids | None:
 
 
 MOST_ORIGINS = 20
-"""How often a run may have been resumed for its clones to be in the loops of the first one."""
+"""Over how many resumed runs the foreach loops of a clone are traced back."""
 
 
 class Graph(TypedDict, total=False):
-    """The parts of a flow's graph that are read here, as its run has stored it."""
+    """The parts of a flow's graph that are used here, as stored in the artifact _graph_info."""
 
     end_step: str
     steps: Mapping[str, Any]
 
 
 def graph_weight(graph: Graph) -> int:
-    """About how many bytes of memory a graph takes."""
+    """Roughly how many bytes of memory a graph takes."""
     return 1000 + 5 * len(json.dumps(graph))
 
 
-TRUTHS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
+BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
 
 def value_text(metadatum: Metadatum) -> str:
-    """The value of a metadatum as text, whatever its file has."""
+    """The value of a metadatum as text; JSON if it is something else."""
     value: object = metadatum["value"]
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def sends_heartbeats(system_tags: Sequence[object] | None) -> bool:
-    """Whether a client with these system tags is one that sends heartbeats.
+    """Whether a client with these system tags sends heartbeats, by its `metaflow_version:`.
 
-    By its `metaflow_version:`; one that cannot be read, and no system tags at all, count as yes.
+    A version that cannot be parsed counts as one that does, and so do missing system tags.
     """
     if system_tags is None:
         return True
@@ -3635,7 +3664,7 @@ def sends_heartbeats(system_tags: Sequence[object] | None) -> bool:
 
 
 def metadatum_attempt(metadatum: Metadatum) -> int | None:
-    """The attempt that a metadatum is of, by its tag `attempt_id:N`; None where it has none."""
+    """The attempt that a metadatum belongs to, by its tag `attempt_id:N`; None if it has none."""
     for tag in metadatum["tags"] or ():
         match = re.fullmatch("attempt_id:([0-9]{1,5})", tag) if isinstance(tag, str) else None
         if match:
@@ -3644,41 +3673,42 @@ def metadatum_attempt(metadatum: Metadatum) -> int | None:
 
 
 def attempts_from_metadata(metadata: Iterable[Metadatum], others: Iterable[int]) -> list[Attempt]:
-    """The attempts that metadata tell of, in any order, from 0 to the newest; and `others`, of
-    which is only known that they were."""
-    told: dict[int, list[Metadatum]] = {number: [] for number in others}
+    """All attempts of a task, from 0 to the newest.
+
+    `others`: the numbers of attempts that exist, even if no metadata say so.
+    """
+    by_attempt: dict[int, list[Metadatum]] = {number: [] for number in others}
     for metadatum in metadata:
         text = value_text(metadatum)
         if metadatum["field_name"] == "attempt_ok":
-            told.setdefault(metadatum_attempt(metadatum) or 0, []).append(metadatum)
+            by_attempt.setdefault(metadatum_attempt(metadatum) or 0, []).append(metadatum)
         elif re.fullmatch("[0-9]{1,5}", text):
-            told.setdefault(int(text), []).append(metadatum)
-    last = max((number for number in told if number <= LARGEST_SHOWN_ATTEMPT), default=-1)
-    return [attempt_from_metadata(told.get(number, ())) for number in range(last + 1)]
+            by_attempt.setdefault(int(text), []).append(metadatum)
+    last = max((number for number in by_attempt if number <= LARGEST_SHOWN_ATTEMPT), default=-1)
+    return [attempt_from_metadata(by_attempt.get(number, ())) for number in range(last + 1)]
 
 
 def attempt_from_metadata(metadata: Sequence[Metadatum]) -> Attempt:
-    """What the metadata of an attempt say of it: begun at the first, done at the last that says
-    so, and done well if the last that knows says so."""
-    begun = [m["ts_epoch"] for m in metadata if m["field_name"] == "attempt"]
+    """An attempt: started at the first metadatum that says so, done at the last one, and successful
+    if the newest `attempt_ok` says so."""
+    started = [m["ts_epoch"] for m in metadata if m["field_name"] == "attempt"]
     done = [m["ts_epoch"] for m in metadata if m["field_name"] in ("attempt-done", "attempt_ok")]
-    told = [
-        (metadatum_sort_key(m), TRUTHS.get(value_text(m).lower()))
+    outcomes = [
+        (metadatum_sort_key(m), BOOLEANS[value_text(m).lower()])
         for m in metadata
-        if m["field_name"] == "attempt_ok"
+        if m["field_name"] == "attempt_ok" and value_text(m).lower() in BOOLEANS
     ]
-    known = [(moment, truth) for moment, truth in told if truth is not None]
-    is_ok = max(known)[1] if known else None
-    return Attempt(min(begun, default=None), max(done, default=None), is_ok)
+    is_ok = max(outcomes)[1] if outcomes else None
+    return Attempt(min(started, default=None), max(done, default=None), is_ok)
 
 
 def attempt_status(
     attempts: Sequence[Attempt], number: int, created: int, is_alive: bool, last_sign: int
 ) -> tuple[str, int | None]:
-    """The status of an attempt, and when it finished; of that attempt alone, whatever others did.
+    """The status of a single attempt, and when it finished.
 
-    `created`: when the task was made; `is_alive`, `last_sign`: of the task, which matter for its
-    newest attempt only.
+    `created`: when the task was created; `is_alive`, `last_sign`: whether the task is alive, and
+    when it last gave a sign of life, which concerns only its newest attempt.
     """
     attempt = attempts[number]
     begin = attempt.started_at or created
@@ -3693,59 +3723,66 @@ def attempt_status(
 
 
 def attempts_allowed(graph: Graph, step: str) -> int | None:
-    """How many attempts a task of a step has, by the decorators of the step; None if unknown."""
-    node = graph.get("steps", {}).get(step)
-    if not isinstance(node, dict):
+    """How many attempts a task of a step may have, by its decorators; None if these are unknown."""
+    decorators = step_decorators(graph, step)
+    if decorators is None:
         return None
-    allowed, decorators = 1, node.get("decorators")
-    for decorator in decorators if isinstance(decorators, list) else ():
-        if isinstance(decorator, dict):
-            if decorator.get("name") == "catch":
-                allowed += CATCH_ATTEMPTS
-            elif decorator.get("name") == "retry":
-                attributes = decorator.get("attributes")
-                times = attributes.get("times") if isinstance(attributes, dict) else None
-                allowed += times if isinstance(times, int) else 0
+    allowed = 1
+    for decorator in decorators:
+        if decorator.get("name") == "catch":
+            allowed += CATCH_ATTEMPTS
+        elif decorator.get("name") == "retry":
+            attributes = decorator.get("attributes")
+            times = attributes.get("times") if isinstance(attributes, dict) else None
+            allowed += times if isinstance(times, int) else 0
     return min(allowed, MAX_ATTEMPTS)
 
 
-def catches(graph: Graph, step: str) -> bool:
-    """Whether a step has `@catch`."""
+def has_catch(graph: Graph, step: str) -> bool:
+    """Whether a step has the decorator @catch."""
+    return any(decorator.get("name") == "catch" for decorator in step_decorators(graph, step) or ())
+
+
+def step_decorators(graph: Graph, step: str) -> list[dict[str, Any]] | None:
+    """The decorators of a step, or None if the graph does not have the step."""
     node = graph.get("steps", {}).get(step)
-    decorators = node.get("decorators") if isinstance(node, dict) else None
-    return isinstance(decorators, list) and any(
-        isinstance(decorator, dict) and decorator.get("name") == "catch" for decorator in decorators
-    )
+    if not isinstance(node, dict):
+        return None
+    decorators = node.get("decorators")
+    return [d for d in decorators if isinstance(d, dict)] if isinstance(decorators, list) else []
+
+
+def newest_attempts(attempts: Iterable[AttemptRow]) -> Collection[AttemptRow]:
+    """The newest attempt of each task; `attempts`: in their order."""
+    return {(row["step_name"], row["task_id"]): row for row in attempts}.values()
 
 
 def cannot_go_on(
     tasks: Iterable[AttemptRow],
     graph: Graph,
-    is_given_up: Callable[[AttemptRow], bool] = lambda task: False,
+    ended_with_scheduler: Callable[[AttemptRow], bool] = lambda task: False,
 ) -> bool:
-    """Whether a run has failed for good: a task has used up its attempts, and none goes on.
+    """Whether a run has failed for good: a task has used up its attempts, and no task is running.
 
-    The scheduler waits for the siblings of a failed task; so does this. `is_given_up`: whether it
-    will not try a failed task again, although it could.
+    Like the scheduler, this waits for the siblings of a failed task. `ended_with_scheduler`: tells
+    whether a failed attempt will not be repeated, although it could be.
     """
-    newest: dict[tuple[str, Id], AttemptRow] = {}
-    for task in tasks:
-        newest[task["step_name"], task["task_id"]] = task
-    if any(task["finished_at"] is None for task in newest.values()):
+    newest = newest_attempts(tasks)
+    if any(task["finished_at"] is None for task in newest):
         return False
     return any(
         task["attempt_id"] + 1 >= (attempts_allowed(graph, task["step_name"]) or math.inf)
-        or is_given_up(task)
-        for task in newest.values()
+        or ended_with_scheduler(task)
+        for task in newest
         if task["status"] == FAILED
     )
 
 
-def gives_no_signs(run: RunRow, tasks: Iterable[AttemptRow]) -> bool:
-    """Whether nothing of a run is at work, and nothing could tell if something was.
+def is_silent(run: RunRow, tasks: Iterable[AttemptRow]) -> bool:
+    """Whether no task of a run is running, and its client is one that sends no heartbeats.
 
-    By its system tags its client sends no heartbeats; those of Metaflow's local mode say which
-    Metaflow it is, and so such runs are judged by their files.
+    Nothing more is then to be expected. Runs of local mode are not meant: by their system tags,
+    their client sends heartbeats, and so they are judged by when their files were written.
     """
     if run["last_heartbeat_ts"] is not None or sends_heartbeats(run["system_tags"]):
         return False
@@ -3753,7 +3790,7 @@ def gives_no_signs(run: RunRow, tasks: Iterable[AttemptRow]) -> bool:
 
 
 def elapsed_ms(begin: int, end: int | None, now: float) -> int:
-    """Milliseconds from a time to another, or to now."""
+    """The milliseconds from one time to another, or to now (in seconds) if that is None."""
     return max(0, (int(now * 1000) if end is None else end) - begin)
 
 
@@ -3770,7 +3807,7 @@ LONGEST_MESSAGE = 4000
 LONGEST_SUMMARY_MESSAGE = 120
 
 UNCAUGHT_EXIT_CODE = 1
-"""With which Python ends after an exception that nobody caught."""
+"""The exit code of Python after an exception that was not caught."""
 
 SIGNAL_NAMES: Mapping[int, str] = {
     1: "SIGHUP",
@@ -3785,45 +3822,45 @@ SIGNAL_NAMES: Mapping[int, str] = {
     14: "SIGALRM",
     15: "SIGTERM",
 }
-"""Those that have the same number everywhere: the run may be from another machine."""
+"""The signals that have the same number on all systems, for a run may be from another machine."""
 
 TIMEOUT_TYPE = "metaflow.plugins.timeout_decorator.TimeoutException"
 UNCAUGHT, CAUGHT = "_exception", "_catch_exception"
-"""The artifacts in which Metaflow wraps what a step has raised; None where it has not."""
+"""The artifacts in which Metaflow stores the exception that a step has raised, or else None."""
 
 WRAPPER_TYPE = "metaflow.exception.MetaflowExceptionWrapper"
 
-# Patterns that few commands need are compiled by those alone: each takes up to 0.5 ms.
+# These are compiled on first use, which takes up to 0.5 ms each: few commands need them.
 TRACEBACK_START = r"(?:  \+ Exception Group )?Traceback \(most recent call last\):"
 TRACEBACK_FRAME = r'(?:  \|   |  )File "(.+?)", line ([0-9]{1,9})(?:, in (.+))?'
 TRACEBACK_END = r"(?:  \| )?([A-Za-z_][\w.]*)(?:: (.*))?"
 FOREIGN_CODE = r"/(?:site|dist)-packages/|/lib(?:64)?/python[0-9.]+/|^<"
 HEADLINE = r" {4}(\S.*):"
-"""How Metaflow begins to say what is wrong where it shows no traceback: print_metaflow_exception in
-its cli.py. What follows is indented as well."""
+"""The first line of an error that Metaflow prints without a traceback (print_metaflow_exception in
+its cli.py). The lines that follow are indented as well."""
 
 ENDED_BY_SCHEDULER = "[KILLED BY ORCHESTRATOR]"
-"""What the scheduler writes into the logs of all running tasks when it gives the run up."""
+"""The line that the scheduler writes into the logs of running tasks when it gives the run up."""
 
 INTERRUPTED = "Aborted!"
-"""What a task says when it was interrupted, which its scheduler then was as well."""
+"""The line that an interrupted task writes; its scheduler was then interrupted as well."""
 
 
 class Raised(NamedTuple):
-    """An exception, and where in the user's own code it came from."""
+    """An exception, and the line of the user's own code that it came from."""
 
     type: str | None
     message: str | None
     file: str | None = None
     line: int | None = None
-    functions: frozenset[str] = frozenset()  # all that it went through
+    functions: frozenset[str] = frozenset()  # all those in its traceback
 
 
 class ProcessEnd(NamedTuple):
-    """How the process of an attempt ended, as its scheduler has noted it."""
+    """How the process of an attempt ended, as recorded by its scheduler."""
 
     return_code: int | None
-    is_by_scheduler: bool  # which kills what still runs when it gives the run up
+    is_by_scheduler: bool  # whether the scheduler killed it, having given the run up
     is_ok: bool
     moment: int  # epoch milliseconds
 
@@ -3832,7 +3869,7 @@ class ProcessEnd(NamedTuple):
 
 
 def parse_traceback(lines: Sequence[str]) -> Raised | None:
-    """The exception of the last traceback in some text, None where there is none."""
+    """The exception of the last traceback in some lines, or None if there is no traceback."""
     starts = [at for at, line in enumerate(lines) if re.fullmatch(TRACEBACK_START, line)]
     if not starts:
         return None
@@ -3843,14 +3880,14 @@ def parse_traceback(lines: Sequence[str]) -> Raised | None:
             frames.append((frame.group(1), int(frame.group(2)), frame.group(3) or ""))
         elif end:
             functions = frozenset(function for _, _, function in frames)
-            return Raised(end.group(1), end.group(2), *own_line(frames), functions)
+            return Raised(end.group(1), end.group(2), *innermost_user_line(frames), functions)
     return None
 
 
-def own_line(frames: Sequence[tuple[str, int, str]]) -> tuple[str | None, int | None]:
-    """The innermost line of the user's own code in a traceback; none where there is none.
+def innermost_user_line(frames: Sequence[tuple[str, int, str]]) -> tuple[str | None, int | None]:
+    """The file and line of the innermost frame in the user's own code, or None for both.
 
-    Not the last line of a flow's file, from which Metaflow is called.
+    The frame at the end of the flow's file, which calls Metaflow, does not count.
     """
     tasks = [file for file, _, _ in frames if file.endswith("/metaflow/task.py")]
     metaflow = os.path.dirname(tasks[0]) + "/" if tasks else None
@@ -3864,8 +3901,8 @@ def own_line(frames: Sequence[tuple[str, int, str]]) -> tuple[str | None, int | 
     return None, None
 
 
-def short_type(name: str) -> str:
-    """The type of an exception without the modules that say nothing."""
+def shorten_type(name: str) -> str:
+    """The type of an exception without a module that says nothing."""
     for module in ("builtins.", "__main__."):
         if name.startswith(module):
             return name[len(module) :]
@@ -3873,7 +3910,7 @@ def short_type(name: str) -> str:
 
 
 def parse_headline(lines: Sequence[str]) -> Raised | None:
-    """What Metaflow itself says is wrong, by its words on stderr; None where it says nothing."""
+    """The error that Metaflow itself has written to stderr, or None if there is none."""
     for at in range(len(lines) - 2, -1, -1):
         headline = re.fullmatch(HEADLINE, lines[at])
         if headline and lines[at + 1].startswith("    ") and lines[at + 1].strip():
@@ -3881,8 +3918,8 @@ def parse_headline(lines: Sequence[str]) -> Raised | None:
     return None
 
 
-def raised_in_value(value: object) -> Raised | None:
-    """The exception in an artifact of Metaflow's that wraps one, None where it holds none."""
+def parse_exception_wrapper(value: object) -> Raised | None:
+    """The exception in the value of an artifact, or None if it is not a wrapper of one."""
     if not isinstance(value, PickledObject) or value.name != WRAPPER_TYPE:
         return None
     if not isinstance(value.state, PickledDict):
@@ -3896,15 +3933,15 @@ def raised_in_value(value: object) -> Raised | None:
     )
 
 
-def describe_end(end: ProcessEnd | None) -> str:
-    """By what a process was ended; a shell or container tells of signals by codes above 128."""
+def describe_process_end(end: ProcessEnd | None) -> str:
+    """How a process ended, in words; a shell or container reports signals as codes above 128."""
     if end is None or end.return_code is None:
         return "no sign of life any more"
     code = end.return_code
     name = SIGNAL_NAMES.get(-code if code < 0 else code - 128)
-    told = f"signal {-code}" if code < 0 else f"exit code {code}"
-    told += f" ({name})" if name else ""
-    return f"{told} from the scheduler" if end.is_by_scheduler else told
+    words = f"signal {-code}" if code < 0 else f"exit code {code}"
+    words += f" ({name})" if name else ""
+    return f"{words} from the scheduler" if end.is_by_scheduler else words
 
 
 def make_cause(
@@ -3915,7 +3952,10 @@ def make_cause(
     attempts: int | None = None,
     stderr: Sequence[str] = (),
 ) -> Cause:
-    """A cause; `ids`: of the task, or the run where no task is to blame; `attempts`: at most."""
+    """A cause with its summary.
+
+    `ids`: of the task, or of the run if no task is to blame; `attempts`: how many it may have.
+    """
     cause: Cause = {
         "kind": kind,
         "pathspec": "/".join(ids),
@@ -3923,7 +3963,7 @@ def make_cause(
         "task_id": attempt["task_id"] if attempt else None,
         "attempt_id": attempt["attempt_id"] if attempt else None,
         "attempts": attempts,
-        "type": short_type(raised.type) if raised.type else None,
+        "type": shorten_type(raised.type) if raised.type else None,
         "message": raised.message[:LONGEST_MESSAGE] if raised.message else None,
         "file": raised.file,
         "line": raised.line,
@@ -3953,36 +3993,33 @@ def summarize_cause(cause: Cause) -> str:
     return f"{cause['kind']}{where}" + (f": {message}" if message else "")
 
 
-def is_of_attempt(raised: Raised, row: AttemptRow) -> bool:
-    """Whether an exception that was caught is an attempt's own: later steps inherit the artifact.
+def was_raised_in(raised: Raised, row: AttemptRow) -> bool:
+    """Whether a caught exception was raised in an attempt: later steps inherit the artifact.
 
-    Where the process was killed too often, `@catch` runs its `fallback_step` in place of the step.
+    If a process was killed too often, @catch runs its `fallback_step` in place of the step.
     """
     is_fallback = "fallback_step" in raised.functions and row["attempt_id"] > 0
     return is_fallback or row["step_name"] in raised.functions
 
 
 def first_failure(
-    tasks: Iterable[AttemptRow], graph: Graph, is_given_up: Callable[[AttemptRow], bool]
+    tasks: Iterable[AttemptRow], graph: Graph, ended_with_scheduler: Callable[[AttemptRow], bool]
 ) -> AttemptRow | None:
-    """The attempt that its run failed by: the first that failed by time, None if none did.
+    """The attempt that made its run fail: the first one that failed, or None if none did.
 
-    Not one that would have been tried again, nor one that ended when the scheduler had given the
-    run up (`is_given_up`), unless there is nothing else.
+    An attempt that would have been repeated is blamed only if there is no other, and one that ended
+    because the scheduler had given the run up (`ended_with_scheduler`) comes last of all.
     """
-    newest: dict[tuple[str, Id], AttemptRow] = {}
-    for task in tasks:
-        newest[task["step_name"], task["task_id"]] = task
 
     def blame(task: AttemptRow) -> tuple[bool, bool, int]:
         allowed = attempts_allowed(graph, task["step_name"]) or 1
         return (
-            is_given_up(task),
+            ended_with_scheduler(task),
             task["attempt_id"] + 1 < allowed,
             task["finished_at"] or task["ts_epoch"],
         )
 
-    failed = [task for task in newest.values() if task["status"] == FAILED]
+    failed = [task for task in newest_attempts(tasks) if task["status"] == FAILED]
     return min(failed, key=blame) if len(failed) > 1 else next(iter(failed), None)
 
 
@@ -3996,7 +4033,7 @@ LOGS_IN_MEMORY = 32 * 2**20  # bytes, about
 
 
 class Model:
-    """The runs of a store as a person looks at them. Reads only; may be used by any thread."""
+    """The runs of a store, with what has become of them."""
 
     def __init__(
         self,
@@ -4004,28 +4041,27 @@ class Model:
         clock: Callable[[], float] = time.time,
         search: Search = search_in_place,
     ) -> None:
-        """`clock`: tells the epoch seconds, against which signs of life are old; `search`: for
-        patterns that may take long."""
+        """`clock`: returns epoch seconds; `search`: is called for patterns that may take long."""
         self.store = store
         self.files = FileOpener(store.folder)
         self.clock = clock
         self.search = search
-        # By pathspec, with the version of the task.
+        # By pathspec, with the version of the task that they were read from.
         self._histories: Cache[tuple[Version, History]] = Cache(ATTEMPTS_IN_MEMORY)
         self._verdicts: Cache[Verdict] = Cache(VERDICTS_IN_MEMORY, Verdict.weight)
-        # By pathspec, attempt and status, with the versions of the task's records and files.
+        # By pathspec, attempt and status, with the versions of the task's records and of its files.
         self._causes: Cache[tuple[Sequence[Version | None], Cause | None]] = Cache(
             CAUSES_IN_MEMORY, lambda known: 500 + cause_weight(known[1])
         )
-        # By their places in the datastore; empty where there is none.
+        # By their paths in the datastore; empty if it is not a graph that is stored there.
         self._graphs: Cache[Graph] = Cache(GRAPHS_IN_MEMORY, graph_weight)
         self._logs: Cache[list[LogLine]] = Cache(LOGS_IN_MEMORY, log_weight)
-        self._unfinished: dict[Ids, None] = {}  # the runs that were running when last looked at
+        self._unfinished: dict[Ids, None] = {}  # the runs that were running when last judged
 
     # -- runs --------------------------------------------------------------------------------------
 
     def runs(self, flow: str | None = None) -> Iterator[RunRow]:
-        """The runs of a flow, or of all flows, newest first, not judged yet."""
+        """The runs of a flow or of all flows, newest first, not judged yet."""
         import heapq
 
         names = [f["flow_id"] for f in self.store.flows()] if flow is None else [flow]
@@ -4034,12 +4070,12 @@ class Model:
         return (self._run_row(run) for run in newest_first)
 
     def run(self, ids: Ids) -> RunRow | None:
-        """A run with its status, None where there is none."""
+        """A run with its verdict, or None if there is no such run."""
         run = self.store.run(ids)
         return None if run is None else self.judge(self._run_row(run))
 
     def unfinished_runs(self) -> list[RunRow]:
-        """The runs that were running when somebody looked last, not judged anew."""
+        """The runs that were running when they were last judged, not judged again."""
         rows = []
         for ids in list(self._unfinished):
             run = self.store.run(ids)
@@ -4050,7 +4086,7 @@ class Model:
         return rows
 
     def judge(self, row: RunRow) -> RunRow:
-        """Fill in what has become of a run, and return its row."""
+        """Fill in what has become of a run, unless that is done already, and return the row."""
         if not row["status"]:
             now = self.clock()
             verdict = self._verdict(row, now)
@@ -4061,13 +4097,16 @@ class Model:
         return row
 
     def status(self, run: Run) -> str:
-        """What has become of a run."""
+        """The status of a run: running, completed or failed."""
         ids, heartbeat = (run["flow_id"], str(run["run_number"])), run["last_heartbeat_ts"]
         known = self._known_verdict(ids, heartbeat)
         return self.judge(self._run_row(run))["status"] if known is None else known.status
 
     def versions(self, step: Ids) -> object:
-        """What tells whether a step's tasks have the same records still; None if nothing can."""
+        """An object that is equal as long as the records of a step's tasks are the same.
+
+        None if one of them was changed so recently that this cannot be told.
+        """
         ids = (step, *self.store.task_ids(step))
         found = [self.store.version(i) for i in ids]
         return None if None in found else tuple(found)
@@ -4083,7 +4122,7 @@ class Model:
             "run": str(run["run_number"]),
             "user": run.get("user"),
             "status": "",
-            "ts_epoch": run_sort_key(run)[0],  # which holds when local mode changes tags
+            "ts_epoch": run_sort_key(run)[0],  # local mode overwrites the record's with new tags
             "finished_at": None,
             "duration": None,
             "cause": None,
@@ -4091,7 +4130,7 @@ class Model:
         }
 
     def _known_verdict(self, ids: Ids, heartbeat: int | None) -> Verdict | None:
-        """The verdict on a run that has ended, if all that it was told by is still the same."""
+        """The cached verdict on a run that has ended, if all that it rests on is unchanged."""
         known = self._verdicts.get("/".join(ids))
         if known is None or known.heartbeat != heartbeat:
             return None
@@ -4104,14 +4143,14 @@ class Model:
             return known
         completed, cause = self._completion(ids), None
         if completed is not None:
-            (finished_at, tellers), status = completed, COMPLETED
-            seen = [(teller, self.store.version(teller)) for teller in tellers]
+            (finished_at, sources), status = completed, COMPLETED
+            seen = [(source, self.store.version(source)) for source in sources]
         else:
             seen = [(i, self.store.version(i)) for i in (ids, *self._objects_below(ids))]
             tasks = self._tasks(ids, now)
-            status, finished_at = self._state_of_run(row, tasks, now)
+            status, finished_at = self._judge_incomplete(row, tasks, now)
             cause = self._cause_of_run(row, tasks) if status == FAILED else None
-        settled = [(teller, version) for teller, version in seen if version is not None]
+        settled = [(source, version) for source, version in seen if version is not None]
         origin = self._origin_run_id(ids)
         verdict = Verdict(status, finished_at, cause, origin, heartbeat, settled)
         if status == RUNNING:
@@ -4129,49 +4168,49 @@ class Model:
             yield from self.store.task_ids((*ids, step["step_name"]))
 
     def _completion(self, ids: Ids) -> tuple[int | None, Sequence[Ids]] | None:
-        """When a run has reached its end, and the objects that tell it; None where it has not."""
+        """When a run was completed, and the objects that say so; None if it is not completed."""
         end = (*ids, self._end_step(ids))
         for task in self.store.task_ids(end)[-1:]:
-            attempts = self._attempts_of(task)
+            attempts = self._history(task).attempts
             if attempts and attempts[-1].is_ok:
                 # Without parameters the run is a teller too: they would say what the end step is.
                 has_parameters = bool(self.store.task_ids((*ids, PARAMETERS_STEP)))
                 return attempts[-1].done_at, (end, task) if has_parameters else (ids, end, task)
         return None
 
-    def _state_of_run(
+    def _judge_incomplete(
         self, row: RunRow, tasks: Sequence[AttemptRow], now: float
     ) -> tuple[str, int | None]:
-        """What has become of a run that has not reached its end; `tasks`: all of it."""
+        """The status of a run that is not completed, and when it failed; `tasks`: all attempts."""
         ids = run_row_ids(row)
         last_sign = max(
             itertools.chain(
-                (self._last_sign(ids, row["last_heartbeat_ts"], row["ts_epoch"]),),
+                (self._last_sign_of_life(ids, row["last_heartbeat_ts"], row["ts_epoch"]),),
                 (task["finished_at"] or task["started_at"] or task["ts_epoch"] for task in tasks),
             )
         )
         if any(task["status"] == RUNNING for task in tasks):
             return RUNNING, None
-        if cannot_go_on(tasks, self.graph(ids) or {}, self._is_given_up):
+        if cannot_go_on(tasks, self.graph(ids) or {}, self._ended_with_scheduler):
             return FAILED, max(task["finished_at"] or 0 for task in tasks)
-        if self._has_failed_end(ids, tasks) or gives_no_signs(row, tasks):
+        if self._has_failed_end(ids, tasks) or is_silent(row, tasks):
             return FAILED, last_sign
         if now * 1000 - last_sign > RUN_HEARTBEAT_CUTOFF * 1000:
             return FAILED, last_sign
         return RUNNING, None
 
     def _has_failed_end(self, ids: Ids, tasks: Sequence[AttemptRow]) -> bool:
-        """Whether the last step has failed in a run that says nothing of further attempts.
+        """Whether the end step has failed in a run whose graph is unknown.
 
-        As in the reference: clients that are not Metaflow store no graph.
+        Clients other than Metaflow store no graph. The reference judges all runs like this.
         """
         end = [task for task in tasks if task["step_name"] == self._end_step(ids)]
         return bool(end) and end[-1]["status"] == FAILED and self.graph(ids) is None
 
-    def _last_sign(self, ids: Ids, heartbeat: int | None, created: int) -> int:
+    def _last_sign_of_life(self, ids: Ids, heartbeat: int | None, created: int) -> int:
         """When a run or task last gave a sign of life, in epoch milliseconds.
 
-        Its heartbeat; where it has none, when its files were last written.
+        That is its heartbeat, or if it has none, the last time that its files were written.
         """
         if heartbeat is not None:
             return max(heartbeat * 1000, created)
@@ -4187,7 +4226,7 @@ class Model:
     # -- steps and tasks ---------------------------------------------------------------------------
 
     def steps(self, ids: Ids, tasks: Sequence[AttemptRow], now: float) -> list[StepRow]:
-        """The steps of a run, oldest first; `tasks`: all of the run."""
+        """The steps of a run, oldest first; `tasks`: all attempts of the run's tasks."""
         rows: list[StepRow] = []
         for step in list(self.store.steps(ids))[::-1]:
             ends = [t["finished_at"] for t in tasks if t["step_name"] == step["step_name"]]
@@ -4204,8 +4243,8 @@ class Model:
         return rows
 
     def tasks(self, ids: Ids, now: float) -> list[AttemptRow]:
-        """The attempts of all tasks of a run, oldest task first, with their causes."""
-        return self._with_causes(ids, self._tasks(ids, now))
+        """The attempts of all tasks of a run, oldest task first, with causes."""
+        return self._add_causes(ids, self._tasks(ids, now))
 
     def _tasks(self, ids: Ids, now: float) -> list[AttemptRow]:
         rows: list[AttemptRow] = []
@@ -4216,19 +4255,19 @@ class Model:
         return rows
 
     def attempts(self, ids: Ids, now: float) -> list[AttemptRow]:
-        """The attempts of a task, newest first, with their causes."""
+        """The attempts of a task, newest first, with causes."""
         task = self.store.task(ids)
         rows = [] if task is None else self._attempt_rows(ids, task, now)
-        return self._with_causes(ids[:2], rows)[::-1]
+        return self._add_causes(ids[:2], rows)[::-1]
 
     def _attempt_rows(self, ids: Ids, task: Task, now: float) -> list[AttemptRow]:
         history = self._history(ids)
-        attempts = self._with_unnoticed(ids, history.attempts or [Attempt()])
+        attempts = self._add_unrecorded(ids, history.attempts or [Attempt()])
         heartbeat, created = task["last_heartbeat_ts"], task["ts_epoch"]
         is_alive, last_sign = True, created
         if attempts[-1].done_at is None:
             cutoff = TASK_SILENCE_CUTOFF if heartbeat is None else TASK_HEARTBEAT_CUTOFF
-            last_sign = self._last_sign(ids, heartbeat, created)
+            last_sign = self._last_sign_of_life(ids, heartbeat, created)
             is_alive = now * 1000 - last_sign <= cutoff * 1000
         rows: list[AttemptRow] = []
         for number, attempt in enumerate(attempts):
@@ -4254,9 +4293,11 @@ class Model:
             rows.append(row)
         return rows
 
-    def _with_unnoticed(self, ids: Ids, attempts: Sequence[Attempt]) -> list[Attempt]:
-        """Attempts, with those whose processes could not say that they ended, nor some that they
-        began: their scheduler has left a file of each."""
+    def _add_unrecorded(self, ids: Ids, attempts: Sequence[Attempt]) -> list[Attempt]:
+        """Attempts, completed by what only their scheduler has recorded, in a file for each.
+
+        A process that is killed cannot record its end, nor its start if it is killed early.
+        """
         known = list(attempts)
         while not known[-1].is_ok and len(known) <= LARGEST_SHOWN_ATTEMPT:
             if known[-1].done_at is None:
@@ -4271,24 +4312,20 @@ class Model:
         return known
 
     def _process_end(self, ids: Ids, number: int) -> ProcessEnd | None:
-        """How the process of an attempt ended, None where its scheduler has not noted it."""
+        """How the process of an attempt ended, or None if its scheduler has not recorded it."""
         with contextlib.suppress(OSError, ValueError, AttributeError):
             root = self.datastore_root(ids, number)
             with self.files.open_file(root, *ids, f"{number}.runtime") as file:
                 moment = int(os.fstat(file.fileno()).st_mtime * 1000)
-                noted = read_json(file, LARGEST_VALUE)
-            code = noted.get("return_code")
+                record = read_json(file, LARGEST_VALUE)
+            code = record.get("return_code")
             return ProcessEnd(
                 code if isinstance(code, int) else None,
-                bool(noted.get("killed")),
-                bool(noted.get("success")),
+                bool(record.get("killed")),
+                bool(record.get("success")),
                 moment,
             )
         return None
-
-    def _attempts_of(self, ids: Ids) -> list[Attempt]:
-        """What the records of a task say of its attempts; none where none has begun."""
-        return self._history(ids).attempts
 
     def _history(self, ids: Ids) -> History:
         key, version = "/".join(ids), self.store.version(ids)
@@ -4301,9 +4338,9 @@ class Model:
         for number, attempt in enumerate(attempts):
             if attempt.is_ok is None:
                 attempts[number] = self._completed_by_artifact(ids, number, attempt)
-        told = {m["field_name"]: m["value"] for m in reversed(metadata)}
-        origin_run = str(told.get("origin-run-id") or "None")
-        origin = origin_of_clone(ids, told)
+        values = {m["field_name"]: m["value"] for m in reversed(metadata)}
+        origin_run = str(values.get("origin-run-id") or "None")
+        origin = origin_of_clone(ids, values)
         frames = self.foreach_frames(ids)
         history = History(
             attempts,
@@ -4316,20 +4353,20 @@ class Model:
         return history
 
     def foreach_frames(self, ids: Ids, hops: int = MOST_ORIGINS) -> list[str]:
-        """The loops that a task is in, the outermost first, each as NAME=VALUE.
+        """The foreach loops around a task, the outermost first, each as NAME=VALUE.
 
-        A clone says nothing of loops: it is where its origin was.
+        A clone records none, and is in the same loops as its origin; `hops`: see MOST_ORIGINS.
         """
         fields = ("foreach-stack", "origin-run-id", "origin-task-id")
-        told = {m["field_name"]: m["value"] for m in self.store.metadata(ids, fields=fields)}
-        stack, origin = told.get("foreach-stack"), origin_of_clone(ids, told)
+        values = {m["field_name"]: m["value"] for m in self.store.metadata(ids, fields=fields)}
+        stack, origin = values.get("foreach-stack"), origin_of_clone(ids, values)
         if stack is None and hops > 0 and origin:
             return self.foreach_frames(origin, hops - 1)
         frames = [stack] if isinstance(stack, str) else stack or []
         return [frame for frame in frames if isinstance(frame, str)]
 
     def _origin_run_id(self, ids: Ids) -> str | None:
-        """The run that a run was resumed from, as its first step tells."""
+        """The run that a run was resumed from, according to its first tasks."""
         step = (self.graph(ids) or {}).get("start_step")
         for name in (PARAMETERS_STEP, step if isinstance(step, str) else DEFAULT_START_STEP):
             for task in self.store.task_ids((*ids, name))[:1]:
@@ -4339,8 +4376,10 @@ class Model:
         return None
 
     def resumed(self, flow: str) -> list[tuple[Ids, Ids]]:
-        """The runs of a flow that others of it were resumed from, each pair the later run first;
-        without those that have taken over nothing and have ended."""
+        """The resumed runs of a flow, each with the run that it was resumed from.
+
+        A run that has ended without taking over any task is left out.
+        """
         found: list[tuple[Ids, Ids]] = []
         for run in self.store.runs((flow,)):
             ids = (flow, str(run["run_number"]))
@@ -4350,7 +4389,7 @@ class Model:
         return found
 
     def _has_clones(self, ids: Ids) -> bool:
-        """Whether a run has taken over a task from another."""
+        """Whether a run has taken over a task from another run."""
         for step in self.store.steps(ids):
             for task in self.store.task_ids((*ids, step["step_name"])):
                 if self._history(task).origin_pathspec is not None:
@@ -4358,8 +4397,10 @@ class Model:
         return False
 
     def _is_log_stored(self, ids: Ids, row: AttemptRow, now: float) -> bool:
-        """Whether what an attempt has written is stored, or will never be: its scheduler stores it
-        after the end, and leaves a file then."""
+        """Whether the log of an attempt is complete, or will never be stored.
+
+        The scheduler stores it some time after the attempt has ended.
+        """
         if row["finished_at"] is None:
             return False
         if now * 1000 - row["finished_at"] > STORING_SECONDS * 1000:
@@ -4367,10 +4408,10 @@ class Model:
         return not self._awaits_log(ids, row, now) or self.has_log(ids, row["attempt_id"])
 
     def _awaits_log(self, ids: Ids, row: AttemptRow, now: float) -> bool:
-        """Whether the log of an attempt comes to this machine, and who stores it is alive.
+        """Whether a log is expected in a datastore here, from a scheduler that is alive.
 
-        The scheduler numbers its tasks. Those with names are others': a task of @parallel starts
-        its own, the output of which goes into its log.
+        The tasks of the scheduler have numbers. A task with a name was started by another, as
+        @parallel does, and its output is in the log of that one.
         """
         if not isinstance(row["task_id"], int):
             return False
@@ -4378,11 +4419,11 @@ class Model:
         heartbeat = None if run is None else run["last_heartbeat_ts"]
         if heartbeat is not None and now - heartbeat > TASK_HEARTBEAT_CUTOFF:
             return False
-        kinds = self.store.metadata(ids, fields=("ds-type",))  # clones have none
+        kinds = self.store.metadata(ids, fields=("ds-type",))  # clones have no such metadatum
         return any(value_text(m) == "local" for m in kinds)
 
     def _completed_by_artifact(self, ids: Ids, number: int, attempt: Attempt) -> Attempt:
-        """An attempt of which no metadatum says how it ended, but the artifact `_task_ok`."""
+        """An attempt, completed by the artifact _task_ok if no metadatum says how it ended."""
         artifact = self.store.artifact(ids, "_task_ok", number)
         if artifact is None:
             return attempt
@@ -4395,22 +4436,22 @@ class Model:
 
     # -- causes ------------------------------------------------------------------------------------
 
-    def _with_causes(self, ids: Ids, rows: list[AttemptRow]) -> list[AttemptRow]:
-        """Attempts of a run, those that failed or whose exception was caught with the cause."""
+    def _add_causes(self, ids: Ids, rows: list[AttemptRow]) -> list[AttemptRow]:
+        """Add the cause to the attempts of a run that failed or whose exception was caught."""
         graph: Graph | None = None
         for row in rows:
             if row["status"] in (FAILED, COMPLETED):
                 graph = self.graph(ids) or {} if graph is None else graph
-                if row["status"] == FAILED or catches(graph, row["step_name"]):
+                if row["status"] == FAILED or has_catch(graph, row["step_name"]):
                     row["cause"] = self._cause_of_attempt(row, graph)
         return rows
 
     def _cause_of_run(self, row: RunRow, tasks: Sequence[AttemptRow]) -> Cause:
-        """Why a run has failed; `tasks`: all of it."""
+        """Why a run has failed; `tasks`: all attempts of the run's tasks."""
         ids = run_row_ids(row)
         graph = self.graph(ids) or {}
-        failure = first_failure(tasks, graph, self._is_given_up)
-        if failure is not None and not self._is_left_alone(failure):
+        failure = first_failure(tasks, graph, self._ended_with_scheduler)
+        if failure is not None and not self._is_abandoned(failure):
             cause = self._cause_of_attempt(failure, graph)
             if cause is not None:
                 return cause
@@ -4420,26 +4461,26 @@ class Model:
             message += f" while {failure['step_name']}/{failure['task_id']} was running"
         return make_cause(SCHEDULER_GONE if begun else NEVER_STARTED, ids, Raised(None, message))
 
-    def _is_given_up(self, row: AttemptRow) -> bool:
-        """Whether an attempt was running when its scheduler gave the run up."""
-        return ENDED_BY_SCHEDULER in self._last_of_stderr(attempt_row_ids(row), row["attempt_id"])
+    def _ended_with_scheduler(self, row: AttemptRow) -> bool:
+        """Whether an attempt was still running when its scheduler gave the run up."""
+        return ENDED_BY_SCHEDULER in self._stderr_tail(attempt_row_ids(row), row["attempt_id"])
 
-    def _is_left_alone(self, row: AttemptRow) -> bool:
-        """Whether an attempt fell silent and so did its scheduler, which would have noted its end.
+    def _is_abandoned(self, row: AttemptRow) -> bool:
+        """Whether an attempt fell silent together with its scheduler, which recorded no end of it.
 
-        A run that was named by who started it, an orchestrator, has no scheduler.
+        A run whose id a client chose was started by an orchestrator, and has no scheduler.
         """
         ids, number = attempt_row_ids(row), row["attempt_id"]
         if isinstance(row["run_number"], str) or self._process_end(ids, number) is not None:
             return False
-        attempts = self._attempts_of(ids)
+        attempts = self._history(ids).attempts
         if number < len(attempts) and attempts[number].done_at is not None:
             return False
         heartbeat = (self.store.run(ids[:2]) or row)["last_heartbeat_ts"]
         return heartbeat is None or self.clock() - heartbeat > TASK_HEARTBEAT_CUTOFF
 
     def _cause_of_attempt(self, row: AttemptRow, graph: Graph) -> Cause | None:
-        """Why an attempt has failed, or would have if nobody had caught it; None if it did not."""
+        """Why an attempt has failed or would have failed without @catch; None if it succeeded."""
         ids, number = attempt_row_ids(row), row["attempt_id"]
         own = self.files.stat_folder(self.datastore_root(ids, number), *ids)
         versions = (self.store.version(ids), None if own is None else settled_version(own))
@@ -4455,16 +4496,16 @@ class Model:
     def _find_cause(self, row: AttemptRow, graph: Graph) -> Cause | None:
         ids, number = attempt_row_ids(row), row["attempt_id"]
         is_caught = row["status"] == COMPLETED
-        raised = self._raised_in_artifact(ids, number, CAUGHT if is_caught else UNCAUGHT)
-        if is_caught and not (raised and is_of_attempt(raised, row)):
+        raised = self._read_exception(ids, number, CAUGHT if is_caught else UNCAUGHT)
+        if is_caught and not (raised and was_raised_in(raised, row)):
             return None
-        stderr, end = self._last_of_stderr(ids, number), self._process_end(ids, number)
+        stderr, end = self._stderr_tail(ids, number), self._process_end(ids, number)
         if raised is None and end is not None and end.return_code == UNCAUGHT_EXIT_CODE:
             raised = parse_traceback(stderr) or parse_headline(stderr)
         if raised is None:
             is_begun = row["started_at"] is not None or (end is not None and end.is_by_signal())
             kind = KILLED if is_begun else NEVER_STARTED
-            message = describe_end(end)
+            message = describe_process_end(end)
             is_interrupted = INTERRUPTED in stderr[-CAUSE_STDERR_LINES:]
             raised = Raised(None, f"interrupted, {message}" if is_interrupted else message)
         elif raised.type == TIMEOUT_TYPE:
@@ -4474,25 +4515,25 @@ class Model:
             kind = RAISED
         return make_cause(kind, ids, raised, row, attempts_allowed(graph, row["step_name"]), stderr)
 
-    def _last_of_stderr(self, ids: Ids, number: int) -> list[str]:
-        """The last lines of what an attempt has written to stderr."""
+    def _stderr_tail(self, ids: Ids, number: int) -> list[str]:
+        """The last lines that an attempt has written to stderr."""
         contents = []
         with contextlib.suppress(OSError), self._open_logs(ids, number, "stderr") as files:
             for file in files:
                 contents.append(read_content(file, CAUSE_STDERR_BYTES, from_end=True))
         return [line["line"] for line in merge_logs(contents)]
 
-    def _raised_in_artifact(self, ids: Ids, number: int, name: str) -> Raised | None:
+    def _read_exception(self, ids: Ids, number: int, name: str) -> Raised | None:
         artifact = self.store.artifact(ids, name, number)
         if artifact is not None:
             with contextlib.suppress(OSError, ValueError):
-                return raised_in_value(self.value(artifact, LARGEST_VALUE))
+                return parse_exception_wrapper(self.value(artifact, LARGEST_VALUE))
         return None
 
     # -- comparing runs ----------------------------------------------------------------------------
 
     def compare(self, runs: Sequence[Ids], has_equal: bool = False) -> Comparison | None:
-        """What differs between runs, and with `has_equal` what does not; None where one is not."""
+        """What differs between runs; None if one does not exist. `has_equal`: add what is equal."""
         rows = [self.run(ids) for ids in runs]
         if None in rows:
             return None
@@ -4501,8 +4542,10 @@ class Model:
         return {"runs": found, "differences": compare_facts(facts, has_equal)}
 
     def changes(self, ids: Ids) -> Comparison | None:
-        """What differs between a run and the last one of its flow before it that succeeded, which
-        comes first; None where there is none."""
+        """What differs between a run and the last successful run of its flow before it.
+
+        That run comes first. None if there is none.
+        """
         run = self.store.run(ids)
         before = None if run is None else run_sort_key(run)
         earlier = itertools.islice(self.store.runs(ids[:1], before), MOST_RUNS_LOOKED_BACK)
@@ -4511,7 +4554,7 @@ class Model:
         return None if last is None or run is None else self.compare([run_row_ids(last), ids])
 
     def _facts(self, ids: Ids, row: RunRow) -> Facts:
-        parameters = {name: told["value"] for name, told in self.parameters(ids).items()}
+        parameters = {name: shown["value"] for name, shown in self.parameters(ids).items()}
         steps = self.steps(ids, self._tasks(ids, self.clock()), self.clock())
         artifacts = self._last_artifacts(ids, [step["step_name"] for step in steps])
         return {
@@ -4523,13 +4566,13 @@ class Model:
                 if not step["step_name"].startswith("_")
             },
             "tags": dict.fromkeys(row["tags"] or (), True),
-            "code": self._code(ids),
+            "code": self._code_digests(ids),
         }
 
     def _last_artifacts(self, ids: Ids, steps: Iterable[str]) -> dict[str, str]:
-        """The artifacts of a run with the values that they had last; what is large by its digest.
+        """The last values of the artifacts of a run, by name; large ones by their digests.
 
-        Steps of many tasks are left out, since their artifacts have a value for each.
+        Steps with several tasks are left out, since each task has a value of its own.
         """
         last: dict[str, ArtifactRow] = {}
         for step in steps:
@@ -4537,21 +4580,22 @@ class Model:
             if len(tasks) == 1 and not step.startswith("_"):
                 last.update((row["name"], row) for row in self.artifacts(tasks[0], None))
         shown = {name: row for name, row in last.items() if name[:1] != "_" and name != "name"}
-        return {name: self._comparable(row) for name, row in shown.items()}
+        return {name: self._compared_text(row) for name, row in shown.items()}
 
-    def _comparable(self, row: ArtifactRow) -> str:
+    def _compared_text(self, row: ArtifactRow) -> str:
         content = self.with_value(row).get("content", "")
         is_small = 0 < len(content) <= LONGEST_COMPARED
         return content if is_small else f"sha {row['sha']}"
 
-    def _code(self, ids: Ids) -> dict[str, str]:
-        """The digests of the code of a run: of its package, where one was made, and of its graph,
+    def _code_digests(self, ids: Ids) -> dict[str, str]:
+        """The digests of the code of a run: of its `package`, if it has one, and of its `graph`,
         which has the lines, decorators and docstrings of the steps."""
         graphs = (artifact["sha"] for artifact in self._stored_graphs(ids))
-        found = {"graph": next(graphs, None), "package": self._package_digest(ids)}
-        return {name: sha for name, sha in found.items() if sha is not None}
+        digests = {"graph": next(graphs, None), "package": self._package_digest(ids)}
+        return {name: sha for name, sha in digests.items() if sha is not None}
 
     def _package_digest(self, ids: Ids) -> str | None:
+        """The digest of the code package of a run, or None if it has none."""
         for step in self.store.steps(ids):
             for task in self.store.task_ids((*ids, step["step_name"]))[:1]:
                 for metadatum in self.store.metadata(task, fields=("code-package",)):
@@ -4559,14 +4603,15 @@ class Model:
                         return str(json.loads(value_text(metadatum))["sha"])
         return None
 
-    # -- what the flow is --------------------------------------------------------------------------
+    # -- the flow's graph and parameters -----------------------------------------------------------
 
     def graph(self, ids: Ids) -> Graph | None:
-        """The graph of the flow of a run, as `_parameters` has stored it; None where it has not."""
+        """The graph of the flow of a run, or None if the run has not stored it."""
         artifact = next(self._stored_graphs(ids), None)
         return None if artifact is None else self._graph_in(artifact)
 
     def _stored_graphs(self, ids: Ids) -> Iterator[Artifact]:
+        """The artifacts that hold the graph of the flow of a run; usually one."""
         for task in self.store.task_ids((*ids, PARAMETERS_STEP)):
             artifact = self.store.artifact(task, "_graph_info")
             if artifact is not None:
@@ -4579,7 +4624,7 @@ class Model:
             try:
                 value = to_json(self.value(artifact, LARGEST_GRAPH))
             except OSError:
-                return None  # it may come
+                return None  # it may still be written
             except ValueError:
                 value = None
             is_graph = isinstance(value, dict) and isinstance(value.get("steps"), dict)
@@ -4588,14 +4633,14 @@ class Model:
         return graph or None
 
     def _end_step(self, ids: Ids) -> str:
-        """The name of the last step of the flow of a run."""
+        """The name of the end step of a run's flow, as far as the run says which it is."""
         for task in self.store.task_ids((*ids, PARAMETERS_STEP)):
             for metadatum in self.store.metadata(task, fields=("end_step",)):
                 return end_step_name(value_text(metadatum))
         return end_step_name((self.graph(ids) or {}).get("end_step"))
 
     def parameters(self, ids: Ids) -> dict[str, dict[str, object]]:
-        """The parameters of a run and their values, those that can be shown."""
+        """The parameters of a run whose values can be shown, each with its `value`."""
         values: dict[str, dict[str, object]] = {}
         for task in self.store.task_ids((*ids, PARAMETERS_STEP)):
             for artifact in self.store.artifacts(task):
@@ -4608,12 +4653,12 @@ class Model:
     # -- metadata and artifacts --------------------------------------------------------------------
 
     def metadata(self, ids: Ids) -> list[MetadatumRow]:
-        """The metadata of a task, by name, oldest first."""
+        """The metadata of a task, sorted by name, and oldest first for each name."""
         rows = [metadatum_row(metadatum) for metadatum in self.store.metadata(ids)]
         return sorted(rows, key=lambda row: (row["field_name"], row["ts_epoch"], row["id"]))
 
     def artifacts(self, ids: Ids, attempt: int | None) -> list[ArtifactRow]:
-        """The artifacts of an attempt of a task, by name, without their values."""
+        """The artifacts of an attempt of a task, sorted by name, without values."""
         return sorted(
             (artifact_row(artifact) for artifact in self.store.artifacts(ids, attempt)),
             key=lambda row: row["name"],
@@ -4658,10 +4703,12 @@ class Model:
         return value
 
     def _included_text(self, included: PickledObject, limit: int) -> Any:
-        """The text of an IncludeFile, which is a blob of its own; what tells of it if that is not
-        in a local datastore."""
-        told = included.attributes().get("_descriptor")
-        descriptor = dict(told) if isinstance(told, PickledDict) else {}
+        """The content of an IncludeFile, which is stored as a blob of its own.
+
+        If that is not in a local datastore, the object that describes it is returned.
+        """
+        pairs = included.attributes().get("_descriptor")
+        descriptor = dict(pairs) if isinstance(pairs, PickledDict) else {}
         url = descriptor.get("url")
         place = LOCAL_URL.fullmatch(url) if isinstance(url, str) else None
         if place is None:
@@ -4677,7 +4724,7 @@ class Model:
             return content
 
     def open_stored(self, artifact: Artifact | ArtifactRow) -> io.BufferedReader:
-        """The file that holds an artifact; FileNotFoundError or ValueError."""
+        """Open the file of an artifact; FileNotFoundError, or ValueError if it is not local."""
         sha, location = artifact["sha"] or "", artifact["location"]
         if artifact["ds_type"] != "local" or not location.startswith(ROOT_LOCATION):
             raise ValueError("It is not stored on this machine.")
@@ -4691,7 +4738,7 @@ class Model:
             raise
 
     def with_value(self, row: ArtifactRow) -> ArtifactRow:
-        """An artifact with its value, or with why that cannot be shown."""
+        """Add to an artifact its value, or the reason why that cannot be shown."""
         try:
             value = self.value(row, LARGEST_VALUE)
             row["content"] = format_value(value)
@@ -4709,9 +4756,9 @@ class Model:
     # -- logs and cards ----------------------------------------------------------------------------
 
     def datastore_root(self, ids: Ids, attempt: int | None) -> str:
-        """The root of the datastore of a task's attempt: what its metadata say, else the store's.
+        """The datastore of an attempt, according to its metadata, by default the store's folder.
 
-        Metadata say what clients said: use it through `files` only.
+        It is a path that a client sent, and must be used with `files` only.
         """
         for metadatum in self.store.metadata(ids, fields=("ds-root",)):
             if attempt is None or metadatum_attempt(metadatum) in (attempt, None):
@@ -4719,9 +4766,9 @@ class Model:
         return self.store.folder
 
     def log(self, ids: Ids, attempt: int, stream: str) -> list[LogLine]:
-        """The lines of what an attempt has written to a stream (stdout or stderr), oldest first.
+        """The lines that an attempt has written to stdout or stderr, oldest first.
 
-        Local Metaflow writes logs when an attempt has ended. Of a huge log this is the last part.
+        Metaflow stores them when the attempt has ended. Only the end of a huge log is read.
         """
         with self._open_logs(ids, attempt, stream) as files:
             key = repr([file_version(os.fstat(file.fileno())) for file in files])
@@ -4733,8 +4780,7 @@ class Model:
         return lines
 
     def has_log(self, ids: Ids, attempt: int) -> bool:
-        """Whether what an attempt has written is stored, of which there are files even if it has
-        written nothing."""
+        """Whether the log of an attempt is stored: its files exist even if nothing was written."""
         for stream in LOG_STREAMS.values():
             with self._open_logs(ids, attempt, stream) as files:
                 if not files:
@@ -4745,7 +4791,7 @@ class Model:
     def _open_logs(
         self, ids: Ids, attempt: int, stream: str
     ) -> Iterator[Sequence[io.BufferedReader]]:
-        """The files in which a stream of an attempt is stored, those that there are."""
+        """The files that hold a stream of an attempt, as far as they exist."""
         root = self.datastore_root(ids, attempt)
         with contextlib.ExitStack() as files:
             opened = []
@@ -4760,12 +4806,12 @@ class Model:
         return [card for card, _ in self.card_files(ids)]
 
     def count_missing_cards(self, ids: Ids) -> int:
-        """How many cards of a task are recorded whose files are not found."""
+        """How many cards of a task its metadata mention, but no file is found for."""
         recorded = {m["field_name"] for m in self.store.metadata(ids) if m["type"] == "card-info"}
         return len(recorded - {card["hash"] for card in self.cards(ids)})
 
     def card(self, ids: Ids, card_hash: str) -> bytes | None:
-        """The HTML of a card, None where there is none; TooLarge."""
+        """The HTML of a card, or None if there is no such card; TooLarge."""
         for card, place in self.card_files(ids):
             if card["hash"] == card_hash:
                 with contextlib.suppress(FileNotFoundError), self.files.open_file(*place) as file:
@@ -4773,7 +4819,7 @@ class Model:
         return None
 
     def card_data(self, ids: Ids, card_hash: str) -> tuple[Card, object] | None:
-        """What a card shows at the moment, None where it is not known; OSError, ValueError."""
+        """The current data of a card that its task updates, or None; OSError, ValueError."""
         for card, place in self.card_files(ids, "runtime", ".data.json"):
             if card["hash"] == card_hash:
                 with self.files.open_file(*place) as file:
@@ -4781,10 +4827,10 @@ class Model:
         return None
 
     def _card_folders(self, ids: Ids, kind: str) -> list[DatastorePath]:
-        """Where a task's cards may be: Metaflow before 2022 left the step out."""
+        """The folders that may hold a task's cards; Metaflow before 2022 left the step out."""
         flow, run, step, task = ids
-        own, noted = self.store.folder, read_card_roots(self.store.folder)
-        roots = dict.fromkeys((self.datastore_root(ids, None), own, *noted))
+        own, others = self.store.folder, read_card_roots(self.store.folder)
+        roots = dict.fromkeys((self.datastore_root(ids, None), own, *others))
         return [
             (root, CARDS_DIR, flow, "runs", run, *below, kind)
             for root in roots
@@ -4794,11 +4840,13 @@ class Model:
     def card_files(
         self, ids: Ids, kind: str = "cards", suffix: str = ".html"
     ) -> list[tuple[Card, DatastorePath]]:
-        """The cards of a task and their files, TYPE-HASH or TYPE-ID-HASH, from the first folder
-        that has any."""
+        """The cards of a task and their files, from the first folder that has any.
+
+        A file is called TYPE-HASH or TYPE-ID-HASH.
+        """
         for place in self._card_folders(ids, kind):
             found: list[tuple[Card, DatastorePath]] = []
-            for name in self._file_names(place):
+            for name in self._list_files(place):
                 parts = name[: -len(suffix)].split("-")
                 if name.endswith(suffix) and len(parts) in (2, 3):
                     card_id = parts[1] if len(parts) == 3 else None
@@ -4808,8 +4856,8 @@ class Model:
                 return found
         return []
 
-    def _file_names(self, place: DatastorePath) -> list[str]:
-        """The names of the files in a folder of a datastore, in order; none where it is not."""
+    def _list_files(self, place: DatastorePath) -> list[str]:
+        """The sorted names of the files in a folder of a datastore; none if it does not exist."""
         with contextlib.suppress(FileNotFoundError):
             folder = self.files.open_folder(*place)
             try:
@@ -4823,15 +4871,15 @@ class Model:
 MOST_COMPARED = 5
 COMPARED_SECTIONS = ("parameters", "artifacts", "durations", "tags", "code")
 Facts = Mapping[str, Mapping[str, Any]]
-"""What is compared of a run: by section, the values by their names."""
-
+"""What is compared of a run: for each section, the values by their names."""
 
 LEAST_DELAY_MS = 1000
+"""Durations that differ by less are taken for equal."""
 
 
 def is_different(section: str, values: Sequence[Any]) -> bool:
-    """Whether values are not the same: durations only if by a second and by a quarter, the others
-    as JSON, in which 1 is not true."""
+    """Whether values differ: durations by more than a second and a quarter of the longest, other
+    values as JSON, in which 1 is not true."""
     if section == "durations" and None not in values:
         longest, shortest = max(values), min(values)
         return bool(longest - shortest > max(LEAST_DELAY_MS, longest / 4))
@@ -4839,7 +4887,7 @@ def is_different(section: str, values: Sequence[Any]) -> bool:
 
 
 def compare_facts(facts: Sequence[Facts], has_equal: bool = False) -> list[Difference]:
-    """What differs between runs by what is known of each; `has_equal`: and what does not."""
+    """The differences between the facts of several runs; `has_equal`: and what is equal."""
     differences: list[Difference] = []
     for section in COMPARED_SECTIONS:
         for name in sorted({name for of_run in facts for name in of_run[section]}):
@@ -4850,10 +4898,12 @@ def compare_facts(facts: Sequence[Facts], has_equal: bool = False) -> list[Diffe
 
 
 def run_row_ids(row: RunRow) -> Ids:
+    """The ids of the run."""
     return (row["flow_id"], row["run"])
 
 
 def attempt_row_ids(row: AttemptRow) -> Ids:
+    """The ids of the attempt's task."""
     return (row["flow_id"], str(row["run_number"]), row["step_name"], str(row["task_id"]))
 
 
@@ -4864,7 +4914,7 @@ class SharedColumns(TypedDict):
 
 
 def shared_columns(record: Run | Step | Task | Metadatum | Artifact) -> SharedColumns:
-    """What the rows of a run's objects have otherwise than the records."""
+    """The columns of rows that are alike for all kinds of objects, and differ from the records'."""
     return {
         "run_id": string_id(record["run_number"]),
         "tags": record["tags"] or [],
@@ -4873,6 +4923,7 @@ def shared_columns(record: Run | Step | Task | Metadatum | Artifact) -> SharedCo
 
 
 def metadatum_row(metadatum: Metadatum) -> MetadatumRow:
+    """The row of a metadatum."""
     return {
         **metadatum,
         **shared_columns(metadatum),
@@ -4883,17 +4934,18 @@ def metadatum_row(metadatum: Metadatum) -> MetadatumRow:
 
 
 def artifact_row(artifact: Artifact) -> ArtifactRow:
+    """The row of an artifact, without its value."""
     task_name = string_id(artifact["task_id"])
     row: _ArtifactRow = {**artifact, **shared_columns(artifact), "task_name": task_name}
     return cast(ArtifactRow, row)
 
 
-def end_step_name(told: object) -> str:
-    """The name of a flow's last step, by what its run tells; the usual one where that is none."""
+def end_step_name(name: object) -> str:
+    """The name of the end step as a client gave it, or the usual one if it cannot be a name."""
     with contextlib.suppress(NotStorable):
-        if isinstance(told, str):
-            check_name(told)
-            return told
+        if isinstance(name, str):
+            check_name(name)
+            return name
     return DEFAULT_END_STEP
 
 

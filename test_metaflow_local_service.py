@@ -1739,27 +1739,6 @@ def test_a_search_in_place_finds_what_one_elsewhere_finds(pattern: str, texts: l
         assert found == {text for text in texts if re.fullmatch(pattern, text)}
 
 
-@pytest.mark.parametrize(
-    ("tags", "expected"),
-    [
-        (None, True),
-        ([], False),
-        (["user:x", "version:2.19"], False),
-        (["metaflow_version:2.2.12"], True),
-        (["metaflow_version:2.2.11"], False),
-        (["metaflow_version:2.19.38+local"], True),
-        (["metaflow_version:2.3"], True),
-        (["metaflow_version:1.14.0"], True),
-        (["metaflow_version:1.13.9"], False),
-        (["metaflow_version:2.0.0"], False),
-        (["metaflow_version:unknown"], True),
-        (["metaflow_version:"], True),
-    ],
-)
-def test_newer_clients_send_heartbeats(tags: list[str] | None, expected: bool) -> None:
-    assert mls.sends_heartbeats(tags) is expected
-
-
 # -- places in lists -------------------------------------------------------------------------------
 
 ids_on_the_wire = (st.text(max_size=5) | st.sampled_from(["-1", "+5", " 7", "1e3", "007"])).map(
@@ -2774,6 +2753,27 @@ def test_a_caught_failure_is_a_completed_task_that_shows_the_exception(seen: mls
     assert "MetaflowExceptionWrapper" in problem and "'caught'" in problem
 
 
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        (None, True),
+        ([], False),
+        (["user:x", "version:2.19"], False),
+        (["metaflow_version:2.2.12"], True),
+        (["metaflow_version:2.2.11"], False),
+        (["metaflow_version:2.19.38+local"], True),
+        (["metaflow_version:2.3"], True),
+        (["metaflow_version:1.14.0"], True),
+        (["metaflow_version:1.13.9"], False),
+        (["metaflow_version:2.0.0"], False),
+        (["metaflow_version:unknown"], True),
+        (["metaflow_version:"], True),
+    ],
+)
+def test_newer_clients_send_heartbeats(tags: list[str] | None, expected: bool) -> None:
+    assert mls.sends_heartbeats(tags) is expected
+
+
 # -- causes: runs that failed, each in a way of its own, by either recorder ------------------------
 
 CAUSES_FLOW = """
@@ -3130,7 +3130,7 @@ def test_a_traceback_is_read_for_the_innermost_line_of_the_users_own_code(
     ],
 )
 def test_an_end_is_told_by_its_signal_or_exit_code(code: int | None, text: str) -> None:
-    assert mls.describe_end(mls.ProcessEnd(code, False, False, 0)) == text
+    assert mls.describe_process_end(mls.ProcessEnd(code, False, False, 0)) == text
 
 
 def test_a_failed_task_with_attempts_left_does_not_end_its_run() -> None:
