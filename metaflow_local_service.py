@@ -88,21 +88,34 @@ __all__ = ["Service", "ServiceError", "ensure", "find", "running", "stop", "use"
 # ==================================================================================================
 # Settings: names, defaults, environment variables, and which root is meant
 # ==================================================================================================
+#
+# Rules of this layer:
+#
+# - The environment and the current folder are parameters of all functions that depend on them. No
+#   file is read but Metaflow's configuration.
+# - A wrong value is a ValueError with a sentence. from_environment and the parser of the command
+#   line turn it into an error that names the variable or the option.
+#
+# Which root is meant: the one whose .metaflow Metaflow's local mode would use, for the two must see
+# the same runs (root_folder says in which order it is looked for). Commands export the root and the
+# key to what they run. So that a nested command finds the user's own settings and not the exported
+# ones, ENV_EXPORTED carries along what was exported over what: describe_exports writes it, and
+# user_environment undoes the exports.
 
 PROGRAM = "metaflow-local-service"
 PROTOCOL_VERSION = "2.6.1"
-"""The release of the metadata service whose API this is; Metaflow's client asks for it."""
+"""The release of the metadata service whose API this is; Metaflow's client checks it."""
 
 DATASTORE_DIR = ".metaflow"
-"""The folder that Metaflow's local mode keeps in the root (DATASTORE_LOCAL_DIR)."""
+"""The folder of Metaflow's local mode in a root (DATASTORE_LOCAL_DIR)."""
 
 META_DIR = "_meta"
-"""The folder that holds an object's own record there (LocalStorage.METADATA_DIR)."""
+"""The folder in which the folder of an object holds its records (LocalStorage.METADATA_DIR)."""
 
 TEMPORARY = f".{PROGRAM}-"
-"""How the name of a file begins that is being written. It stands beside its place, which no reader
-of records minds: one folder for all would fill up its part of the disk with the inodes of records,
-and from some 8,000 on ext4 takes ten times as long to find the next (0.4 ms in place of 0.04)."""
+"""The prefix of files that are being written. Each is created in its final folder, where readers of
+records ignore it. With one folder for all of them, ext4 would keep the inodes of all records near
+that folder, and beyond some 8,000 take ten times as long to find a free one (0.4 ms, not 0.04)."""
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_IDLE_TIMEOUT = 300.0
@@ -115,8 +128,7 @@ ENV_UI_DIR = "METAFLOW_LOCAL_SERVICE_UI_DIR"
 ENV_SYSROOT = "METAFLOW_DATASTORE_SYSROOT_LOCAL"
 ENV_KEY = "METAFLOW_SERVICE_AUTH_KEY"
 ENV_EXPORTED = "METAFLOW_LOCAL_SERVICE_EXPORTED"
-"""What commands of this program have exported in place of the user's own, as JSON; see
-`describe_exports`."""
+"""The settings that a command of this program has exported, as JSON; see `describe_exports`."""
 
 log = logging.getLogger(PROGRAM)
 
@@ -124,7 +136,7 @@ Environment = Mapping[str, str]
 
 
 class ServiceError(Exception):
-    """Something the user asked for that cannot be done: one sentence, and the exit code for it."""
+    """Something that cannot be done as the user asked: a sentence for them, and an exit code."""
 
     def __init__(self, sentence: str, exit_code: int = 1) -> None:
         super().__init__(sentence)
@@ -132,28 +144,28 @@ class ServiceError(Exception):
 
 
 def parse_port(text: str) -> int:
-    """A TCP port from 0 (any free one) to 65535; ValueError with a sentence otherwise."""
+    """A TCP port, from 0 (any free one) to 65535; ValueError."""
     if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
         raise ValueError(f"a port is a number from 0 to 65535, not {text!r}")
     return int(text)
 
 
 def parse_seconds(text: str) -> float:
-    """A number of seconds, 0 or more; ValueError with a sentence otherwise."""
+    """A number of seconds, 0 or more; ValueError."""
     if not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,9})?", text):
         raise ValueError(f"an idle time-out is a number of seconds, 0 or more, not {text!r}")
     return float(text)
 
 
 def parse_key(text: str) -> str:
-    """A key that can be sent as a header; ValueError with a sentence otherwise."""
+    """A key that can be sent as a header; ValueError."""
     if not re.fullmatch("[!-~]{1,1000}", text):
         raise ValueError("a key is made of printable ASCII characters, without spaces")
     return text
 
 
 def parse_ui_folder(text: str) -> str:
-    """A folder with a build of the official UI, as a real path; ValueError otherwise."""
+    """A folder with a build of the official UI, as a real path; ValueError."""
     folder = os.path.realpath(os.path.expanduser(text))
     if not os.path.isfile(os.path.join(folder, "index.html")):
         raise ValueError(f"a build of the official UI has an index.html, and {folder} has none")
@@ -164,7 +176,7 @@ T = TypeVar("T")
 
 
 def from_environment(environment: Environment, name: str, convert: Callable[[str], T]) -> T | None:
-    """The converted value of a variable, None where it is unset or empty."""
+    """The converted value of a variable, or None if it is unset or empty."""
     text = environment.get(name)
     if not text:
         return None
@@ -175,7 +187,7 @@ def from_environment(environment: Environment, name: str, convert: Callable[[str
 
 
 def is_debug(environment: Environment) -> bool:
-    """Whether the log is to hold every request."""
+    """Whether every request is to be logged."""
     return environment.get(ENV_DEBUG, "").lower() not in ("", "0", "false", "no")
 
 
@@ -185,10 +197,10 @@ def home_folder(environment: Environment) -> str:
 
 
 def describe_exports(settings: Mapping[str, str], user: Environment) -> str:
-    """The value of ENV_EXPORTED for settings that are exported into a user's environment.
+    """The value of ENV_EXPORTED for settings that are exported over a user's environment.
 
-    By variable, what it is set to and what the user had there. Only of the variables that this
-    program reads itself, and where they differ: what is as before stays the user's own.
+    It maps each variable to the exported value and the user's own, or null if the user had none.
+    Only variables that this program reads itself are in it, and only if the values differ.
     """
     return json.dumps(
         {
@@ -200,9 +212,9 @@ def describe_exports(settings: Mapping[str, str], user: Environment) -> str:
 
 
 def user_environment(environment: Environment) -> dict[str, str]:
-    """The environment without what this program has exported into it, as `run` and `env` do.
+    """The environment as it was before `run` or `env` exported settings into it.
 
-    A variable that is no longer what it was set to then has been set by the user since.
+    A variable that no longer has the exported value has been set by the user since, and is kept.
     """
     user = dict(environment)
     try:
@@ -212,24 +224,24 @@ def user_environment(environment: Environment) -> dict[str, str]:
                 if isinstance(before, str):
                     user[name] = before
     except (ValueError, TypeError, AttributeError):
-        log.debug("%s is not of this program's making", ENV_EXPORTED)
+        log.debug("%s was not written by this program", ENV_EXPORTED)
     return user
 
 
 def nearest_project(here: str) -> str | None:
-    """The nearest folder from `here` upwards that has a .metaflow, None where none has."""
-    above = os.path.realpath(here)
-    while not os.path.isdir(os.path.join(above, DATASTORE_DIR)):
-        if above == os.path.dirname(above):
+    """The nearest folder from `here` upwards that has a .metaflow, or None if none has."""
+    folder = os.path.realpath(here)
+    while not os.path.isdir(os.path.join(folder, DATASTORE_DIR)):
+        if folder == os.path.dirname(folder):
             return None
-        above = os.path.dirname(above)
-    return above
+        folder = os.path.dirname(folder)
+    return folder
 
 
 def read_configuration(path: str) -> dict[str, object]:
-    """What a configuration file of Metaflow's says; nothing where it makes no sense.
+    """The content of a configuration file of Metaflow's; empty if it is missing or not valid.
 
-    Metaflow refuses to be imported then, and the command says so itself.
+    There is no need to report that: Metaflow does so itself when it is imported.
     """
     try:
         with open(path, encoding="utf-8") as f:
@@ -240,10 +252,10 @@ def read_configuration(path: str) -> dict[str, object]:
 
 
 def configured_sysroot(environment: Environment, here: str) -> str | None:
-    """DATASTORE_SYSROOT_LOCAL as Metaflow finds it when it runs in the folder `here`.
+    """Metaflow's setting DATASTORE_SYSROOT_LOCAL, as it is for a process in the folder `here`.
 
-    The first of the environment, the project's configuration and the profile's that names it
-    decides, even if it says nothing (null). The value is used as it stands: a `~` is not expanded.
+    It is taken from the environment, the project's configuration or the profile's, the first that
+    has it, even if it is null there. As in Metaflow, a `~` in it is not expanded.
     """
     if ENV_SYSROOT in environment:
         return environment[ENV_SYSROOT]
@@ -262,10 +274,10 @@ def configured_sysroot(environment: Environment, here: str) -> str | None:
 
 
 def root_folder(option: str | None, environment: Environment, here: str) -> str:
-    """The folder whose .metaflow is meant, the one that local mode would use, as a real path.
+    """The folder whose .metaflow is used, as a real path: the one that local mode would use.
 
-    `--root`, else Metaflow's DATASTORE_SYSROOT_LOCAL if the user has set it, else the nearest
-    folder from `here` upwards that has a .metaflow, else `here`.
+    That is the option --root, or Metaflow's DATASTORE_SYSROOT_LOCAL if the user has set it, or the
+    nearest folder from `here` upwards that has a .metaflow, or `here` itself.
     """
     if option:
         return os.path.realpath(os.path.join(here, os.path.expanduser(option)))
@@ -276,16 +288,16 @@ def root_folder(option: str | None, environment: Environment, here: str) -> str:
 
 
 def has_proxy(host: str, port: int, environment: Environment) -> bool:
-    """Whether clients that heed the usual variables ask a proxy for http://`host`:`port`."""
+    """Whether clients that respect the usual variables use a proxy for http://`host`:`port`."""
     names = ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
     exceptions = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
     if not any(map(environment.get, names)) or exceptions.strip() == "*":
         return False
-    return not any(is_excepted(host, port, name.strip()) for name in exceptions.split(","))
+    return not any(is_exempt(host, port, name.strip()) for name in exceptions.split(","))
 
 
-def is_excepted(host: str, port: int, exception: str) -> bool:
-    """Whether a name, address or network in no_proxy excepts a host, maybe only for this port."""
+def is_exempt(host: str, port: int, exception: str) -> bool:
+    """Whether a host and port are exempt from proxies by a name, address or network in no_proxy."""
     if "/" not in exception:
         name = re.sub(rf"(?<=[^:]):{port}$", "", exception).strip("[]").lstrip(".").lower()
         return name != "" and (host == name or host.endswith(f".{name}"))
@@ -298,20 +310,20 @@ def is_excepted(host: str, port: int, exception: str) -> bool:
 
 
 def proxy_exceptions(host: str, environment: Environment) -> dict[str, str]:
-    """no_proxy and NO_PROXY with `host` added to what is there; nothing where no proxy is set.
+    """New values for no_proxy and NO_PROXY, which include `host`; empty if no proxy is set.
 
-    Programs differ in which of the two they read first, so both say all. A `*`, which excepts all
-    hosts, does so only where it stands alone.
+    Programs differ in which of the two they read first, so both contain everything. A `*`, which
+    exempts all hosts, only works alone, and is left as it is.
     """
     if not any(name.lower().endswith("_proxy") and environment[name] for name in environment):
         return {}
     names = (host, f"[{host}]") if ":" in host else (host,)  # some want an IPv6 address in brackets
     exceptions = {}
     for name, other in (("no_proxy", "NO_PROXY"), ("NO_PROXY", "no_proxy")):
-        there = (environment.get(name) or environment.get(other) or "").strip(", ")
-        listed = [exception.strip() for exception in there.split(",")]
-        added = [] if there == "*" else [n for n in names if n not in listed]
-        exceptions[name] = ",".join(filter(None, (there, *added)))
+        current = (environment.get(name) or environment.get(other) or "").strip(", ")
+        listed = [exception.strip() for exception in current.split(",")]
+        added = [] if current == "*" else [n for n in names if n not in listed]
+        exceptions[name] = ",".join(filter(None, (current, *added)))
     return exceptions
 
 
@@ -2010,7 +2022,7 @@ def decompress(blob: bytes, limit: int) -> bytes:
     return content
 
 
-# -- where cards are -------------------------------------------------------------------------------
+# -- cards -----------------------------------------------------------------------------------------
 
 CARD_ROOTS_FILE = f"{PROGRAM}.cards"
 MOST_CARD_ROOTS = 100
@@ -2073,18 +2085,19 @@ def merge_logs(files: Iterable[bytes]) -> list[LogLine]:
     """
     timed: list[tuple[float, int | None, str]] = []
     for content in files:
-        at = 0.0
+        last_seconds = 0.0
         for line in content.rsplit(b"\n", MOST_LOG_LINES)[-MOST_LOG_LINES:]:
             match = LOG_LINE.fullmatch(line)
-            moment = parse_log_time(match.group(1).decode()) if match else None
-            at = at if moment is None else moment
+            seconds = parse_log_time(match.group(1).decode()) if match else None
+            last_seconds = last_seconds if seconds is None else seconds
             if match or line:
                 text = match.group(2) if match else line
-                stamp = None if moment is None else int(moment * 1000)
-                timed.append((at, stamp, text.decode("utf-8", "replace")))
+                timestamp = None if seconds is None else int(seconds * 1000)
+                timed.append((last_seconds, timestamp, text.decode("utf-8", "replace")))
     timed.sort(key=operator.itemgetter(0))
     return [
-        {"row": row, "timestamp": stamp, "line": line} for row, (_, stamp, line) in enumerate(timed)
+        {"row": row, "timestamp": timestamp, "line": line}
+        for row, (_, timestamp, line) in enumerate(timed)
     ]
 
 
@@ -2103,7 +2116,7 @@ def parse_log_time(text: str) -> float | None:
         return None
 
 
-# -- values of artifacts ---------------------------------------------------------------------------
+# -- values of artifacts: reading pickles ----------------------------------------------------------
 
 
 class PickledDict(list[Any]):
@@ -2160,7 +2173,7 @@ MARKED_COLLECTIONS: Mapping[str, Callable[[list[Any]], object]] = {
     "FROZENSET": PickledSet,
 }
 SHORT_TUPLES: Mapping[str, int] = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-IGNORED_OPERATIONS = frozenset(("PROTO", "FRAME", "STOP", "NEXT_BUFFER", "READONLY_BUFFER"))
+IGNORED_OPERATIONS = frozenset(("PROTO", "FRAME", "STOP"))
 
 LONGEST_CLASS_NAME = 500
 LARGEST_PLAIN = 4_000_000  # values and characters
@@ -2393,6 +2406,8 @@ def format_pickled_time(name: str, state: bytes | str, zone: object = None) -> s
     return f"{text}+00:00" if offset == "0:00:00" else f"{text} {format_value(offset)}"
 
 
+# -- values of artifacts: their text ---------------------------------------------------------------
+
 LONGEST_TEXT = 100_000
 DEEPEST_TEXT = 50
 MOST_ATTRIBUTES = 20
@@ -2511,7 +2526,7 @@ def describe_bytes(value: bytes | bytearray) -> str:
     return f"<{len(value)} bytes, {media_type(value)}: {bytes(value[:16])!r}...>"
 
 
-# -- arrays and tables: numpy and pandas -----------------------------------------------------------
+# -- values of artifacts: arrays and tables of numpy and pandas ------------------------------------
 
 MOST_ITEMS_SHOWN = 100  # of an array that is shown whole
 FIRST_ITEMS = 10  # that are shown of a larger one
@@ -4026,7 +4041,7 @@ def first_failure(
 # -- the model -------------------------------------------------------------------------------------
 
 ATTEMPTS_IN_MEMORY = 20_000  # of so many tasks
-VERDICTS_IN_MEMORY = 60_000  # folders that they were told by, and causes in as many bytes
+VERDICTS_IN_MEMORY = 60_000  # versions; see Verdict.weight
 CAUSES_IN_MEMORY = 4 * 2**20  # bytes, about
 GRAPHS_IN_MEMORY = 8 * 2**20  # bytes, about
 LOGS_IN_MEMORY = 32 * 2**20  # bytes, about
@@ -4455,11 +4470,13 @@ class Model:
             cause = self._cause_of_attempt(failure, graph)
             if cause is not None:
                 return cause
-        begun = any(task["step_name"] != PARAMETERS_STEP for task in tasks)
+        has_started = any(task["step_name"] != PARAMETERS_STEP for task in tasks)
         message = "the run's own process ended without a word"
         if failure is not None:
             message += f" while {failure['step_name']}/{failure['task_id']} was running"
-        return make_cause(SCHEDULER_GONE if begun else NEVER_STARTED, ids, Raised(None, message))
+        return make_cause(
+            SCHEDULER_GONE if has_started else NEVER_STARTED, ids, Raised(None, message)
+        )
 
     def _ended_with_scheduler(self, row: AttemptRow) -> bool:
         """Whether an attempt was still running when its scheduler gave the run up."""
@@ -4503,8 +4520,8 @@ class Model:
         if raised is None and end is not None and end.return_code == UNCAUGHT_EXIT_CODE:
             raised = parse_traceback(stderr) or parse_headline(stderr)
         if raised is None:
-            is_begun = row["started_at"] is not None or (end is not None and end.is_by_signal())
-            kind = KILLED if is_begun else NEVER_STARTED
+            has_started = row["started_at"] is not None or (end is not None and end.is_by_signal())
+            kind = KILLED if has_started else NEVER_STARTED
             message = describe_process_end(end)
             is_interrupted = INTERRUPTED in stderr[-CAUSE_STDERR_LINES:]
             raised = Raised(None, f"interrupted, {message}" if is_interrupted else message)
