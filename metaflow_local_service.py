@@ -2297,7 +2297,7 @@ class PickleReader:
     def _reduce(self, _: Any) -> None:
         arguments, called = self._stack.pop(), self._stack.pop()
         result = represent_call(called, arguments)
-        self._copied += len(result) if isinstance(result, (PickledSet, bytes, str)) else 0
+        self._copied += copied_size(arguments, result)
         if self._copied > LARGEST_PLAIN:
             raise TooLarge("It is too large.")
         self._stack.append(result)
@@ -2319,6 +2319,19 @@ class PickleReader:
         state = self._stack.pop()
         if isinstance(self._stack[-1], PickledObject):
             self._stack[-1].state = state
+
+
+def copied_size(arguments: object, result: object) -> int:
+    """How many items and characters a call may have looked at or copied.
+
+    The items of arguments that are merely referred to do not count: they may be large arrays.
+    """
+    if not isinstance(arguments, tuple):
+        return 0
+    is_reference = isinstance(result, PickledObject) and result.arguments is arguments
+    sized = (str, bytes, bytearray, list, tuple)
+    copied = () if is_reference else arguments
+    return len(arguments) + sum(len(part) for part in copied if isinstance(part, sized))
 
 
 def represent_call(called: object, arguments: object) -> object:
@@ -2343,7 +2356,8 @@ def represent_call(called: object, arguments: object) -> object:
     if name in ("copyreg._reconstructor", "copyreg.__newobj__") and parts:
         return represent_call(parts[0], parts[1:] if name.endswith("__newobj__") else ())
     if name == "builtins.getattr" and len(parts) == 2 and isinstance(parts[0], PickledObject):
-        return PickledObject(f"{parts[0].name}.{str(parts[1])[:100]}")  # a member of an enum
+        if isinstance(parts[1], str):  # the text of anything else may be endless
+            return PickledObject(f"{parts[0].name}.{parts[1][:100]}")  # a member of an enum
     if NUMPY_ARRAY.fullmatch(name):
         return PickledObject("numpy.ndarray", parts)
     if NUMPY_SCALAR.fullmatch(name) and len(parts) == 2:

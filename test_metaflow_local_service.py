@@ -3854,6 +3854,20 @@ def test_a_pickle_that_would_take_for_ever_or_makes_no_sense_is_refused_or_shown
         mls.to_json(value)
 
 
+@pytest.mark.parametrize("called", [b"ccopyreg\n__newobj__\n", b"cpathlib\nPath\n"])
+def test_calls_of_the_same_long_arguments_are_counted(called: bytes) -> None:
+    arguments = b"(c__main__\nPoint\n" + b"N" * 2_000 + b"t\x94"
+    pickled = called + b"\x94" + arguments + b"]" + b"h\x00h\x01Ra" * 3_000 + b"."
+    with pytest.raises(mls.TooLarge):
+        mls.PickleReader().read(pickled)
+
+
+def test_an_attribute_whose_name_is_no_text_is_no_member_of_an_enum() -> None:
+    pickled = b"cbuiltins\ngetattr\n(c__main__\nColour\n]tR."
+    shown_as = mls.format_value(mls.PickleReader().read(pickled))
+    assert shown_as == "<builtins.getattr(<class __main__.Colour>, [])>"
+
+
 def test_long_bytes_of_an_old_pickle_are_shown() -> None:
     assert shown(b"x" * 90, protocol=2) == str(b"x" * 90)
 
