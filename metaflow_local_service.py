@@ -2355,9 +2355,8 @@ def represent_call(called: object, arguments: object) -> object:
         return []
     if name in ("copyreg._reconstructor", "copyreg.__newobj__") and parts:
         return represent_call(parts[0], parts[1:] if name.endswith("__newobj__") else ())
-    if name == "builtins.getattr" and len(parts) == 2 and isinstance(parts[0], PickledObject):
-        if isinstance(parts[1], str):  # the text of anything else may be endless
-            return PickledObject(f"{parts[0].name}.{parts[1][:100]}")  # a member of an enum
+    if name == "builtins.getattr" and are_of_types(parts, (PickledObject, str)):
+        return PickledObject(f"{parts[0].name}.{parts[1][:100]}")  # a member of an enum
     if NUMPY_ARRAY.fullmatch(name):
         return PickledObject("numpy.ndarray", parts)
     if NUMPY_SCALAR.fullmatch(name) and len(parts) == 2:
@@ -2371,7 +2370,7 @@ def format_known_object(name: str, parts: tuple[Any, ...]) -> str | None:
     """The text of an object of a well-known class, as `str` gives it; None for other classes."""
     if name.startswith("datetime.") and parts and isinstance(parts[0], (bytes, str)):
         return format_pickled_time(name, *parts[:2])
-    if name == "datetime.timedelta" and len(parts) == 3 and are_integers(parts):
+    if name == "datetime.timedelta" and are_of_types(parts, (int, int, int)):
         return format_pickled_timedelta(*parts)
     if PATH_CLASS.fullmatch(name) and all(isinstance(part, str) for part in parts):
         return os.path.join("", *parts)
@@ -2383,6 +2382,11 @@ def format_known_object(name: str, parts: tuple[Any, ...]) -> str | None:
 PATH_CLASS = re.compile(r"pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path")
 NUMPY_ARRAY = re.compile(r"numpy\.(_?core)\.(multiarray\._reconstruct|numeric\._frombuffer)")
 NUMPY_SCALAR = re.compile(r"numpy\.(_?core)\.multiarray\.scalar")
+
+
+def are_of_types(values: Sequence[object], types: Sequence[type]) -> bool:
+    """Whether there is one value of each type, in their order."""
+    return len(values) == len(types) and all(map(isinstance, values, types))
 
 
 def are_integers(values: Iterable[object]) -> bool:
