@@ -2389,11 +2389,6 @@ def are_of_types(values: Sequence[object], types: Sequence[type]) -> bool:
     return len(values) == len(types) and all(map(isinstance, values, types))
 
 
-def are_integers(values: Iterable[object]) -> bool:
-    """Whether all values are integers."""
-    return all(isinstance(value, int) for value in values)
-
-
 def format_pickled_timedelta(days: int, seconds: int, microseconds: int) -> str | None:
     """The text of a timedelta; None if there is no such timedelta."""
     import datetime
@@ -2681,7 +2676,7 @@ def parse_array(value: object, most: int = MOST_ITEMS_SHOWN) -> Array | None:
     else:
         content, dtype, shape = value.arguments[:3]
         is_fortran = value.arguments[3:4] == ("F",)
-    if not isinstance(shape, tuple) or not are_integers(shape):
+    if not isinstance(shape, tuple) or not all(isinstance(size, int) for size in shape):
         return None
     items = unpack_items(dtype, content, most)
     if items is not None and is_fortran and len(shape) > 1:
@@ -3492,7 +3487,7 @@ class RunRow(_Run):
 class StepRow(Step):
     """A step; its duration is that of its tasks together."""
 
-    run_id: str  # also set where it is a number, as in the backend of the official UI
+    run_id: str  # set even if it is a number, as in the backend of the official UI
     duration: int
 
 
@@ -3684,9 +3679,8 @@ def sends_heartbeats(system_tags: Sequence[object] | None) -> bool:
     if system_tags is None:
         return True
     prefix = "metaflow_version:"
-    versions = [
-        t[len(prefix) :] for t in system_tags if isinstance(t, str) and t.startswith(prefix)
-    ]
+    tags = [t for t in system_tags if isinstance(t, str) and t.startswith(prefix)]
+    versions = [tag.removeprefix(prefix) for tag in tags]
     if not versions:
         return False
     match = re.match(r"(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?", versions[0])
@@ -3934,14 +3928,6 @@ def innermost_user_line(frames: Sequence[tuple[str, int, str]]) -> tuple[str | N
     return None, None
 
 
-def shorten_type(name: str) -> str:
-    """The type of an exception without a module that says nothing."""
-    for module in ("builtins.", "__main__."):
-        if name.startswith(module):
-            return name[len(module) :]
-    return name
-
-
 def parse_headline(lines: Sequence[str]) -> Raised | None:
     """The error that Metaflow itself has written to stderr, or None if there is none."""
     for at in range(len(lines) - 2, -1, -1):
@@ -3989,6 +3975,7 @@ def make_cause(
 
     `ids`: of the task, or of the run if no task is to blame; `attempts`: how many it may have.
     """
+    type_name = (raised.type or "").removeprefix("builtins.")
     cause: Cause = {
         "kind": kind,
         "pathspec": "/".join(ids),
@@ -3996,7 +3983,7 @@ def make_cause(
         "task_id": attempt["task_id"] if attempt else None,
         "attempt_id": attempt["attempt_id"] if attempt else None,
         "attempts": attempts,
-        "type": shorten_type(raised.type) if raised.type else None,
+        "type": type_name.removeprefix("__main__.") or None,
         "message": raised.message[:LONGEST_MESSAGE] if raised.message else None,
         "file": raised.file,
         "line": raised.line,
@@ -4138,7 +4125,7 @@ class Model:
     def versions(self, step: Ids) -> object:
         """An object that is equal as long as the records of a step's tasks are the same.
 
-        None if one of them was changed so recently that this cannot be told.
+        None if one of them was changed so recently that another change could go unnoticed.
         """
         ids = (step, *self.store.task_ids(step))
         found = [self.store.version(i) for i in ids]
@@ -4765,7 +4752,7 @@ class Model:
             raise ValueError("It is not stored on this machine.")
         if not SHA.fullmatch(sha):
             raise ValueError("It has no place in the datastore.")
-        root = location[len(ROOT_LOCATION) :]
+        root = location.removeprefix(ROOT_LOCATION)
         try:
             return self.files.open_file(root, artifact["flow_id"], "data", sha[:2], sha)
         except FileNotFoundError as error:
