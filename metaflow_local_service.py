@@ -83,7 +83,7 @@ from typing import (
 
 __version__ = "1.0.0"
 
-__all__ = ["Service", "ServiceError", "ensure", "find", "running", "stop", "use"]
+__all__ = ["Service", "ServiceError", "ensure", "find", "running", "stop", "use", "using"]
 
 # ==================================================================================================
 # Settings: names, defaults, environment variables, and which root is meant
@@ -13221,19 +13221,27 @@ def use(root: FolderPath | None = None) -> Service:
     the environment was so already, as in the tasks of a flow whose file calls this.
     """
     service = ensure(root)
-    before, environment = dict(os.environ), service.environment
-    for name in before.keys() - environment.keys():  # exported for another service
-        del os.environ[name]
-    os.environ.update(environment)
-    is_imported = configure_metaflow(service)
+    changes = environment_changes(service)
+    before = change_environment(changes)
     with contextlib.suppress(ServiceError):  # without a current folder there are no cards in it
         note_card_root(datastore_folder(service.root), current_folder())
-    if environment != before:
+    if changes:
+        is_imported = "metaflow.metaflow_config" in sys.modules
         what = "the environment and the settings of" if is_imported else "the environment for"
-        other = before.get("METAFLOW_SERVICE_URL", service.url)
-        instead = "" if other == service.url else f", in place of {other}"
+        other = before.get("METAFLOW_SERVICE_URL")
+        instead = f", in place of {other}" if other else ""
         print_notice(f"set {what} Metaflow: it uses {service.url} for {service.root}{instead}")
     return service
+
+
+@contextlib.contextmanager
+def using(service: Service) -> Iterator[None]:
+    """Let Metaflow in this process use a service for a `with` block, as `use` does for good."""
+    before = change_environment(environment_changes(service))
+    try:
+        yield
+    finally:
+        change_environment(before)
 
 
 @contextlib.contextmanager
@@ -13375,45 +13383,69 @@ def stop_without_leases(root: str) -> None:
         lease.release()
 
 
-def configure_metaflow(service: Service) -> bool:
-    """Have Metaflow read its settings again if it has been imported, and whether it has.
+def environment_changes(service: Service) -> dict[str, str | None]:
+    """What is to be changed in this process's environment for Metaflow to use a service.
+
+    None is for what was exported for another service, and is to be unset.
+    """
+    there, wanted = dict(os.environ), service.environment
+    names = there.keys() | wanted.keys()
+    return {name: wanted.get(name) for name in names if wanted.get(name) != there.get(name)}
+
+
+def change_environment(changes: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Set variables of this process, or unset those that are None; returns what they were.
+
+    Metaflow, where it has been imported, reads its settings again.
+    """
+    before = {name: os.environ.get(name) for name in changes}
+    for name, value in changes.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    configuration = sys.modules.get("metaflow.metaflow_config")
+    if configuration is not None:
+        read_settings_again(configuration)
+    return before
+
+
+def read_settings_again(configuration: Any) -> None:
+    """Have Metaflow's settings be what they would be if it was imported now.
 
     Its modules have copies of them, and keep what they have made of them.
     """
-    configuration: Any = sys.modules.get("metaflow.metaflow_config")
-    if configuration is None:
-        return False
-    headers, key = configuration.SERVICE_HEADERS, configuration.SERVICE_AUTH_KEY
-    if headers.get("x-api-key") == key:
+    read: Callable[..., Any] = configuration.from_conf
+    headers, key = configuration.SERVICE_HEADERS, read("SERVICE_AUTH_KEY")
+    if headers.get("x-api-key") == configuration.SERVICE_AUTH_KEY:
         headers.pop("x-api-key", None)
-    if service.key is not None:
-        headers["x-api-key"] = service.key
-    defaults = {
-        "DEFAULT_METADATA": "local",
-        "SERVICE_URL": None,
-        "SERVICE_INTERNAL_URL": service.url,
-        "SERVICE_AUTH_KEY": None,
-        "DATASTORE_SYSROOT_LOCAL": None,
-        "DATATOOLS_LOCALROOT": os.path.join(service.root, configuration.DATATOOLS_SUFFIX),
+    if key is not None:
+        headers["x-api-key"] = key
+    root, url = read("DATASTORE_SYSROOT_LOCAL"), read("SERVICE_URL")
+    datatools = os.path.join(root, configuration.DATATOOLS_SUFFIX) if root else None
+    settings = {
+        "DEFAULT_METADATA": read("DEFAULT_METADATA", "local"),
+        "SERVICE_URL": url,
+        "SERVICE_INTERNAL_URL": read("SERVICE_INTERNAL_URL", url),
+        "SERVICE_AUTH_KEY": key,
+        "DATASTORE_SYSROOT_LOCAL": root,
+        "DATATOOLS_LOCALROOT": read("DATATOOLS_LOCALROOT", datatools),
     }
-    settings = {name: configuration.from_conf(name, value) for name, value in defaults.items()}
     for module_name, module in list(sys.modules.items()):
         if module_name.partition(".")[0] in ("metaflow", "metaflow_extensions"):
             replace_attributes(module, settings)
-    forget_metadata_providers(service)
-    return True
+    forget_metadata_providers(root)
 
 
-def forget_metadata_providers(service: Service) -> None:
+def forget_metadata_providers(root: str | None) -> None:
     """Have Metaflow's client choose its metadata provider anew, and that its root or service."""
     replace_attributes(sys.modules.get("metaflow.client.core"), {"current_metadata": False})
     unknown = {"_INFO": None, "_supports_attempt_gets": None, "_supports_tag_mutation": None}
     for provider in getattr(sys.modules.get("metaflow.plugins"), "METADATA_PROVIDERS", ()):
         replace_attributes(provider, unknown)
-    storage = getattr(
-        sys.modules.get("metaflow.plugins.datastores.local_storage"), "LocalStorage", None
-    )
-    replace_attributes(storage, {"SYSROOT_VAR": service.root, "datastore_root": None})
+    local_storage = sys.modules.get("metaflow.plugins.datastores.local_storage")
+    storage = getattr(local_storage, "LocalStorage", None)
+    replace_attributes(storage, {"SYSROOT_VAR": root, "datastore_root": None})
 
 
 def replace_attributes(owner: object, values: Mapping[str, object]) -> None:
@@ -13438,8 +13470,8 @@ def pytest_configure(config: Any) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
     def metaflow_service(metaflow_root: Path) -> Iterator[Service]:
-        """A service on `metaflow_root`, for `Runner(..., env=metaflow_service.environment)`."""
-        with running(metaflow_root, idle_timeout=ORPHAN_IDLE_TIMEOUT) as service:
+        """A service on `metaflow_root`, which Metaflow uses until the session ends."""
+        with running(metaflow_root, idle_timeout=ORPHAN_IDLE_TIMEOUT) as service, using(service):
             yield service
 
     fixtures = ModuleType(f"{__name__} fixtures")

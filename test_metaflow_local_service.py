@@ -8090,6 +8090,10 @@ USING = """
     mls.use("../Open")
     assert [flow.id for flow in Metaflow()] == ["Open"]
     assert "METAFLOW_SERVICE_AUTH_KEY" not in os.environ
+    with mls.running() as service, mls.using(service):
+        assert list(Metaflow()) == []
+        assert get_metadata() == f"service@{service.url}"
+    assert [flow.id for flow in Metaflow()] == ["Open"]
     assert mls.user_environment(os.environ).keys() - before.keys() == {
         "METAFLOW_DEFAULT_METADATA", "METAFLOW_SERVICE_URL"
     }
@@ -8124,20 +8128,27 @@ def test_a_notebook_does_what_the_readme_says_of_its_cell(cli: Cli, before: str)
     assert (cli.folder / ".metaflow" / last[1]).is_dir()
 
 
-CONFTEST = 'pytest_plugins = ["metaflow_local_service"]\n'
+CONFTEST = """
+    import os
+
+    pytest_plugins = ["metaflow_local_service"]
+
+    def pytest_unconfigure():
+        assert "METAFLOW_SERVICE_URL" not in os.environ
+"""
 TEST_OF_USER = """
     import metaflow_local_service, os, pathlib
 
     def test_of_user(metaflow_service, metaflow_root):
         assert metaflow_local_service.find(metaflow_root) == metaflow_service
-        assert "METAFLOW_SERVICE_URL" not in os.environ
+        assert os.environ["METAFLOW_SERVICE_URL"] == metaflow_service.url
         with open(pathlib.Path(__file__).with_name("seen"), "a") as f:
             print(metaflow_service.root, file=f)
 """
 
 
 def test_each_pytest_worker_has_a_service_of_its_own_and_leaves_nothing(cli: Cli) -> None:
-    (cli.folder / "conftest.py").write_text(CONFTEST)
+    (cli.folder / "conftest.py").write_text(textwrap.dedent(CONFTEST))
     (cli.folder / "test_user.py").write_text(textwrap.dedent(TEST_OF_USER))
     pytest_command = [
         sys.executable,
