@@ -6920,8 +6920,9 @@ summary h2 { display: inline; }
 .card iframe + iframe { position: absolute; inset: 0 0 auto; }
 
 /* Differences between runs, the dialogs and the login. */
-.differences { --name: 200px; table-layout: fixed; }
-.differences { min-width: calc(var(--name) + var(--runs) * 215px); }
+.differences { --name: 200px; --run: 215px; table-layout: fixed; }
+.differences { min-width: calc(var(--name) + var(--runs) * var(--run)); }
+.differences time { white-space: normal; }
 .differences thead th:first-child { width: var(--name); }
 .differences :is(td:first-child, a) { overflow-wrap: anywhere; }
 .differences pre { max-height: 180px; overflow: auto; }
@@ -6956,7 +6957,7 @@ kbd {
   #live { order: -1; }
   .search { flex: 1 1 200px; }
   .timeline { --name: 130px; --time: 66px; }
-  .differences { --name: 120px; }
+  .differences { --name: 108px; --run: 132px; }
   .row { gap: 8px; padding-inline: 12px; }
   .tick:nth-child(even) { display: none; }
   .narrow { display: inline-block; max-width: 132px; }
