@@ -9574,7 +9574,7 @@ def chromium() -> Iterator[Browser]:
         pytest.skip(f"there is no browser here: none of {', '.join(names)} is on the path")
     switches = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
     switches += " --disable-background-networking --disable-component-update"
-    api.expect.set_options(timeout=30_000)
+    api.expect.set_options(timeout=90_000)  # a busy machine takes its time
     with api.sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=program, args=switches.split())
         yield opened
