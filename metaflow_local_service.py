@@ -12069,6 +12069,9 @@ class LockedFile:
                 raise
             os.close(descriptor)
 
+    def read(self) -> str:
+        return os.pread(self.descriptor, os.fstat(self.descriptor).st_size, 0).decode()
+
     def write(self, text: str) -> None:
         os.ftruncate(self.descriptor, 0)
         os.pwrite(self.descriptor, text.encode(), 0)
@@ -12214,13 +12217,18 @@ def holds_lock(pid: int, path: str) -> bool:
 
 
 def read_pidfile(path: str) -> Service:
-    """What a service has written of itself.
+    """What a service has written of itself."""
+    with open(path, "rb") as f:
+        return parse_pidfile(f.read().decode(errors="replace"), path)
+
+
+def parse_pidfile(content: str, path: str) -> Service:
+    """The service that the content of a pidfile tells of; ServiceError if it makes no sense.
 
     What is missing has a default and what is unknown is passed over: it may be of any version.
     """
     try:
-        with open(path, encoding="utf-8") as f:
-            told = json.load(f)
+        told = json.loads(content)
         port, host = int(told["port"]), told.get("host", DEFAULT_HOST)
         missing = {
             "host": host,
@@ -12465,14 +12473,13 @@ def _launch(options: Options) -> Service:
         os.waitpid(child, 0)
     with open(reader, encoding="utf-8") as f:
         failure = f.read()
-    if not failure and os.fstat(claim.lock.descriptor).st_size == 0:
-        failure = "The service was ended before it could start."
-    if failure:
+    content = claim.lock.read()
+    if failure or not content:
         remove_file(claim.lock.path)
     claim.release()
-    if failure:
-        raise ServiceError(failure)
-    return read_pidfile(claim.lock.path)
+    if failure or not content:
+        raise ServiceError(failure or "The service was ended before it could start.")
+    return parse_pidfile(content, claim.lock.path)
 
 
 def _bind(options: Options) -> Claim:
@@ -12855,8 +12862,6 @@ def escape_character(match: Match[str]) -> str:
     return match.group().encode("unicode_escape").decode()
 
 
-LONGEST_PIDFILE = 2**16
-
 MISSING_SECONDS = 5.0
 """How long the folder of a service may be missing before it is gone for good."""
 
@@ -13042,7 +13047,7 @@ class Daemon:
             lock = LockedFile.acquire(self._lock.path, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if lock is None:
                 return  # another service has come first
-            lock.write(os.pread(self._lock.descriptor, LONGEST_PIDFILE, 0).decode())
+            lock.write(self._lock.read())
             self._lock.release()
             self._lock = lock
             self._options.registry.add(self._options.root)
