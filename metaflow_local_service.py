@@ -12508,7 +12508,7 @@ def _bind(options: Options) -> Claim:
     return Claim(lock, server, folder, nonce=os.urandom(16).hex())
 
 
-RELEASE_SECONDS = 3.0
+RELEASE_SECONDS = 2 * TICK_SECONDS
 """How long a port is waited for that a service whose folder is gone may be about to release."""
 
 
@@ -12862,6 +12862,9 @@ def escape_character(match: Match[str]) -> str:
     return match.group().encode("unicode_escape").decode()
 
 
+OPENING_TICK_SECONDS = 0.25
+"""How often a service that is not idle yet, since it imports Metaflow, looks for its folder."""
+
 MISSING_SECONDS = 5.0
 """How long the folder of a service may be missing before it is gone for good."""
 
@@ -12977,7 +12980,7 @@ class Daemon:
 
     def _watch_while_opening(self) -> None:
         """End where the folder is gone before Metaflow is imported, which can take a minute."""
-        while not self._is_open.wait(TICK_SECONDS):
+        while not self._is_open.wait(OPENING_TICK_SECONDS):
             if self._is_gone():
                 self._stop()
 
