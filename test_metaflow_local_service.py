@@ -50,7 +50,7 @@ import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from http.client import HTTPConnection
@@ -9296,7 +9296,7 @@ class RunAnswers:
 class History:
     """A project in which both providers recorded, and what both tell of all of it."""
 
-    flows: Flows
+    folder: Path
     recorded: dict[str, Recorded]
     answers: dict[str, Answers]  # by the provider that was asked
 
@@ -9306,13 +9306,28 @@ class History:
 
 
 @pytest.fixture(scope="session")
-def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[History]:
-    """One root in which both providers record at the same time, and resume each other's runs."""
-    with command_line(tmp_path_factory.mktemp("history").resolve()) as cli:
-        yield recorded_history(Flows(cli))
+def history(tmp_path_factory: pytest.TempPathFactory) -> History:
+    """One root in which both providers record at the same time, and resume each other's runs.
+
+    Recorded once, also where tests run in parallel, as it takes about as long as 30 tasks.
+    """
+    folder = session_folder(tmp_path_factory, "history")
+    project, written = folder / "project", folder / "history.json"
+    with recording(folder) as is_new:
+        if is_new:
+            project.mkdir()
+            cli = Cli(project, folder / "home")
+            try:
+                recorded, answers = recorded_history(Flows(cli))
+            finally:
+                cli("stop", "--all")
+            rows = {name: astuple(each) for name, each in recorded.items()}
+            written.write_text(json.dumps([rows, answers]))
+    rows, answers = json.loads(written.read_text())
+    return History(project, {name: Recorded(*row) for name, row in rows.items()}, answers)
 
 
-def recorded_history(flows: Flows) -> History:
+def recorded_history(flows: Flows) -> tuple[dict[str, Recorded], dict[str, Answers]]:
     recorded: dict[str, Recorded] = {}
 
     with ThreadPoolExecutor() as pool:
@@ -9337,25 +9352,20 @@ def recorded_history(flows: Flows) -> History:
         )
         answers = dict(zip(METADATA, pool.map(flows.walk, METADATA)))
 
-    return History(flows, recorded, answers)
+    return recorded, answers
 
 
 # -- the same answers both ways, whoever recorded --------------------------------------------------
-
-# The runs of `history` take a while: with pytest-xdist one worker does all that needs them.
-together = pytest.mark.xdist_group("history")
 
 recorded_and_read_by = pytest.mark.parametrize(
     ("recorder", "reader"), [(one, other) for one in METADATA for other in METADATA]
 )
 
 
-@together
 def test_local_mode_and_the_service_answer_everything_alike(history: History) -> None:
     assert differences(history.answers["local"], history.answers["service"]) == []
 
 
-@together
 def test_a_run_leaves_the_same_objects_and_metadata_whoever_records(history: History) -> None:
     def outline(flow: str, metadata: str) -> Counter[str]:
         """The names of all objects of a run and of their metadata, without the ids."""
@@ -9371,7 +9381,6 @@ def test_a_run_leaves_the_same_objects_and_metadata_whoever_records(history: His
     assert outline("zoo_service", "service") == outline("zoo_local", "local")
 
 
-@together
 @recorded_and_read_by
 def test_a_run_reads_back_whole(history: History, recorder: str, reader: str) -> None:
     told = history.told(f"zoo_{recorder}", reader)
@@ -9386,7 +9395,6 @@ def test_a_run_reads_back_whole(history: History, recorder: str, reader: str) ->
     assert told.data("end", "shown") == ["1"]
 
 
-@together
 @recorded_and_read_by
 def test_each_attempt_of_a_task_is_told_apart(history: History, recorder: str, reader: str) -> None:
     told = history.told(f"zoo_{recorder}", reader)
@@ -9400,7 +9408,6 @@ def test_each_attempt_of_a_task_is_told_apart(history: History, recorder: str, r
     assert told.data("shy", "only_first") == []
 
 
-@together
 @recorded_and_read_by
 def test_an_exception_that_was_caught_is_an_artifact(
     history: History, recorder: str, reader: str
@@ -9411,7 +9418,6 @@ def test_an_exception_that_was_caught_is_an_artifact(
     assert "the cage is broken: ☠" in told.data("broken", "trouble")[0]
 
 
-@together
 @recorded_and_read_by
 def test_cards_are_found(history: History, recorder: str, reader: str) -> None:
     (guide,) = history.told(f"zoo_{recorder}", reader).tasks("guide")
@@ -9422,7 +9428,6 @@ def test_cards_are_found(history: History, recorder: str, reader: str) -> None:
     assert all(each["length"] > 1000 for each in guide["cards"])
 
 
-@together
 @recorded_and_read_by
 def test_tags_from_the_start_and_from_inside_are_on_all_of_a_run(
     history: History, recorder: str, reader: str
@@ -9435,7 +9440,6 @@ def test_tags_from_the_start_and_from_inside_are_on_all_of_a_run(
     assert told.data("guide", "tags_before") == [repr(["zoo", "zweiter tag: ß"])]
 
 
-@together
 @pytest.mark.parametrize("resumer", METADATA)
 def test_a_failed_run_of_the_other_recorder_is_resumed(history: History, resumer: str) -> None:
     (failer,) = set(METADATA) - {resumer}
@@ -9455,7 +9459,6 @@ def test_a_failed_run_of_the_other_recorder_is_resumed(history: History, resumer
 # -- flows under the service -----------------------------------------------------------------------
 
 
-@together
 @pytest.mark.parametrize(
     ("flow", "status"),
     [
@@ -9473,22 +9476,19 @@ def test_flows_run_at_the_same_time_without_a_word_of_the_service(
     assert recorded.lines_with("HeartBeat", "Metaflow service", "Metadata request") == []
 
 
-@together
 @pytest.mark.parametrize("flow", ["resumed_service", "parallel"])
 def test_a_flow_in_good_health_has_no_complaints(history: History, flow: str) -> None:
     assert history.recorded[flow].lines_with("Traceback", "Error", "arning", "failed") == []
 
 
-@together
 def test_parallel_tasks_know_their_places(history: History) -> None:
     told = history.told("parallel", "service")
     assert len(told.tasks("train")) == 2
     assert told.data("collect", "places") == [repr([(0, 2), (1, 2)])]
 
 
-@together
 def test_a_resumed_run_shows_the_tasks_that_it_took_over_as_completed(history: History) -> None:
-    model = mls.Model(mls.Store(str(history.flows.folder)))
+    model = mls.Model(mls.Store(str(history.folder)))
     ids = tuple(history.recorded["resumed_service"].run.split("/"))
     run = model.run(ids)
     assert run and run["status"] == "completed"
@@ -9497,15 +9497,16 @@ def test_a_resumed_run_shows_the_tasks_that_it_took_over_as_completed(history: H
     }
 
 
-@together
 @pytest.mark.parametrize("tagger", METADATA)
-def test_tags_are_changed_from_the_command_line(history: History, tagger: str) -> None:
+def test_tags_are_changed_from_the_command_line(history: History, cli: Cli, tagger: str) -> None:
+    shutil.copytree(history.folder / ".metaflow", cli.folder / ".metaflow")
+    flows = Flows(cli)
     (recorder,) = set(METADATA) - {tagger}
     run = history.recorded[f"failed_{recorder}"]
 
     def tag(*words: str, by: str = tagger) -> str:
         argv = (sys.executable, "FailingFlow.py", "tag", *words, "--run-id", run.id)
-        done = history.flows.under(by, *argv)
+        done = flows.under(by, *argv)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
