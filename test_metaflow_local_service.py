@@ -48,7 +48,7 @@ import time
 import zipfile
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from datetime import datetime, timedelta, timezone
@@ -3932,6 +3932,541 @@ def test_what_a_scheduler_left_is_believed_only_where_it_makes_sense(
     Path(store.folder, *ids, "0.runtime").write_text(told)
     (run,) = ui.get("/api/runs").json["data"]
     assert run["status"] == "running"
+
+
+# ==================================================================================================
+# Retention
+# ==================================================================================================
+
+LATER = 10 * 86_400
+"""Seconds after which nothing is young, and nothing that was recorded before is running."""
+
+
+def much_later_in(folder: Path) -> mls.Retention:
+    """What may be deleted in a project, as it is seen days after it was recorded."""
+    return mls.Retention(mls.Model(mls.Store(str(folder)), lambda: time.time() + LATER))
+
+
+def delete_runs(retention: mls.Retention, runs: Iterable[mls.Ids]) -> None:
+    for _ in retention.delete_runs(runs):
+        pass
+
+
+def collect(retention: mls.Retention, flow: str | None = None) -> int:
+    """Do what `gc` does without conditions, and return how many blobs that removed."""
+    retention.finish_deletions()
+    found = retention.find_garbage(flow=flow)
+    return sum(1 for garbage in found for _ in retention.remove_garbage(garbage))
+
+
+def ended_run(api: Api, name: str = "Flow", **fields: Any) -> mls.Ids:
+    """Record a run of a flow that has succeeded."""
+    api.post(f"/flows/{name}")
+    run = api.new_run(f"/flows/{name}", **fields)
+    end_task(api, api.new_task(api.new_step(run, "end")))
+    return tuple(run.split("/")[2::2])
+
+
+def living_run(api: Api) -> str:
+    """Record the beginning of a run, and return its path."""
+    api.post("/flows/Flow")
+    return api.new_run("/flows/Flow", system_tags=["metaflow_version:2.15.0"])
+
+
+def run_folder(store: mls.Store, ids: mls.Ids) -> Path:
+    return Path(store.folder, *ids)
+
+
+def refer(store: mls.Store, run: mls.Ids, sha: str, size: int = 1000) -> None:
+    """Let the first task of a run name a blob, as Metaflow's datastore does."""
+    told = {"objects": {"name": sha}, "info": {"name": {"size": size}}}
+    (run_folder(store, run) / "end" / "1" / "0.data.json").write_text(json.dumps(told))
+
+
+def blob_path(store: mls.Store, sha: str, flow: str = "Flow") -> Path:
+    return Path(store.folder, flow, "data", sha[:2], sha)
+
+
+# -- runs of real flows, deleted at random ---------------------------------------------------------
+
+
+class Replica:
+    """A copy of the root that real flows have left, put back as it was whenever that is asked for.
+
+    What it is compared with is what was there before, by a reading of every file that knows
+    nothing of Metaflow.
+    """
+
+    def __init__(self, recorded: Path, folder: Path) -> None:
+        self.project = folder / "project"
+        self._original = folder / "original"
+        self.project.mkdir(parents=True)
+        ignored = shutil.ignore_patterns("metaflow-local-service.*")
+        for name in (".metaflow", "data"):
+            if (recorded / name).exists():
+                shutil.copytree(recorded / name, self._original / name, ignore=ignored)
+        for path in self._original.rglob("*.json"):  # which say in what root they are
+            content = path.read_text()
+            if str(recorded) in content:
+                path.write_text(content.replace(str(recorded), str(self.project)))
+        original = self._original
+        self.files = {p.relative_to(original) for p in original.rglob("*") if p.is_file()}
+        self.mentions = {path: self._digests_in(original / path) for path in self.files}
+        runs = original.glob(".metaflow/*Flow/[0-9]*")
+        self.runs = sorted((path.parent.name, path.name) for path in runs)
+
+    def _digests_in(self, path: Path) -> set[str]:
+        content = path.read_bytes()
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.decompress(content)
+        return set(re.findall("(?=([0-9a-f]{40}))", content.decode("latin-1")))
+
+    def put_back(self) -> mls.Retention:
+        for name in os.listdir(self._original):
+            shutil.rmtree(self.project / name, ignore_errors=True)
+            # Nothing but latest_run is ever written to, so links are as good as copies.
+            shutil.copytree(self._original / name, self.project / name, copy_function=os.link)
+        for path in self.project.glob(".metaflow/*Flow/latest_run"):
+            content = path.read_text()
+            path.unlink()
+            path.write_text(content)
+        return much_later_in(self.project)
+
+    @staticmethod
+    def run_of(path: Path) -> mls.Ids | None:
+        """The run that a file is of."""
+        parts = path.parts[2:] if path.parts[1:2] == ("mf.cards",) else path.parts[1:]
+        parts = (parts[0], *parts[2:]) if parts[1:2] == ("runs",) else parts
+        return parts[:2] if len(parts) > 2 and parts[1].isdigit() else None
+
+    @staticmethod
+    def blob_of(path: Path) -> tuple[str, str] | None:
+        """The flow and the digest of the blob that a file is, or is the _meta of."""
+        match = re.fullmatch(r"([0-9a-f]{40})(_meta)?", path.name)
+        flow = [part for part in path.parts if part.endswith("Flow")]
+        return (flow[0], match[1]) if match else None
+
+    def expected(self, runs: Collection[mls.Ids]) -> set[Path]:
+        """The files that stay where only these runs stay."""
+        blobs: dict[str, dict[str, list[Path]]] = {}  # by digest and flow
+        stays = set()
+        for path in self.files:
+            blob, run = self.blob_of(path), self.run_of(path)
+            if blob is not None:
+                blobs.setdefault(blob[1], {}).setdefault(blob[0], []).append(path)
+            elif run is None or run in runs:
+                stays.add(path)
+        unread = [path for path in stays if path.suffix == ".json" and "mf.cards" not in path.parts]
+        while unread:
+            path = unread.pop()
+            run = self.run_of(path)
+            for name in self.mentions[path] & blobs.keys():
+                flows = blobs[name].keys() if run is None else {run[0]} & blobs[name].keys()
+                for found in [blobs[name].pop(flow) for flow in list(flows)]:
+                    stays.update(found)
+                    unread += found
+        return stays
+
+    def present(self) -> set[Path]:
+        folders = [self.project / name for name in os.listdir(self._original)]
+        every = [path for folder in folders for path in folder.rglob("*")]
+        return {path.relative_to(self.project) for path in every if path.is_file()}
+
+    def check(self, runs: Collection[mls.Ids]) -> None:
+        """All that is there is what is to stay with these runs, and is as it was."""
+        expected = self.expected(runs)
+        gone = {flow for flow, _ in self.runs} - {flow for flow, _ in runs}
+        expected -= {Path(".metaflow", flow, "latest_run") for flow in gone}
+        assert self.present() == expected
+        for flow in {flow for flow, _ in runs}:
+            before, now = (
+                folder.joinpath(".metaflow", flow, "latest_run").read_text()
+                for folder in (self._original, self.project)
+            )
+            newest = max(run for other, run in runs if other == flow)
+            assert now == (before if (flow, before) in runs else newest)
+
+    def facts(self, run: mls.Ids) -> object:
+        """All that is told of a run, its attempts, artifacts, logs and cards."""
+        model = mls.Model(mls.Store(str(self.project)), lambda: 2e9)
+        told: list[object] = [model.run(run)]
+        for row in model.tasks(run, 2e9):
+            task, attempt = mls.attempt_row_ids(row), row["attempt_id"]
+            values = [model.with_value(each) for each in model.artifacts(task, attempt)]
+            logs = [model.log(task, attempt, stream) for stream in ("stdout", "stderr")]
+            cards = [model.card(task, card["hash"]) for card in model.cards(task)]
+            told.append((row, values, logs, cards, model.metadata(task)))
+        return told
+
+
+@pytest.fixture(scope="session")
+def replica(history: History, tmp_path_factory: pytest.TempPathFactory) -> Replica:
+    return Replica(history.folder, tmp_path_factory.mktemp("replica").resolve())
+
+
+# One copy is enough: with pytest-xdist one worker does all that needs it.
+of_replica = pytest.mark.xdist_group("replica")
+
+
+def with_needed(runs: Collection[mls.Ids], retention: mls.Retention) -> set[mls.Ids]:
+    """Those of the runs that may go together."""
+    return set(runs) - retention.reasons_to_stay(runs).keys()
+
+
+@of_replica
+@settings(max_examples=5, deadline=None)
+@given(data=st.data())
+def test_what_stays_is_as_it_was_and_of_the_rest_nothing_is_left(
+    replica: Replica, data: st.DataObject
+) -> None:
+    retention = replica.put_back()
+    compared = data.draw(st.sampled_from(replica.runs))
+    facts = replica.facts(compared)
+    chosen = data.draw(st.sets(st.sampled_from(replica.runs)))
+    if kept := retention.reasons_to_stay(chosen):
+        with pytest.raises(mls.NotDeletable, match="was resumed from it"):
+            delete_runs(retention, chosen)
+        chosen -= kept.keys()
+    planned = [garbage.usage() for garbage in retention.find_garbage(chosen)]
+    delete_runs(retention, chosen)
+    assert [garbage.usage() for garbage in retention.find_garbage()] == planned
+    collect(retention)
+    stay = set(replica.runs) - chosen
+    replica.check(stay)
+    assert compared in chosen or replica.facts(compared) == facts
+
+
+@of_replica
+def test_a_run_can_be_resumed_when_all_others_are_gone(
+    replica: Replica, history: History, tmp_path: Path
+) -> None:
+    failed = tuple(history.recorded["failed_local"].run.split("/"))
+    retention = replica.put_back()
+    delete_runs(retention, [run for run in replica.runs if run != failed])
+    collect(retention)
+    flows = Flows(Cli(replica.project, tmp_path))
+    flows.mend()
+    resumed = flows.flow("local", "FailingFlow", "resume", "--origin-run-id", failed[1])
+    assert resumed.status == 0, resumed.output
+
+
+KILLED = """
+import sys, time
+import metaflow_local_service as mls
+model = mls.Model(mls.Store(sys.argv[1]), lambda: time.time() + 10 * 86_400)
+retention = mls.Retention(model)
+runs = [tuple(name.split("/")) for name in sys.argv[2:]]
+retention.reasons_to_stay(runs)
+print("ready", flush=True)
+for _ in retention.delete_runs(runs):
+    pass
+for garbage in retention.find_garbage():
+    for _ in retention.remove_garbage(garbage):
+        pass
+print("done", flush=True)
+"""
+
+
+@of_replica
+def test_a_kill_at_any_moment_of_a_deletion_leaves_runs_whole_or_gone(replica: Replica) -> None:
+    """As often as KILLS says; with -s, prints in how many a run was being removed."""
+    kills, halves, ended = int(os.environ.get("KILLS", "3")), 0, 0
+    folder = replica.project / ".metaflow"
+    for _ in range(kills):
+        retention = replica.put_back()
+        chosen = with_needed(random.sample(replica.runs, len(replica.runs) // 2), retention)
+        names = ["/".join(run) for run in chosen]
+        command = [sys.executable, "-c", KILLED, str(replica.project), *names]
+        environment = {**os.environ, "PYTHONPATH": str(MODULE.parent)}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        time.sleep(random.uniform(0, 0.3))
+        process.kill()
+        ended += process.communicate()[0] == b"done\n"
+        gone = {run for run in replica.runs if not folder.joinpath(*run).exists()}
+        assert gone <= chosen
+        present = replica.present()
+        whole = {
+            p for p in replica.files if p.parts[0] == ".metaflow" and "mf.cards" not in p.parts
+        }
+        assert {p for p in whole if replica.run_of(p) not in (None, *gone)} <= present
+        halves += any(folder.glob("*.trash/*"))
+        collect(much_later_in(replica.project))
+        replica.check(set(replica.runs) - gone)
+    print(f"{kills} kills, {halves} of them while a run was removed, {ended} after the end")
+
+
+@of_replica
+def test_what_is_measured_is_what_du_tells(replica: Replica) -> None:
+    retention = replica.put_back()
+    told = subprocess.check_output(["du", "-sk", replica.project / ".metaflow"], text=True)
+    total = retention.measure_all().bytes
+    assert total == pytest.approx(int(told.split()[0]) * 1024, rel=0.05)
+    flows = list(retention.measure_flows(retention.flow_folders()))
+    assert sum(flow.held.bytes for flow in flows) == pytest.approx(total, rel=0.05)
+    assert {flow.unreferenced.files for flow in flows} == {0}
+    runs = list(retention.measure_runs("FailingFlow"))
+    assert [run.ids for run in runs] == [r for r in replica.runs if r[0] == "FailingFlow"][::-1]
+    assert all(run.own.bytes <= run.only.bytes < run.own.bytes + run.data.bytes for run in runs)
+    assert any(run.own.bytes < run.only.bytes for run in runs)
+
+
+# -- what stays ------------------------------------------------------------------------------------
+
+
+def test_a_run_that_is_not_there_lives_or_is_needed_stays_with_all_others(
+    store: mls.Store, api: Api
+) -> None:
+    first, second = ended_run(api), ended_run(api)
+    living = tuple(living_run(api).split("/")[2::2])
+    task = f"/flows/Flow/runs/{second[1]}/steps/end/tasks/1"
+    told = [("origin-run-id", first[1]), ("origin-task-id", "1")]
+    for step in (task, api.new_task(api.new_step(task.split("/steps")[0]))):
+        api.post(f"{step}/metadata", [metadatum(name, value) for name, value in told])
+    retention = mls.Retention(mls.Model(store))
+    before = all_paths(Path(store.folder))
+    for runs, error in (
+        ([second, living], mls.NotDeletable),
+        ([first], mls.NotDeletable),
+        ([second, ("Flow", "1")], mls.NotFound),
+        ([second, ("None", "1")], mls.NotFound),
+    ):
+        with pytest.raises(error):
+            delete_runs(retention, runs)
+    assert all_paths(Path(store.folder)) == before
+    delete_runs(retention, [first, second, first])
+    assert [run["run_number"] for run in store.runs(("Flow",))] == [int(living[1])]
+
+
+def test_a_run_with_the_name_of_the_artifacts_folder_is_not_taken_for_it(
+    store: mls.Store, api: Api
+) -> None:
+    run = ended_run(api, run_number="data")
+    sha = stored(store, "value")["sha"]
+    refer(store, run, sha)
+    assert api.request("DELETE", "/flows/Flow/runs/data").status == 409
+    assert blob_path(store, sha).exists()
+
+
+def test_a_blob_stays_for_a_day_and_while_a_run_of_its_flow_lives(
+    store: mls.Store, api: Api
+) -> None:
+    ended_run(api)
+    path = blob_path(store, stored(store, "value")["sha"])
+    assert collect(mls.Retention(mls.Model(store))) == 0
+    os.utime(path, (1, 1))
+    living = living_run(api)
+    assert collect(mls.Retention(mls.Model(store))) == 0
+    end_task(api, api.new_task(api.new_step(living, "end")))
+    assert collect(mls.Retention(mls.Model(store))) == 1 and not path.exists()
+
+
+def test_a_blob_stays_when_a_run_begins_after_the_references_were_read(
+    store: mls.Store, api: Api, project: Path
+) -> None:
+    ended_run(api)
+    path = blob_path(store, stored(store, "value")["sha"])
+    retention = much_later_in(project)
+    (garbage,) = retention.find_garbage()
+    ended_run(api)
+    assert list(retention.remove_garbage(garbage)) == [] and path.exists()
+    assert collect(retention) == 1
+
+
+@pytest.mark.parametrize(
+    "value", [{"deep": ["see ", {1: "local:///x/{}"}]}, "{}", b"\0{}", ["0" * 9 + "{}" + "f" * 9]]
+)
+def test_a_blob_stays_whose_digest_stands_in_a_value(
+    store: mls.Store, api: Api, project: Path, value: object
+) -> None:
+    run = ended_run(api)
+    inner = stored(store, "inner")["sha"]
+    middle = stored(store, eval(repr(value).replace("{}", inner)))["sha"]
+    outer = stored(store, ["names the middle one", middle])["sha"]
+    stored(store, "nobody's")
+    refer(store, run, outer)
+    assert collect(much_later_in(project)) == 1
+    assert all(blob_path(store, sha).exists() for sha in (inner, middle, outer))
+    refer(store, run, outer, size=39)  # said to be too small to name anything
+    assert collect(much_later_in(project)) == 2
+
+
+def test_a_digest_is_found_across_the_pieces_in_which_a_blob_is_read(
+    store: mls.Store, api: Api, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mls, "BLOB_CHUNK", 50)
+    run = ended_run(api)
+    inner = stored(store, "inner")["sha"]
+    refer(store, run, stored(store, random.randbytes(1000).hex() + " " + inner)["sha"])
+    assert collect(much_later_in(project)) == 0 and blob_path(store, inner).exists()
+
+
+def test_what_records_name_stays(store: mls.Store, api: Api, project: Path) -> None:
+    run = ended_run(api)
+    package, record = stored(store, "package")["sha"], stored(store, "of a record")["sha"]
+    task = f"/flows/Flow/runs/{run[1]}/steps/end/tasks/1"
+    api.post(f"{task}/metadata", [metadatum("code-package", json.dumps({"sha": package}))])
+    api.post(f"{task}/artifact", [artifact("name", sha=record)])
+    assert collect(much_later_in(project)) == 0
+    delete_runs(much_later_in(project), [run])
+    assert collect(much_later_in(project)) == 2
+
+
+def test_a_run_of_which_there_is_no_record_keeps_what_it_names(
+    store: mls.Store, project: Path
+) -> None:
+    sha = stored(store, "value")["sha"]
+    task = Path(store.folder, "Flow", "1", "start", "1")
+    task.mkdir(parents=True)
+    (task / "0.data.json").write_text(json.dumps({"objects": {"name": sha}}))
+    assert collect(much_later_in(project)) == 0
+
+
+def test_files_that_are_not_metaflows_stay(store: mls.Store, api: Api, project: Path) -> None:
+    ended_run(api)
+    sha = stored(store, "value")["sha"]
+    content = b"text of a file that was included"
+    named = hashlib.sha1(content).hexdigest()
+    others = [
+        blob_path(store, sha).with_name("notes.txt"),
+        blob_path(store, sha).with_name("f" * 41),
+        blob_path(store, sha).parent.parent / "zz" / ("a" * 40),
+        project / "data" / "Flow" / ("b" * 40),  # which holds something else
+        project / "data" / "Other" / named,
+        project / ".metaflow" / "mf.cards" / "Flow" / "runs" / "1" / "card.html",
+    ]
+    included = [project / "data" / "Flow" / named, project / ".metaflow" / "data" / "Flow" / named]
+    for path in (*others, *included):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(content))
+    Path(f"{blob_path(store, sha)}_meta").write_text("{}")
+    assert collect(much_later_in(project)) == 3
+    assert all(path.exists() for path in others)
+    assert not any(path.exists() for path in (*included, Path(f"{blob_path(store, sha)}_meta")))
+
+
+def test_a_meta_file_that_was_left_alone_goes(store: mls.Store, api: Api, project: Path) -> None:
+    ended_run(api)
+    path = blob_path(store, stored(store, "value")["sha"])
+    path.rename(f"{path}_meta")
+    assert collect(much_later_in(project)) == 1 and not Path(f"{path}_meta").exists()
+
+
+def test_no_link_is_followed(store: mls.Store, api: Api, project: Path) -> None:
+    precious = project / "precious"
+    (precious / "ab").mkdir(parents=True)
+    (precious / "ab" / ("ab" * 20)).touch()
+    run, behind_link = ended_run(api), ended_run(api)
+    (run_folder(store, run) / "link").symlink_to(precious)
+    moved = project / "elsewhere"
+    run_folder(store, behind_link).rename(moved)
+    run_folder(store, behind_link).symlink_to(moved)
+    reply = api.request("DELETE", f"/flows/Flow/runs/{behind_link[1]}")
+    assert (reply.status, "symbolic link" in reply.json["message"]) == (409, True)
+    assert moved.exists()
+    sha = stored(store, "value")["sha"]
+    (found,) = much_later_in(project).find_garbage()
+    assert found.size() == 0 and "is a symbolic link" in found.doubt
+    run_folder(store, behind_link).unlink()
+    assert api.request("DELETE", f"/flows/Flow/runs/{run[1]}").status == 200
+    blob_path(store, sha).parent.with_name("ab").symlink_to(precious / "ab")
+    assert collect(much_later_in(project)) == 1
+    assert (precious / "ab" / ("ab" * 20)).exists()
+
+
+@pytest.mark.parametrize("kept", ["card.html", "latest_run"])
+def test_what_a_crash_has_left_is_finished_by_the_next_clean_up(
+    store: mls.Store, api: Api, project: Path, kept: str
+) -> None:
+    first, second = ended_run(api), ended_run(api)
+    card = Path(store.folder, "mf.cards", *first[:1], "runs", first[1], "card.html")
+    card.parent.mkdir(parents=True)
+    card.touch()
+    latest = Path(store.folder, "Flow", "latest_run")
+    latest.write_text(first[1])
+    (Path(store.folder) / mls.TRASH_DIR).mkdir()
+    run_folder(store, first).rename(Path(store.folder, mls.TRASH_DIR, f"{mls.TRASH_ENTRY}1"))
+    (Path(store.folder) / mls.TRASH_DIR / f"{mls.TRASH_ENTRY}2").mkdir()
+    collect(much_later_in(project))
+    assert not card.exists() and latest.read_text() == second[1]
+    assert os.listdir(Path(store.folder) / mls.TRASH_DIR) == []
+    delete_runs(much_later_in(project), [second])
+    assert not latest.exists() and store.flow(("Flow",)) is not None
+
+
+def test_cards_in_another_root_go_unless_the_run_is_there_too(
+    store: mls.Store, api: Api, project: Path
+) -> None:
+    runs = [ended_run(api), ended_run(api)]
+    other = project / "sub" / ".metaflow"
+    cards = [other / "mf.cards" / "Flow" / "runs" / run[1] / "card.html" for run in runs]
+    for card in cards:
+        card.parent.mkdir(parents=True)
+        card.touch()
+    (other / "Flow" / runs[1][1]).mkdir(parents=True)
+    mls.note_card_root(store.folder, str(project / "sub"))
+    delete_runs(mls.Retention(mls.Model(store)), runs)
+    assert [card.exists() for card in cards] == [False, True]
+
+
+# -- deleting where that is difficult --------------------------------------------------------------
+
+
+def test_a_run_is_deleted_over_http(store: mls.Store, api: Api) -> None:
+    run, other = ended_run(api), ended_run(api)
+    path = f"/flows/Flow/runs/{run[1]}"
+    files = sum(1 for p in all_paths(run_folder(store, run)) if p.is_file())
+    reply = api.request("DELETE", path)
+    assert reply.status == 200 and reply.json.keys() == {"runs", "files", "bytes"}
+    assert (reply.json["runs"], reply.json["files"], reply.json["bytes"] > 0) == (1, files, True)
+    assert [api.get(path).status, api.request("DELETE", path).status] == [404, 404]
+    assert [row["run_number"] for row in api.get("/flows/Flow/runs").json] == [int(other[1])]
+    living = living_run(api)
+    refused = api.request("DELETE", living)
+    assert (refused.status, "is running" in refused.json["message"]) == (409, True)
+
+
+def test_a_run_is_deleted_on_a_full_disk(disk: Path) -> None:
+    with served(mls.Store(str(disk))) as api:
+        first, second = ended_run(api), ended_run(api)
+        latest = disk / ".metaflow" / "Flow" / "latest_run"
+        latest.write_text(second[1])
+        with contextlib.suppress(OSError), (disk / "ballast").open("wb", buffering=0) as f:
+            while True:
+                f.write(b"x" * 4096)
+        assert api.request("DELETE", f"/flows/Flow/runs/{second[1]}").status == 200
+        assert latest.read_text() == first[1]
+
+
+def test_a_run_is_deleted_where_no_folder_can_be_made(
+    store: mls.Store, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = ended_run(api)
+
+    def make_no_folder(path: str) -> bool:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    monkeypatch.setattr(mls, "make_folder", make_no_folder)
+    delete_runs(mls.Retention(mls.Model(store)), [run])
+    assert sorted(os.listdir(Path(store.folder, "Flow"))) == ["_meta"]
+    assert os.listdir(Path(store.folder, "Flow", "_meta")) == ["_self.json"]
+
+
+def test_two_that_delete_the_same_do_it_once(store: mls.Store, api: Api) -> None:
+    runs = [ended_run(api) for _ in range(5)]
+
+    def delete_each() -> int:
+        retention, deleted = mls.Retention(mls.Model(store)), 0
+        for run in runs:
+            with contextlib.suppress(mls.NotFound):
+                deleted += len(list(retention.delete_runs([run])))
+            retention.finish_deletions()
+        return deleted
+
+    with ThreadPoolExecutor(4) as pool:
+        deleted = [pool.submit(delete_each) for _ in range(4)]
+        assert sum(each.result() for each in deleted) == len(runs)
+    assert list(store.runs(("Flow",))) == [] and not any(Path(store.folder).glob("*.trash/*"))
 
 
 # ==================================================================================================
@@ -8839,6 +9374,113 @@ def test_the_package_is_a_command_and_a_module(cli: Cli, tmp_path: Path) -> None
         assert told == f"metaflow-local-service {mls.__version__} (Metaflow {metaflows})\n"
 
 
+# -- du, rm and gc ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runs_to_delete(cli: Cli, store: mls.Store, api: Api) -> list[mls.Ids]:
+    """Runs of two flows, oldest first, in the project of `cli`, and a blob of nobody's."""
+    tagged = ended_run(api, tags=["keep"], system_tags=["user:me"])
+    runs = [tagged, ended_run(api), ended_run(api), ended_run(api, "Other")]
+    path = blob_path(store, stored(store, "value")["sha"])
+    os.utime(path, (1, 1))
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("conditions", "expected"),
+    [
+        ((), []),
+        (("--flow", "Flow"), []),
+        (("--keep-last", "0"), [0, 1, 2, 3]),
+        (("--keep-last", "1"), [0, 1]),
+        (("--keep-last", "0", "--flow", "Other"), [3]),
+        (("--status", "failed"), []),
+        (("--status", "completed", "--tag", "keep", "--tag", "user:me"), [0]),
+        (("--status", "completed", "--not-tag", "keep", "--flow", "Flow"), [1, 2]),
+        (("--not-tag", "user:me", "--keep-last", "2"), []),
+        (("--older-than", "1d"), []),
+        (("--older-than", "0s"), [0, 1, 2, 3]),
+    ],
+)
+def test_gc_deletes_the_runs_for_which_all_conditions_hold(
+    cli: Cli, runs_to_delete: list[mls.Ids], conditions: Sequence[str], expected: list[int]
+) -> None:
+    told = json.loads(cli("gc", "--dry-run", "--json", *conditions).stdout)
+    named = {(each["flow_id"], each["run"]) for each in told["runs"]}
+    assert named == {runs_to_delete[number] for number in expected}
+    assert told["dry_run"] is True and told["kept"] == []
+    is_swept = "Other" not in conditions
+    assert told["unreferenced"]["files"] == is_swept
+    assert told["files"] == sum(each["files"] for each in told["runs"]) + is_swept
+
+
+def test_gc_deletes_what_it_has_told(cli: Cli, runs_to_delete: list[mls.Ids]) -> None:
+    before = all_paths(cli.folder)
+    refused = cli("gc", "--keep-last", "1")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "takes --yes" in refused.stderr and "2 runs" in refused.stdout
+    told = json.loads(cli("gc", "--keep-last", "1", "--dry-run", "--json").stdout)
+    assert all_paths(cli.folder) == before
+    done = json.loads(cli("gc", "--keep-last", "1", "--yes", "--json").stdout)
+    assert {**told, "dry_run": False} == done
+    assert cli("gc", "--yes").stdout == "To delete: nothing\n"
+
+
+@pytest.mark.parametrize("bad", ["Flow/1", "Flow", "None/1", "Flow/latest/end", "", "a/b/c/d/e/f"])
+def test_rm_deletes_all_that_are_named_or_nothing(
+    cli: Cli, runs_to_delete: list[mls.Ids], bad: str
+) -> None:
+    names = ["/".join(run) for run in runs_to_delete]
+    before = all_paths(cli.folder)
+    refused = cli("rm", "--yes", names[0], bad)
+    assert (refused.returncode in (1, 2), refused.stderr.count("\n")) == (True, 1)
+    assert all_paths(cli.folder) == before
+    done = cli("rm", "--yes", names[0], "Other/latest", names[0])
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert "Deleted: 2 runs of" in done.stdout
+    left = [json.loads(line)["run"] for line in cli("runs", "--json").stdout.splitlines()]
+    assert left == [runs_to_delete[2][1], runs_to_delete[1][1]]
+
+
+@pytest.mark.parametrize(("answer", "is_deleted"), [("y\n", True), ("\n", False), ("\x04", False)])
+def test_a_terminal_is_asked(
+    cli: Cli, runs_to_delete: list[mls.Ids], answer: str, is_deleted: bool
+) -> None:
+    ours, theirs = pty.openpty()
+    with open(ours, "r+b", buffering=0) as keyboard, open(theirs, "r+b", buffering=0) as screen:
+        command = cli.command("rm", "Other/latest")
+        process = subprocess.Popen(
+            command,
+            cwd=cli.folder,
+            env=cli.environment,
+            stdin=screen,
+            stdout=subprocess.DEVNULL,
+            stderr=screen,
+        )
+        keyboard.write(answer.encode())
+        assert process.wait(timeout=60) == (0 if is_deleted else 1)
+    assert Path(cli.folder, ".metaflow", *runs_to_delete[3]).exists() != is_deleted
+
+
+def test_du_tells_of_flows_and_of_their_runs(cli: Cli, runs_to_delete: list[mls.Ids]) -> None:
+    told = json.loads(cli("du", "--json").stdout)
+    assert [(flow["flow_id"], flow["runs"]) for flow in told["flows"]] == [
+        ("Flow", 3),
+        ("Other", 1),
+    ]
+    assert told["unreferenced"]["files"] == 1 and told["runs"] == 4
+    of_flow = json.loads(cli("du", "Flow", "--json").stdout)
+    assert [run["run"] for run in of_flow["runs"]] == [run[1] for run in runs_to_delete[2::-1]]
+    of_run = json.loads(cli("du", "Flow/latest", "--json").stdout)
+    assert of_run == of_flow["runs"][0] and of_run["only"]["files"] == of_run["files"]
+    assert [line.split()[0] for line in cli("du").stdout.splitlines()] == [
+        "FLOW", "Flow", "Other", "all",
+    ]  # fmt: skip
+    missing = cli("du", "None")
+    assert (missing.returncode, missing.stderr.count("\n")) == (1, 1)
+
+
 # ==================================================================================================
 # Real flows, recorded and read by both modes
 # ==================================================================================================
@@ -8951,11 +9593,14 @@ FAILING = '''\
 
 from pathlib import Path
 
+import metaflow
 from metaflow import FlowSpec, Parameter, step
 
 
 class FailingFlow(FlowSpec):
     load = Parameter("load", default=7)
+    if hasattr(metaflow, "Config"):  # since 2.13
+        settings = metaflow.Config("settings", default_value='{"depth": 3}')
 
     @step
     def start(self):
