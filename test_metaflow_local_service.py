@@ -1384,31 +1384,79 @@ def contents(folder: Path) -> dict[Path, bytes | None]:
     return {p: p.read_bytes() if p.is_file() else None for p in all_paths(folder)}
 
 
-@pytest.mark.parametrize("broken", ["rename", "write", "half a write"])
+@pytest.fixture(params=["unnamed", "named"])
+def new_files(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How new files are made: without a name, where that can be, and by a temporary name."""
+    if request.param == "named":
+        monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("broken", ["name", "write", "half a write"])
 @pytest.mark.parametrize("kind", JSON_WRITES)
 def test_a_write_that_fails_leaves_nothing_behind(
-    store: mls.Store, monkeypatch: pytest.MonkeyPatch, kind: str, broken: str
+    store: mls.Store, monkeypatch: pytest.MonkeyPatch, new_files: str, kind: str, broken: str
 ) -> None:
     task = new_task(store, new_run(store))
     before = contents(Path(store.folder))
-    works = os.rename if broken == "rename" else os.write
     calls_until_then = 3 if kind in ("metadata", "artifacts") else 1
     calls = iter(range(1, 100))
 
-    def fails_once(*arguments: Any, **folders: int) -> Any:
-        if next(calls) != calls_until_then:
-            return works(*arguments, **folders)
-        if broken == "half a write":
-            return works(arguments[0], arguments[1][:10])
-        raise OSError(errno.ENOSPC, "full")
+    def failing_once(works: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if next(calls) != calls_until_then:
+                return works(*arguments, **options)
+            if broken == "half a write":
+                return works(arguments[0], arguments[1][:10])
+            raise OSError(errno.ENOSPC, "full")
+
+        return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, works.__name__, fails_once)
+        for works in (os.rename, os.link) if broken == "name" else (os.write,):
+            patch.setattr(os, works.__name__, failing_once(works))
         with pytest.raises(OSError):
             WRITES[kind](store, task)
     assert contents(Path(store.folder)) == before
     WRITES[kind](store, task)
     assert contents(Path(store.folder)) != before
+
+
+def test_what_was_replaced_stays_when_a_later_write_fails(
+    store: mls.Store, monkeypatch: pytest.MonkeyPatch, new_files: str
+) -> None:
+    task = new_task(store, new_run(store))
+    broken = [folder_of(store, task) / "_meta" / f"0_artifact_{name}.json" for name in "ac"]
+    for path in broken:
+        path.write_text("{")
+    rename, renamed = os.rename, []
+
+    def fails_at_last(source: str, target: str, **folders: int) -> None:
+        renamed.append(target)
+        if target == broken[1].name:
+            raise OSError(errno.ENOSPC, "full")
+        rename(source, target, **folders)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", fails_at_last)
+        with pytest.raises(OSError):
+            store.create_artifacts(task, list(map(an_artifact, "abc")))
+    assert [path.exists() for path in broken] == [True, True]
+    assert store.artifact(task, "a") is not None
+    store.create_artifacts(task, list(map(an_artifact, "abc")))
+    assert sorted(a["name"] for a in store.artifacts(task)) == ["a", "b", "c"]
+
+
+def test_a_clock_that_was_set_back_between_two_services_costs_no_record(
+    store: mls.Store, project: Path, monkeypatch: pytest.MonkeyPatch, new_files: str
+) -> None:
+    task = new_task(store, new_run(store))
+    now = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: now)
+    for number, service in enumerate([store, mls.Store(str(project))]):
+        service.create_metadata(task, [a_field("f", f"{number}{n}") for n in range(2)])
+    assert sorted(m["value"] for m in store.metadata(task)) == ["00", "01", "10", "11"]
+    assert len({m["id"] for m in store.metadata(task)}) == 4
 
 
 @pytest.mark.parametrize("kind", WRITES)
@@ -7366,7 +7414,7 @@ def test_tags_are_on_the_disk_before_they_replace_others(
     assert calls == [("fsync", "file"), ("rename", "_self.json"), ("fsync", "folder")]
     calls.clear()
     api.new_run("/flows/Flow")
-    assert [call for call, _ in calls] == ["rename"]
+    assert "fsync" not in [call for call, _ in calls]
 
 
 # -- nothing lost ----------------------------------------------------------------------------------
