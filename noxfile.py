@@ -159,7 +159,7 @@ def bench(session: nox.Session) -> None:
 PROGRAM = [str(Path(sys.executable).with_name("metaflow-local-service"))]
 
 CONSTANT_SERVER = """
-import http.server, os, sys
+import http.server, itertools, os
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -172,19 +172,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(b"pong")
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
-        files = int(self.path[1:])
-        for n in range(files):
-            name = f"{self.client_address[1]}-{Handler.count}-{n}"
-            descriptor = os.open(f"tmp/{name}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        folder, files = "files", int(self.path[2:])
+        if self.path[1] == "o":
+            folder = f"files/{next(Handler.numbers)}"
+            os.mkdir(folder)
+            folder += "/_meta"
+            os.mkdir(folder)
+        for _ in range(files):
+            name = next(Handler.numbers)
+            descriptor = os.open(f"{folder}/.{name}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
             os.write(descriptor, b"x" * 400)
             os.close(descriptor)
-            os.rename(f"tmp/{name}", f"files/{name}")
-        Handler.count += 1
+            os.rename(f"{folder}/.{name}", f"{folder}/{name}")
         self.do_GET()
-    count = 0
+    numbers = itertools.count()
     def log_message(self, *args):
         pass
-os.makedirs("tmp")
 os.makedirs("files")
 server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
 print(server.server_port, flush=True)
@@ -249,7 +252,12 @@ class Client:
     def __init__(self, port: int) -> None:
         self.port = port
 
-    def burst(self, requests: Sequence[tuple[str, str, bytes | None]], threads: int) -> float:
+    def burst(
+        self,
+        requests: Sequence[tuple[str, str, bytes | None]],
+        threads: int,
+        keeps_alive: bool = True,
+    ) -> float:
         """Send all requests, spread over threads, and return the seconds that they took."""
 
         def work(mine: Sequence[tuple[str, str, bytes | None]]) -> None:
@@ -259,6 +267,8 @@ class Client:
                 answer = connection.getresponse()
                 answer.read()
                 assert answer.status == 200, (path, answer.status)
+                if not keeps_alive:
+                    connection.close()
             connection.close()
 
         workers = [
@@ -318,8 +328,9 @@ def bench_commands(folder: Path) -> None:
     report("`start` / importing Metaflow's provider", started, 1.5)
 
 
-def bench_requests(ours: Client, constant: Client) -> None:
-    """Single requests against a handler that does nothing else."""
+def bench_requests(ours: Client, our_pid: int, bare: Client, bare_pid: int) -> None:
+    """Single requests, by the processor time of the service, against a handler that does nothing
+    but make as many files and folders; with eight clients, and with one."""
     labels, rows = json.dumps(LABELS).encode(), json.dumps(METADATA).encode()
     ours.json("POST", "/flows/Bench", LABELS)
     run = f"/flows/Bench/runs/{ours.json('POST', '/flows/Bench/run', LABELS)['run_number']}"
@@ -332,25 +343,39 @@ def bench_requests(ours: Client, constant: Client) -> None:
         shared = {"location": ":root:/x/.metaflow", "ds_type": "local", "sha": "0" * 40}
         return json.dumps([{**shared, "name": f"a{next(names)}"} for _ in range(10)]).encode()
 
-    def compare(what: str, method: str, path: str, body: Any, files: int, count: int) -> None:
+    def cost(pid: int, burst: Callable[[], object]) -> float:
+        before = processor_seconds(pid)
+        burst()
+        return processor_seconds(pid) - before
+
+    def compare(what: str, path: str, body: Any, bare_path: str, count: int) -> None:
+        method, bare_body = ("GET", None) if body is None else ("POST", b"{}")
+
+        def our_cost(threads: int, keeps_alive: bool = True) -> float:
+            bodies = (body() if callable(body) else body for _ in range(count))
+            requests = [(method, path, content) for content in bodies]
+            return cost(our_pid, partial(ours.burst, requests, threads, keeps_alive))
+
+        def bare_cost(threads: int, keeps_alive: bool = True) -> float:
+            requests = [(method, bare_path, bare_body)] * count
+            return cost(bare_pid, partial(bare.burst, requests, threads, keeps_alive))
+
         for threads in (1, 8):
-            theirs = ("GET", "/", None) if body is None else ("POST", f"/{files}", b"{}")
-
-            def our_burst(threads: int = threads) -> float:
-                bodies = (body() if callable(body) else body for _ in range(count))
-                return ours.burst([(method, path, b) for b in bodies], threads)
-
-            def their_burst(threads: int = threads, theirs: Any = theirs) -> float:
-                return constant.burst([theirs] * count, threads)
-
-            value = ratio(our_burst, their_burst, rounds=7)
+            value = ratio(partial(our_cost, threads), partial(bare_cost, threads), rounds=5)
             report(f"{what}, {threads} client{'s'[: threads - 1]}", value, 1.5)
+        value = ratio(partial(our_cost, 8), partial(our_cost, 1), rounds=5)
+        report(f"{what.partition(' / ')[0]}, 8 clients / 1 client", value, 1.2)
+        if body is None:
+            new = [partial(cost_of, 1, False) for cost_of in (our_cost, bare_cost)]
+            report(f"{what}, a new connection each", ratio(*new, rounds=5), 1.5)
 
-    compare("GET /ping / a constant", "GET", "/ping", None, 0, 800)
-    compare("heartbeat / a constant", "POST", f"{task}/heartbeat", b"{}", 0, 800)
-    compare("POST task / a handler that writes a file", "POST", f"{step}/task", labels, 1, 200)
-    compare("POST metadata x10 / ten files", "POST", f"{task}/metadata", rows, 10, 100)
-    compare("POST artifact x10 / ten files", "POST", f"{task}/artifact", artifacts, 10, 100)
+    # The path for the bare handler: "f" or, in new folders, "o", and how many files.
+    compare("GET /ping / a constant", "/ping", None, "/", 800)
+    compare("heartbeat / a constant", f"{task}/heartbeat", b"{}", "/f0", 800)
+    compare("POST run / a file in new folders", "/flows/Bench/run", labels, "/o1", 300)
+    compare("POST task / a file in new folders", f"{step}/task", labels, "/o1", 300)
+    compare("POST metadata x10 / ten files", f"{task}/metadata", rows, "/f10", 100)
+    compare("POST artifact x10 / ten files", f"{task}/artifact", artifacts, "/f10", 100)
 
 
 def bench_lists(ours: Client, size: int) -> None:
@@ -515,7 +540,8 @@ def benchmark() -> None:
             service = json.loads(told)
             ours = Client(service["port"])
             assert constant.stdout is not None
-            bench_requests(ours, Client(int(constant.stdout.readline())))
+            bare = Client(int(constant.stdout.readline()))
+            bench_requests(ours, service["pid"], bare, constant.pid)
             bench_lists(ours, 1_000)
             bench_lists(ours, 10_000)
             bench_pages(ours, service["pid"], 10_000)
