@@ -5540,6 +5540,8 @@ class Retention:
             raise NotFound(f"There is no run {'/'.join(ids)}.")
         if row["status"] == RUNNING:
             return "It is running."
+        if self._may_go_on(row):
+            return "It may go on: it says nothing of its end, and was written to minutes ago."
         if ids[1] == DATA_DIR:
             return "The artifacts of its flow are in the folder of its name."
         try:
@@ -5549,6 +5551,17 @@ class Retention:
             if not self._has_folder(*ids):  # another process was faster
                 raise NotFound(f"There is no run {'/'.join(ids)}.") from None
             return "It is behind a symbolic link."
+
+    def _may_go_on(self, row: RunRow) -> bool:
+        """Whether a run counts as failed for its silence alone, and has not been silent for long.
+
+        That of a client without heartbeats does so between two tasks, and before its first.
+        """
+        cause, finished_at = row["cause"], row["finished_at"]
+        if cause is None or cause["kind"] not in (NEVER_STARTED, SCHEDULER_GONE):
+            return False
+        silent_ms = self._model.clock() * 1000 - (finished_at or row["ts_epoch"])
+        return silent_ms < RUN_HEARTBEAT_CUTOFF * 1000
 
     def choose_runs(self, conditions: Conditions) -> Iterator[RunRow]:
         """The runs that the conditions name, newest first; none that is running."""

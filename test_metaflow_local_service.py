@@ -4286,6 +4286,17 @@ def test_a_run_that_is_not_there_lives_or_is_needed_stays_with_all_others(
     assert [run["run_number"] for run in store.runs(("Flow",))] == [int(living[1])]
 
 
+def test_a_run_of_a_client_without_heartbeats_stays_until_it_is_silent_for_minutes(
+    store: mls.Store, api: Api, project: Path
+) -> None:
+    api.post("/flows/Flow")
+    run = api.new_run("/flows/Flow")  # about to start, as an orchestrator's
+    refused = api.request("DELETE", run)
+    assert (refused.status, "may go on" in refused.json["message"]) == (409, True)
+    delete_runs(much_later_in(project), [tuple(run.split("/")[2::2])])
+    assert api.get(run).status == 404
+
+
 def test_a_run_with_the_name_of_the_artifacts_folder_is_not_taken_for_it(
     store: mls.Store, api: Api
 ) -> None:
