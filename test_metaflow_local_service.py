@@ -9096,6 +9096,17 @@ def test_two_commands_find_the_line_that_a_run_failed_in(
         assert text in shown, shown
 
 
+def test_two_to_five_runs_are_compared_by_a_command(recorded: Path) -> None:
+    runs = ["ZooFlow/latest", "CustomFlow/latest"]
+    (compared,) = told_json(recorded, "compare", *runs)
+    difference = {"section": "parameters", "name": "size", "values": [3, None]}
+    assert difference in compared["differences"]
+    assert re.search("^parameters size +3", tell(recorded, "compare", *runs).stdout, re.M)
+    refused = tell(recorded, "compare", *runs * 3)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.endswith("At most 5 runs are compared.\n")
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
