@@ -4501,8 +4501,8 @@ def test_a_run_is_deleted_where_no_folder_can_be_made(
 ) -> None:
     run = ended_run(api)
 
-    def make_no_folder(path: str) -> bool:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+    def make_no_folder(parent: int, name: str) -> bool:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
 
     monkeypatch.setattr(mls, "make_folder", make_no_folder)
     delete_runs(mls.Retention(mls.Model(store)), [run])
