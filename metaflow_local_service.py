@@ -14890,10 +14890,10 @@ def is_flow(model: Model, pathspec: str) -> bool:
 
 
 def resolve_only_run(model: Model, pathspec: str) -> Ids:
-    """The ids of the run that a pathspec means, which has to be one."""
-    ids = resolve_pathspec(model, pathspec)
+    """The ids of the run that a pathspec means; nothing, such as an unset variable, means none."""
+    ids = resolve_pathspec(model, pathspec) if pathspec else ()
     if len(ids) != RUN_DEPTH:
-        raise ServiceError(f"{'/'.join(ids)} is no run.", exit_code=2)
+        raise ServiceError(f"{'/'.join(ids)!r} is no run.", exit_code=2)
     return ids
 
 
@@ -15084,6 +15084,7 @@ def agree(arguments: Arguments, plan: Deletion, model: Model) -> bool:
         print_plan(plan, model)
     if arguments.yes or not is_anything:
         return True
+    print(end="", flush=True)
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise ServiceError("Nothing was deleted: without a terminal it takes --yes.", exit_code=2)
     print(f"Delete {describe_usage(plan.total())}? [y/N] ", end="", file=sys.stderr, flush=True)
