@@ -5621,8 +5621,9 @@ class Retention:
 
     def _is_in_use(self, data: FlowData) -> bool:
         """Whether a run of a flow lives, or one may that is recorded elsewhere."""
-        if any(self._model.judge(row)["status"] == RUNNING for row in self._model.runs(data.flow)):
-            return True
+        for row in map(self._model.judge, self._model.runs(data.flow)):
+            if row["status"] == RUNNING or self._may_go_on(row):
+                return True
         before = self._model.clock() - YOUNG_SECONDS
         unrecorded = (run for run in data.runs if self._store.run((data.flow, run)) is None)
         changed = (stat_or_none(f"{self._folder}/{data.flow}/{run}") for run in unrecorded)
