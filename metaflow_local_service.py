@@ -5688,16 +5688,17 @@ class Retention:
         return usage
 
     def _make_trash(self, flow: str) -> DatastorePath:
-        """A folder for what is to be removed; on a full disk, where none can be made, one that the
-        flow has anyway and in which nobody looks for folders."""
+        """A folder for what is to be removed: where there can be none, as on a full disk, one that
+        the flow has anyway and in which nobody looks for folders."""
         try:
             with opened_folder(self._folder) as datastore:
                 make_folder(datastore, TRASH_DIR)
+            if os.access(f"{self._folder}/{TRASH_DIR}", os.W_OK):  # another user may have made it
+                return (self._folder, TRASH_DIR)
         except OSError as error:
-            if error.errno in FULL_DISK:
-                return (self._folder, flow, META_DIR)
-            raise
-        return (self._folder, TRASH_DIR)
+            if error.errno not in FULL_DISK:
+                raise
+        return (self._folder, flow, META_DIR)
 
     def finish_deletions(self) -> None:
         """Finish what others have begun to delete, and mend what they have left."""
@@ -5746,18 +5747,17 @@ class Retention:
         It is written in place, as Metaflow does: that takes no space, and it stays its owner's.
         """
         with contextlib.suppress(FileNotFoundError), opened_place((self._folder, flow)) as folder:
-            flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            descriptor = open_entry(LATEST_RUN_FILE, flags, folder)
-            with open(descriptor, "rb+", buffering=0) as file:
-                if self._has_folder(flow, os.fsdecode(file.read(NAME_BYTES)).strip()):
-                    return
-                newest = next(self._store.runs((flow,)), None)
-                if newest is None:
-                    remove_entry(folder, LATEST_RUN_FILE)
-                    return
-                content = str(newest["run_number"]).encode()
-                os.pwrite(descriptor, content, 0)
-                os.ftruncate(descriptor, len(content))
+            if self._has_folder(flow, os.fsdecode(read_entry(folder, LATEST_RUN_FILE)).strip()):
+                return
+            newest = next(self._store.runs((flow,)), None)
+            if newest is None:
+                remove_entry(folder, LATEST_RUN_FILE)
+                return
+            content = str(newest["run_number"]).encode()
+            flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            with open(open_entry(LATEST_RUN_FILE, flags, folder), "wb", buffering=0) as file:
+                file.write(content)
+                file.truncate(len(content))
 
     def _has_folder(self, *names: str) -> bool:
         """Whether there is something of these names in the .metaflow, which may be no names."""

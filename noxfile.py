@@ -123,7 +123,7 @@ def next_metaflow(session: nox.Session) -> None:
 
 @nox.session
 def kills(session: nox.Session) -> None:
-    """`kill -9` of a service under load, and of a deletion, 300 times (or as often as KILLS says)."""
+    """`kill -9` of a service under load and of a deletion, 300 times each (or KILLS times)."""
     session.install(".[dev]")
     kills = os.environ.get("KILLS", "300")
     session.run("pytest", "-q", "-s", "-k", "kill_at", env={"KILLS": kills})
