@@ -5536,20 +5536,23 @@ class Retention:
     def _reason_to_stay(self, ids: Ids) -> str | None:
         """Why a run has to stay whatever else goes; None where it may go."""
         row = self._model.run(ids)
-        if row is None:
+        reason = None if row is None else self._reason_by_row(row)
+        # Another process may have deleted it meanwhile, and what was seen of it means nothing.
+        if row is None or not self._has_folder(*ids):
             raise NotFound(f"There is no run {'/'.join(ids)}.")
+        return reason
+
+    def _reason_by_row(self, row: RunRow) -> str | None:
         if row["status"] == RUNNING:
             return "It is running."
         if self._may_go_on(row):
             return "It may go on: it says nothing of its end, and was written to minutes ago."
-        if ids[1] == DATA_DIR:
+        if row["run"] == DATA_DIR:
             return "The artifacts of its flow are in the folder of its name."
         try:
-            with opened_place((self._folder, *ids)):
+            with opened_place((self._folder, *run_row_ids(row))):
                 return None
         except FileNotFoundError:
-            if not self._has_folder(*ids):  # another process was faster
-                raise NotFound(f"There is no run {'/'.join(ids)}.") from None
             return "It is behind a symbolic link."
 
     def _may_go_on(self, row: RunRow) -> bool:
