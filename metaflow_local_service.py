@@ -4156,6 +4156,7 @@ class Model:
         self._graphs: Cache[Graph] = Cache(GRAPHS_IN_MEMORY, graph_weight)
         self._logs: Cache[list[LogLine]] = Cache(LOGS_IN_MEMORY, log_weight)
         self._unfinished: dict[Ids, None] = {}  # the runs that were running when last judged
+        self._last_end = 0  # of the others, in epoch milliseconds
 
     # -- runs --------------------------------------------------------------------------------------
 
@@ -4200,6 +4201,16 @@ class Model:
         ids, heartbeat = (run["flow_id"], str(run["run_number"])), run["last_heartbeat_ts"]
         known = self._known_verdict(ids, heartbeat)
         return self.judge(self._run_row(run))["status"] if known is None else known.status
+
+    def is_at_rest(self, seconds: float) -> bool:
+        """Whether none of the runs that were looked at is running, or has ended so recently."""
+        return not self._unfinished and self.clock() * 1000 - self._last_end > seconds * 1000
+
+    def runs_version(self) -> object:
+        """What changes when a flow or run comes or goes; None while that could go unnoticed."""
+        flows = [(flow["flow_id"],) for flow in self.store.flows()]
+        found = [self.store.version(ids) for ids in ((), *flows)]
+        return None if None in found else found
 
     def versions(self, step: Ids) -> object:
         """An object that is equal as long as the records of a step's tasks are the same.
@@ -4256,6 +4267,7 @@ class Model:
             self._unfinished[ids] = None
         else:
             self._unfinished.pop(ids, None)
+            self._last_end = max(self._last_end, finished_at or 0)
             if len(settled) == len(seen):
                 self._verdicts.put("/".join(ids), verdict)
         return verdict
@@ -10615,6 +10627,9 @@ LOOK_SECONDS, IDLE_LOOK_SECONDS = 1.0, 3.0
 
 IDLE_SECONDS = 60.0
 
+REST_LOOK_SECONDS = 10.0
+"""How often when no run goes on. Whether there is a new one is seen every LOOK_SECONDS then too."""
+
 SILENT_SECONDS = 180.0
 """How long a page may be silent: it pings every 5 s, or in the background every minute."""
 
@@ -10726,6 +10741,8 @@ class Feed:
         self._page = page
         self._subscriptions: dict[str, Subscription] = {}
         self._next_look = 0.0
+        self._looked_at = 0.0
+        self._runs_seen: object = None  # by that look: their version, if the root was at rest
         self._last_told = time.monotonic()
         self._waiting: list[Subscription] = []  # for their turn in this look
         self._look = Snapshot(model, is_live=True)
@@ -10747,11 +10764,24 @@ class Feed:
             if self._waiting:
                 self._tell(self._waiting.pop())
             elif self._subscriptions and now >= self._next_look:
-                is_idle = now - self._last_told > IDLE_SECONDS
-                self._next_look = now + (IDLE_LOOK_SECONDS if is_idle else LOOK_SECONDS)
-                self._look = Snapshot(self._model, is_live=True)
-                # Tasks are told of before steps, and these before runs: the last is popped first.
-                self._waiting = sorted(self._subscriptions.values(), key=Subscription.depth)
+                self._begin_look(now)
+
+    def _begin_look(self, now: float) -> None:
+        """Look at all subscriptions; at a root at rest only now and then, or if runs came or went.
+
+        To look at a hundred runs takes 6 ms, to see that none has come or gone 0.1 ms.
+        """
+        runs = self._model.runs_version() if self._model.is_at_rest(STORING_SECONDS) else None
+        is_as_before = runs is not None and runs == self._runs_seen
+        if is_as_before and now - self._looked_at < REST_LOOK_SECONDS:
+            self._next_look = now + LOOK_SECONDS
+            return
+        self._runs_seen, self._looked_at = runs, now
+        is_idle = runs is None and now - self._last_told > IDLE_SECONDS
+        self._next_look = now + (IDLE_LOOK_SECONDS if is_idle else LOOK_SECONDS)
+        self._look = Snapshot(self._model, is_live=True)
+        # Tasks are told of before steps, and these before runs: the last is popped first.
+        self._waiting = sorted(self._subscriptions.values(), key=Subscription.depth)
 
     def _patience(self) -> float:
         """How long the next message may be waited for, in seconds."""
@@ -10788,7 +10818,7 @@ class Feed:
             try:
                 hears_deletions = asked.get("deletions") is True
                 self._subscriptions[uuid] = Subscription(uuid, resource, begin, hears_deletions)
-                self._next_look = 0.0
+                self._next_look, self._runs_seen = 0.0, None
             except HttpError:
                 log.debug("a page subscribes to %r, which there is not", resource)
 
