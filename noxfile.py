@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -401,12 +402,13 @@ def bench_lists(ours: Client, size: int) -> None:
         def fetch(path: str = path) -> float:
             return ours.burst([("GET", path, None)], 1)
 
-        report(f"GET {size:,} {what} / json.dumps of them", ratio(fetch, dump, rounds=9), 4)
+        report(f"GET {size:,} {what} / json.dumps of them", ratio(fetch, dump, rounds=9), 2.5)
 
 
-def bench_pages(ours: Client, pid: int, size: int) -> None:
+def bench_pages(ours: Client, pid: int, root: Path, size: int) -> None:
     """Lists in pages of 100 against the same lists at once, by the processor time of the service;
-    and the first page by status against one without a filter."""
+    the first page by status against one without a filter; and what has to look at all tasks or runs
+    against a look at as many folders."""
     flow = "/flows/Pages"
     ours.json("POST", flow, LABELS)
     labels, ended = json.dumps(LABELS).encode(), []
@@ -443,6 +445,67 @@ def bench_pages(ours: Client, pid: int, size: int) -> None:
     by_status = [("GET", f"{flow}/runs?_limit=100&status=completed", None)] * 20
     value = ratio(lambda: ours.burst(by_status, 1), lambda: ours.burst(page, 1), rounds=5)
     report(f"a page of {size:,} runs by status / without a filter", value, 5)
+    folders = [root / ".metaflow" / task[len("/flows/") :] for task in tasks]
+    below = [
+        str(folder).replace("/runs/", "/").replace("/steps/", "/").replace("/tasks/", "/")
+        for folder in folders
+    ]
+
+    def look() -> float:
+        before = time.process_time()
+        for folder in below * 3:
+            os.stat(f"{folder}/_meta")
+        return time.process_time() - before
+
+    for what, path, limit in (
+        ("filtered_tasks", f"{step}/filtered_tasks?metadata_field_name=field-0&pattern=value", 2.5),
+        ("runs by a status that few have", f"{flow}/runs?_limit=100&status=failed", 8),
+    ):
+        value = ratio(partial(cost, partial(ours.json, "GET", path)), look, rounds=5)
+        report(f"{what}, of {size:,} / os.stat of as many", value, limit)
+
+
+def bench_idle(folder: Path) -> None:
+    """What a service costs whose runs have ended long ago: in wake-ups a second while nobody asks,
+    and in hundredths of a core with a page open. These two rows are no ratios."""
+    yesterday = int(time.time() - 86400) * 1_000_000
+    for number in range(yesterday, yesterday + 100):
+        record = folder / ".metaflow" / "Old" / str(number) / "_meta" / "_self.json"
+        record.parent.mkdir(parents=True)
+        record.write_text(json.dumps({"ts_epoch": number // 1000, "user_name": "tester"}))
+    own = folder / ".metaflow" / "Old" / "_meta" / "_self.json"
+    own.parent.mkdir()
+    own.write_text(json.dumps({"ts_epoch": yesterday // 1000}))
+    seconds_of([*PROGRAM, "start"], folder)
+    told = subprocess.check_output([*PROGRAM, "status", "--json"], cwd=folder, text=True)
+    service = json.loads(told)
+    time.sleep(5)
+    before = wake_ups(service["pid"])
+    time.sleep(20)
+    report("wake-ups a second, idle", (wake_ups(service["pid"]) - before) / 20, 1)
+    with socket.create_connection((service["host"], service["port"])) as page:
+        page.sendall(PAGE_SUBSCRIBES % service["port"])
+        time.sleep(5)
+        spent = processor_seconds(service["pid"])
+        time.sleep(60)
+        percent = (processor_seconds(service["pid"]) - spent) / 60 * 100
+    report("an open page of runs that have ended, % of a core", percent, 0.1)
+    seconds_of([*PROGRAM, "stop"], folder)
+
+
+PAGE_SUBSCRIBES = (
+    b"GET /api/ws HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+    b"\x81\xb7\0\0\0\0"  # a frame of 55 bytes, masked with zeros
+    b'{"type": "SUBSCRIBE", "uuid": "u", "resource": "/runs"}'
+)
+
+
+def wake_ups(pid: int) -> int:
+    """How often the threads of a process have waited for something until now; 0 if unknown."""
+    statuses = Path(f"/proc/{pid}/task").glob("*/status")
+    lines = (line for status in statuses for line in status.read_text().splitlines())
+    return sum(int(line.split()[1]) for line in lines if line.startswith("voluntary_ctxt"))
 
 
 def processor_seconds(pid: int) -> float:
@@ -544,10 +607,11 @@ def benchmark() -> None:
             bench_requests(ours, service["pid"], bare, constant.pid)
             bench_lists(ours, 1_000)
             bench_lists(ours, 10_000)
-            bench_pages(ours, service["pid"], 10_000)
+            bench_pages(ours, service["pid"], project, 10_000)
             bench_crowded_run(ours, project)
             bench_memory(service["pid"])
             bench_flow(project)
+            bench_idle(folder / "quiet")
         finally:
             constant.kill()
             subprocess.run([*PROGRAM, "stop", "--all"], cwd=project, stdout=subprocess.DEVNULL)
