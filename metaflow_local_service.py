@@ -11461,6 +11461,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._wake_reader, self._wake_writer = os.pipe()  # ends `serve`
         os.set_blocking(self._wake_writer, False)
         self._end_reader, self._end_writer = os.pipe()  # ends the thread that accepts
+        self._pipes = (self._wake_reader, self._wake_writer, self._end_reader, self._end_writer)
         super().__init__((host, port), Connection, bind_and_activate=listener is None)
         if listener is not None:
             self.socket.close()
@@ -11474,8 +11475,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def descriptors(self) -> tuple[int, ...]:
         """The file descriptors that a fork has to keep open."""
-        pipes = (self._wake_reader, self._wake_writer, self._end_reader, self._end_writer)
-        return (self.fileno(), *pipes)
+        return (self.fileno(), *self._pipes)
 
     @property
     def url(self) -> str:
@@ -11528,7 +11528,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def stop(self, *_: object) -> None:
         """Make `serve` return. May be called from any thread, and as a signal handler."""
-        os.write(self._wake_writer, b"!")
+        if not self.is_closing:
+            os.write(self._wake_writer, b"!")
 
     def stop_at_signals(self) -> None:
         """Make `serve` return at once after a signal that has a handler. Else this would be called
@@ -11651,6 +11652,11 @@ class Server(http.server.ThreadingHTTPServer):
         whether that was called: a service that nobody asks would do so twice a second."""
         while self._end_reader not in select.select([self, self._end_reader], [], [])[0]:
             self.handle_request()
+
+    def server_close(self) -> None:
+        super().server_close()
+        for descriptor in self._pipes:
+            os.close(descriptor)
 
     def shutdown(self) -> None:
         """Return when no more connections are accepted."""
@@ -13103,6 +13109,7 @@ class Daemon:
         self._is_open.set()
         tick = min(TICK_SECONDS, self._idle_timeout or TICK_SECONDS)
         self._server.serve(service, self._is_wanted, tick)
+        signal.set_wakeup_fd(-1)  # `finish` closes the descriptor that signals are written to
         self._announce_stop()
         self._server.finish()
         self._leave()

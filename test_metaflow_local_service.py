@@ -6300,6 +6300,14 @@ def test_head_is_get_without_the_body(api: Api, path: str) -> None:
 # -- connections -----------------------------------------------------------------------------------
 
 
+def test_a_server_that_has_finished_has_no_file_open(store: mls.Store) -> None:
+    before = len(os.listdir("/dev/fd"))
+    for _ in range(20):
+        with served(store) as client:
+            client.get("/ping")
+    assert len(os.listdir("/dev/fd")) < before + 20
+
+
 def test_pipelined_requests_are_answered_in_order(api: Api) -> None:
     posts = [
         http_request(f"POST /flows/Flow{n}", "Content-Length: 2", body=b"{}") for n in range(20)
