@@ -4162,7 +4162,7 @@ def with_needed(runs: Collection[mls.Ids], retention: mls.Retention) -> set[mls.
 
 
 @of_replica
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(data=st.data())
 def test_what_stays_is_as_it_was_and_of_the_rest_nothing_is_left(
     replica: Replica, data: st.DataObject
