@@ -12047,28 +12047,33 @@ def send_order(
 # Registry: which service runs where: pidfile locks and leases
 # ==================================================================================================
 #
-# A service is alive while its pidfile is locked. Nothing else is believed: not a pid, not the name
-# of a machine, not that something answers on a port. A service serves the folder that it was
-# started for, which is known by device and inode, and only while its path leads there; whoever
-# takes another for it asks it first. What it must do it is told by orders, which carry the nonce
-# from its pidfile (`Service.order`). A signal is the last resort, for a process that provably has
-# the pidfile locked.
+# Rules of this layer:
 #
-# Locks. All are flocks on private files in the root's .metaflow: they end with the last process
-# that has the file open, however it ends. Whoever needs several acquires them in this order, and so
-# nobody waits in a circle:
+# - A service is alive while its pidfile is locked. A pid, the name of a machine or an answer on a
+#   port proves nothing.
+# - A service serves the folder that it was started for, which is known by device and inode, and
+#   only while its path leads there. A service that cannot be told from that alone is asked.
+# - A service is told what to do by orders, which carry the nonce from its pidfile
+#   (`Service.order`). A signal is the last resort, and only for a process that provably holds the
+#   lock on the pidfile.
 #
-#     LEASE      shared    commands, for as long as they need the service
-#                exclusive the service from its decision to end; a command that replaces an
-#                          outdated service; neither waits for it
-#     LOCK_FILE  shared    whoever looks for the service
-#                exclusive whoever starts one; the service, to write that it is stopping
-#     PIDFILE    exclusive the service, all its life
-#                shared    whoever looks whether it is locked, without waiting
+# Locks. All are flocks on private files in the root's .metaflow, and are released when the last
+# process that has the file open ends, in whatever way. A process that needs several of them
+# acquires them in this order, so that there are no deadlocks:
 #
-# So whoever gets the lease while a service ends gets it when that is gone, and whoever holds
-# LOCK_FILE sees services only that have been registered. Files are compared with what is at their
-# path once they are locked, since whoever had them locked may have removed them.
+#     LEASE      shared     a command, for as long as it needs the service
+#                exclusive  the service, when it has decided to end; a command that stops a service
+#                           if nobody needs it. Neither waits for the lock
+#     LOCK_FILE  shared     a command that looks for the service
+#                exclusive  a command that starts a service; the service, when it writes that it is
+#                           stopping
+#     PIDFILE    exclusive  the service, all its life
+#                shared     a command that tests whether the file is locked; it does not wait
+#
+# So a command that asks for the lease of a service that is ending gets it when the service is gone,
+# and a command that holds LOCK_FILE never sees a service that has not registered itself yet. The
+# holder of a lock may delete the file. Each process therefore compares the file that it has locked
+# with the one at the path, and starts again if they differ.
 
 PIDFILE = f"{PROGRAM}.pid"
 LEASE = f"{PROGRAM}.lease"
@@ -12076,9 +12081,20 @@ LOCK_FILE = f"{PROGRAM}.lock"
 LOG_FILE = f"{PROGRAM}.log"
 PORT_FILE = f"{PROGRAM}.port"
 
+LOCK_SECONDS = SHUTDOWN_SECONDS + 5
+"""How long to wait for a lock: longer than a service takes to stop, which commands wait for."""
+
+STOP_SECONDS = SHUTDOWN_SECONDS + 10
+"""How long to wait for the end of a service that was told to stop."""
+
+LEAVING_SECONDS = 1.0
+"""How long to wait for the end of a service that cannot be told to stop, but may be stopping."""
+
+# -- what a pidfile says ---------------------------------------------------------------------------
+
 
 class Service(NamedTuple):
-    """A running service, as its pidfile tells it."""
+    """A running service, as its pidfile describes it."""
 
     pid: int
     host: str
@@ -12087,104 +12103,145 @@ class Service(NamedTuple):
     root: str  # the folder that has the .metaflow
     version: str
     started_at: int  # epoch seconds
-    log: str | None  # the log file; None where it logs on a terminal
+    log: str | None  # the log file; None if it logs to a terminal
     machine: str
     ui_folder: str | None
     key: str | None
     is_stopping: bool = False
-    nonce: str | None = None  # what an order must bring; None in services that take none
+    nonce: str | None = None  # what an order must carry; None in versions that take no orders
     device: int = 0  # of the .metaflow that it serves
     inode: int = 0
-    network: str = ""  # the network namespace in which it listens
+    network: str = ""  # the id of the network namespace in which it listens
+
+    @property
+    def client_host(self) -> str:
+        """The host that clients connect to, which differs from `host` if that is 0.0.0.0."""
+        return urllib.parse.urlsplit(self.url).hostname or self.host
 
     def settings(self, user: Environment) -> dict[str, str]:
-        """What is to be set in a user's environment for Metaflow to use the service.
+        """The variables to set in a user's environment for Metaflow to use the service.
 
-        The root is among it, so that records, artifacts and logs of a flow stay together.
+        They include the root, so that the records, artifacts and logs of a flow stay together.
         """
-        host = urllib.parse.urlsplit(self.url).hostname or self.host
         key = {} if self.key is None else {ENV_KEY: self.key}
         settings = {
             "METAFLOW_SERVICE_URL": self.url,
             "METAFLOW_DEFAULT_METADATA": "service",
             ENV_SYSROOT: self.root,
-            **proxy_exceptions(host, user),
+            **proxy_exceptions(self.client_host, user),
         }
         return {**settings, ENV_EXPORTED: describe_exports({**settings, **key}, user), **key}
 
     @property
     def environment(self) -> dict[str, str]:
-        """This process's environment with the settings: for a subprocess or Metaflow's Runner."""
+        """This process's environment with the settings, for a subprocess or Metaflow's Runner."""
         user = user_environment(os.environ)
         return {**user, **self.settings(user)}
 
     def __repr__(self) -> str:
-        """Where it is; not its key, which would be kept in notebooks and logs."""
+        """Where the service is, without its key, since notebooks and logs keep what they show."""
         return f"<Service of {self.root} at {self.url}>"
 
-    def public(self) -> dict[str, object]:
-        """All of it that others may see."""
-        inner = ("key", "is_stopping", "nonce", "device", "inode", "network")
-        return {k: v for k, v in self._asdict().items() if k not in inner}
+    def public_fields(self) -> dict[str, object]:
+        """The fields that others may see."""
+        private = ("key", "is_stopping", "nonce", "device", "inode", "network")
+        return {name: value for name, value in self._asdict().items() if name not in private}
 
     def order(self, order: str, waits: bool = True, **fields: object) -> Mapping[str, Any]:
-        """Tell the service to do something, see `send_order`; OSError where it takes no orders."""
+        """Send the service an order (see `send_order`); OSError if it takes none."""
         if self.nonce is None:
             raise ConnectionRefusedError("it takes no orders")
-        host = urllib.parse.urlsplit(self.url).hostname or self.host
-        return send_order((host, self.port), self.nonce, order, waits, **fields)
+        return send_order((self.client_host, self.port), self.nonce, order, waits, **fields)
 
     def serves(self, folder: str) -> bool:
-        """Whether this .metaflow is the one that it serves, under whatever name.
+        """Whether a .metaflow is the one that the service serves, by whatever path.
 
-        It is where the service's own path leads to it. Where that leads elsewhere, the folder may
-        have been moved, or have another name where the service runs: then the service is asked, as
-        is one that may not be reached from here.
+        It is if the service's own path leads to it and the service can be reached from here.
+        Otherwise the folder may have been moved, or have another path where the service runs, and
+        the service is asked.
         """
-        meant, served = stat_or_none(folder), stat_or_none(datastore_folder(self.root))
-        if meant is None:
+        status, own_status = stat_or_none(folder), stat_or_none(datastore_folder(self.root))
+        if status is None:
             return False
-        is_in_place = served is not None and os.path.samestat(served, meant)
+        is_in_place = own_status is not None and os.path.samestat(own_status, status)
         if self.nonce is None:
             return is_in_place
-        if not self.is_of(folder):
+        if not self.was_started_for(folder):
             return False
-        if is_in_place and (self.machine, self.network) == (own_name(), namespace("net")):
+        if is_in_place and (self.machine, self.network) == (own_name(), namespace_id("net")):
             return True
         try:
-            told = self.order("identify")
+            return bool(self.order("identify").get("serves"))
         except OSError:
             return False
-        return bool(told.get("serves"))
 
-    def is_of(self, folder: str) -> bool:
-        """Whether it has been started for this .metaflow, which may have been moved since."""
-        meant = stat_or_none(folder)
-        return meant is not None and (self.device, self.inode) == (meant.st_dev, meant.st_ino)
+    def was_started_for(self, folder: str) -> bool:
+        """Whether the service was started for this .metaflow, which may have been moved since."""
+        status = stat_or_none(folder)
+        return status is not None and (self.device, self.inode) == (status.st_dev, status.st_ino)
 
 
-def namespace(kind: str) -> str:
-    """Which namespace this process is in, where there are such: of "pid" or "net"."""
+def namespace_id(kind: str) -> str:
+    """The id of this process's namespace of a kind ("pid" or "net"); "-" if there are none."""
     status = stat_or_none(f"/proc/self/ns/{kind}")
     return str(status.st_ino) if status is not None else "-"
+
+
+def read_pidfile(path: str) -> Service:
+    """The service that a pidfile describes; ServiceError if it describes none."""
+    with open(path, "rb") as f:
+        return parse_pidfile(f.read().decode(errors="replace"), path)
+
+
+def parse_pidfile(content: str, path: str) -> Service:
+    """The service that the content of a pidfile describes; ServiceError if it describes none.
+
+    The service may be of any version: fields that are missing get a default, unknown ones are
+    ignored.
+    """
+    try:
+        fields = json.loads(content)
+        port, host = int(fields["port"]), fields.get("host", DEFAULT_HOST)
+        defaults = {
+            "host": host,
+            "url": f"http://{host}:{port}",
+            "root": os.path.dirname(os.path.dirname(path)),
+            "version": "0",
+            "started_at": 0,
+            "log": None,
+            "machine": own_name(),
+            "ui_folder": None,
+            "key": None,
+        }
+        known = {name: fields[name] for name in Service._fields if name in fields}
+        return Service(**{**defaults, **known})
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ServiceError(f"{path} is locked, but does not say by which service.") from None
+
+
+# -- files and locks -------------------------------------------------------------------------------
 
 
 def datastore_folder(root: str) -> str:
     return os.path.join(root, DATASTORE_DIR)
 
 
-def make_datastore_folder(root: str) -> str:
-    """The .metaflow in `root`, made where it is not there; ServiceError where it cannot be."""
+def root_file(root: str, name: str) -> str:
+    """The path of one of this program's files in a root."""
+    return os.path.join(datastore_folder(root), name)
+
+
+def make_datastore_folder(root: str) -> None:
+    """Make the .metaflow of a root if there is none; ServiceError if that is impossible."""
     folder = datastore_folder(root)
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
     except OSError as error:
         raise ServiceError(f"{folder} cannot be made: {error.strerror}.") from None
-    return folder
 
 
 def open_datastore_folder(root: str) -> int:
-    """The .metaflow in `root`, open; ServiceError where it cannot be opened."""
+    """Open the .metaflow of a root; ServiceError if that is impossible."""
     folder = datastore_folder(root)
     try:
         return os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -12192,72 +12249,66 @@ def open_datastore_folder(root: str) -> int:
         raise ServiceError(f"{folder} cannot be opened: {error.strerror}.") from None
 
 
-LOCK_SECONDS = SHUTDOWN_SECONDS + 5
-"""How long a lock is waited for: longer than a service takes to stop, for which commands wait."""
+def open_private_file(path: str, flags: int, folder: int | None = None) -> int:
+    """Open a regular file of this user's, and make it private if others may read it.
 
-
-def lock_descriptor(descriptor: int, path: str, how: int) -> None:
-    """flock what is open; BlockingIOError where it is locked and `how` is not to wait for that.
-
-    ServiceError where there are no locks, as on some network file systems, or somebody else has it
-    for too long, as every user can who may read it.
+    A relative path begins at `folder`, which is open. FileNotFoundError if there is no file and the
+    flags do not create it. ServiceError if it belongs to another user, is not a regular file, or
+    cannot be opened.
     """
-    deadline = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            return fcntl.flock(descriptor, how | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if how & fcntl.LOCK_NB:
-                raise
-            if time.monotonic() > deadline:
-                raise ServiceError(f"{path} is locked by another process.") from None
-        except OSError as error:
-            raise ServiceError(f"{path} cannot be locked: {error.strerror}.") from None
-        time.sleep(0.002)
+    try:
+        # Without O_NONBLOCK, opening a FIFO would wait for a process at its other end.
+        flags |= os.O_NOFOLLOW | os.O_NONBLOCK
+        descriptor = os.open(path, flags, 0o600, dir_fd=folder)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ServiceError(f"{path} cannot be opened: {error.strerror}.") from None
+    try:
+        status = os.fstat(descriptor)
+        if status.st_uid != os.geteuid():
+            raise ServiceError(f"{path} belongs to another user.")
+        if not stat.S_ISREG(status.st_mode):
+            raise ServiceError(f"{path} is not a file.")
+        if stat.S_IMODE(status.st_mode) & 0o077:
+            os.fchmod(descriptor, 0o600)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 class LockedFile:
-    """An open file with a flock on it, which ends when no process has it open any more."""
+    """An open file with a flock, which is released when no process has the file open any more."""
 
     def __init__(self, path: str, descriptor: int) -> None:
         self.path = path
         self.descriptor = descriptor
 
     @classmethod
-    def acquire(cls, path: str, how: int, flags: int = os.O_RDWR | os.O_CREAT) -> LockedFile | None:
-        """Lock a file of one's own, made if `flags` say so; None where `how` is not to wait for it.
-
-        It is made private where others may read it. FileNotFoundError where there is none,
-        ServiceError where it is somebody else's or no file, or cannot be opened or locked.
-        """
+    def acquire(cls, path: str, how: int, flags: int = os.O_RDWR | os.O_CREAT) -> LockedFile:
+        """Open a private file (see `open_private_file`) and lock it (see `lock_descriptor`)."""
         while True:
+            descriptor = open_private_file(path, flags)
             try:
-                # O_NONBLOCK: not to wait for who has the other end of a FIFO.
-                descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
-            except FileNotFoundError:
-                raise
-            except OSError as error:
-                raise ServiceError(f"{path} cannot be opened: {error.strerror}.") from None
-            try:
-                status = os.fstat(descriptor)
-                if status.st_uid != os.geteuid():
-                    raise ServiceError(f"{path} belongs to another user.")
-                if not stat.S_ISREG(status.st_mode):
-                    raise ServiceError(f"{path} is not a file.")
-                if stat.S_IMODE(status.st_mode) & 0o077:
-                    os.fchmod(descriptor, 0o600)
                 lock_descriptor(descriptor, path, how)
-                # Whoever had it locked may have removed it meanwhile, and another may be there now.
-                current = stat_or_none(path)
-                if current is not None and os.path.samestat(current, status):
+                status = stat_or_none(path)
+                if status is not None and os.path.samestat(status, os.fstat(descriptor)):
                     return cls(path, descriptor)
-            except BlockingIOError:
-                os.close(descriptor)
-                return None
             except BaseException:
                 os.close(descriptor)
                 raise
-            os.close(descriptor)
+            os.close(descriptor)  # the process that had it locked has deleted it
+
+    @classmethod
+    def try_acquire(
+        cls, path: str, how: int, flags: int = os.O_RDWR | os.O_CREAT
+    ) -> LockedFile | None:
+        """The same without waiting: None if another process has the file locked."""
+        try:
+            return cls.acquire(path, how | fcntl.LOCK_NB, flags)
+        except BlockingIOError:
+            return None
 
     def read(self) -> str:
         return os.pread(self.descriptor, os.fstat(self.descriptor).st_size, 0).decode()
@@ -12273,18 +12324,45 @@ class LockedFile:
         os.close(self.descriptor)
 
 
+def lock_descriptor(descriptor: int, path: str, how: int) -> None:
+    """Lock an open file as flock does; BlockingIOError if it is locked and `how` has LOCK_NB.
+
+    ServiceError if the file system has no locks, as some network file systems, or if another
+    process holds the lock for longer than LOCK_SECONDS, as any that can read the file may do.
+    """
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if how & fcntl.LOCK_NB:
+                raise
+            if time.monotonic() > deadline:
+                raise ServiceError(f"{path} is locked by another process.") from None
+        except OSError as error:
+            raise ServiceError(f"{path} cannot be locked: {error.strerror}.") from None
+        time.sleep(0.002)
+
+
+def is_hard_link(path: str) -> bool:
+    """Whether a file has other names, perhaps in other folders."""
+    status = stat_or_none(path)
+    return status is not None and status.st_nlink > 1
+
+
+# -- finding the service of a root -----------------------------------------------------------------
+
+
 @contextlib.contextmanager
 def registry_lock(root: str, how: int) -> Iterator[None]:
-    """Hold the lock of the root's folder: exclusive to start a service, shared to look for one.
+    """Hold the LOCK_FILE of a root: exclusively to start a service, shared to look for one.
 
-    It is held for milliseconds, or for as long as a service takes to stop, and hides a service
-    that is starting until it has started. It is a file that nobody else can open, unlike the
-    folder, which everybody can lock who may read it.
+    It is held for milliseconds, or for as long as a service takes to stop. The folder itself is not
+    locked, because every user who can read it could do that too.
     """
-    path = os.path.join(datastore_folder(root), LOCK_FILE)
     access = os.O_RDWR if how & fcntl.LOCK_EX else os.O_RDONLY
     try:
-        lock = cast(LockedFile, LockedFile.acquire(path, how, access | os.O_CREAT))
+        lock = LockedFile.acquire(root_file(root, LOCK_FILE), how, access | os.O_CREAT)
     except FileNotFoundError:
         raise ServiceError(f"{datastore_folder(root)} is not there any more.") from None
     try:
@@ -12293,56 +12371,108 @@ def registry_lock(root: str, how: int) -> Iterator[None]:
         lock.release()
 
 
-def running_service(root: str) -> Service | None:
-    """The service of a root, None where there is none. Under `registry_lock`.
+def find_service(root: str) -> Service | None:
+    """The service of a root; None if none runs. Creates nothing if none has ever run."""
+    if not os.path.lexists(root_file(root, PIDFILE)):
+        return None
+    with registry_lock(root, fcntl.LOCK_SH):
+        return running_service(root)
 
-    Alive is whose pidfile is locked. One that is stopping is waited for and then is none, and so is
-    one whose folder has been moved here, which is told to stop.
+
+def running_service(root: str) -> Service | None:
+    """The service of a root; None if none runs. The caller holds `registry_lock`.
+
+    If the service is stopping, this waits until it is gone, and returns None. A service whose
+    folder was moved to this root is told to stop, and waited for likewise.
     """
-    folder = datastore_folder(root)
-    pidfile = os.path.join(folder, PIDFILE)
+    folder, pidfile = datastore_folder(root), root_file(root, PIDFILE)
+    if not is_locked(pidfile):
+        return None
     try:
-        lock = LockedFile.acquire(pidfile, fcntl.LOCK_SH | fcntl.LOCK_NB, os.O_RDONLY)
-        if lock is not None:
-            lock.release()
-            return None
         service = read_pidfile(pidfile)
-        if not service.is_stopping and service.serves(folder):
-            return service
-        if is_hard_link(pidfile) and not service.is_of(folder):
-            return None  # as `cp -l` makes: the service holds the file, but not in this folder
-        is_ending = service.is_stopping or dismiss_service(service, pidfile)
-        if not is_free_soon(pidfile, STOP_SECONDS if is_ending else LEAVING_SECONDS):
-            raise ServiceError(
-                f"The service of {service.root} holds {folder}, but cannot be reached from here."
-            )
     except FileNotFoundError:
-        pass
+        return None  # it has ended since
+    if not service.is_stopping and service.serves(folder):
+        return service
+    if is_hard_link(pidfile) and not service.was_started_for(folder):
+        return None  # `cp -l` made this link: the service runs, but for the original folder
+    is_ending = service.is_stopping or stop_moved_service(service, pidfile)
+    if not wait_until_unlocked(pidfile, STOP_SECONDS if is_ending else LEAVING_SECONDS):
+        raise ServiceError(
+            f"The service of {service.root} holds {folder}, but cannot be reached from here."
+        )
     return None
 
 
-STOP_SECONDS = SHUTDOWN_SECONDS + 10
-"""How long a service that was told to stop is waited for."""
+def is_locked(pidfile: str) -> bool:
+    """Whether a process has a pidfile locked, and so is a service that is alive."""
+    try:
+        lock = LockedFile.try_acquire(pidfile, fcntl.LOCK_SH, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    if lock is None:
+        return True
+    lock.release()
+    return False
 
-LEAVING_SECONDS = 1.0
-"""How long one is waited for that cannot be told to stop, but may be about to end."""
+
+def wait_until_unlocked(pidfile: str, seconds: float) -> bool:
+    """Wait until no process has a pidfile locked; False if that takes more than some seconds."""
+    deadline = time.monotonic() + seconds
+    while is_locked(pidfile):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
 
 
-def is_hard_link(path: str) -> bool:
-    """Whether a file has other names, maybe in other folders."""
-    status = stat_or_none(path)
-    return status is not None and status.st_nlink > 1
+def acquire_lease(root: str) -> LockedFile:
+    """A shared lock on the LEASE of a root, which keeps its service from ending when it is idle.
+
+    If the service is stopping, this waits until it is gone.
+    """
+    make_datastore_folder(root)
+    path = root_file(root, LEASE)
+    if is_hard_link(path):
+        with registry_lock(root, fcntl.LOCK_EX):
+            if is_hard_link(path) and running_service(root) is None:
+                remove_file(path)  # it is the lease of another root, of which this is a copy
+    return LockedFile.acquire(path, fcntl.LOCK_SH)
 
 
-def dismiss_service(service: Service, pidfile: str) -> bool:
+# -- what a service is told ------------------------------------------------------------------------
+
+
+def hold_service(service: Service, pid: int, waits: bool = False) -> None:
+    """Have a service stay for as long as a process lives; this also restarts its idle time.
+
+    Returns when the order is sent or, if it `waits`, when the service has received it.
+    """
+    with contextlib.suppress(OSError):
+        service.order("hold", waits, pid=pid, namespace=namespace_id("pid"))
+
+
+def stop_service(service: Service) -> None:
+    """Tell a service to stop, and return when it is gone."""
+    pidfile = root_file(service.root, PIDFILE)
+    try:
+        service.order("stop")
+    except OSError:
+        if os.path.exists(pidfile):
+            stop_process(service, pidfile)
+    if not wait_until_unlocked(pidfile, STOP_SECONDS):
+        raise ServiceError(f"Process {service.pid} was told to stop, but still runs.")
+
+
+def stop_moved_service(service: Service, pidfile: str) -> bool:
     """Tell a service to stop whose folder was moved to where the pidfile is now.
 
-    False if it cannot be told, or has another folder.
+    Returns False if the service cannot be told, or was started for another folder.
     """
-    if service.nonce is None:  # it does not see by itself that its folder was moved
+    if service.nonce is None:  # such a version does not notice by itself that its folder was moved
         stop_process(service, pidfile)
         return True
-    if not service.is_of(os.path.dirname(pidfile)):
+    if not service.was_started_for(os.path.dirname(pidfile)):
         return False
     try:
         service.order("stop")
@@ -12351,30 +12481,15 @@ def dismiss_service(service: Service, pidfile: str) -> bool:
     return True
 
 
-def is_free_soon(pidfile: str, seconds: float) -> bool:
-    """Whether no process has the pidfile locked any more after so long at most."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            lock = LockedFile.acquire(pidfile, fcntl.LOCK_SH | fcntl.LOCK_NB, os.O_RDONLY)
-        except FileNotFoundError:
-            return True
-        if lock is not None:
-            lock.release()
-            return True
-        time.sleep(0.01)
-    return False
-
-
 def stop_process(service: Service, pidfile: str) -> None:
-    """Send SIGTERM to the process of a service, if it is provably the one that has the pidfile.
+    """Send SIGTERM to the process of a service if it provably holds the lock on the pidfile.
 
-    A pid may be another process's by now, or have been given in another pid namespace. ServiceError
-    where it cannot be told or not be sent.
+    The pid alone may be that of another process, which has started since or is in another pid
+    namespace. ServiceError if the process is not the service, or the signal cannot be sent.
     """
     try:
         if not hasattr(os, "pidfd_open") or not os.path.isdir("/proc/self/fd"):
-            os.kill(service.pid, signal.SIGTERM)  # there are no pid namespaces; the lock is held
+            os.kill(service.pid, signal.SIGTERM)  # no pid namespaces here, and the lock is held
             return
         process = os.pidfd_open(service.pid)
         try:
@@ -12391,83 +12506,33 @@ def stop_process(service: Service, pidfile: str) -> None:
 
 
 def holds_lock(pid: int, path: str) -> bool:
-    """Whether a process has locked a file, as Linux tells it.
+    """Whether a process has a file locked, according to Linux's /proc.
 
-    Where it does not tell of locks, to have the file open will do.
+    If /proc does not list locks, it is enough that the process has the file open.
     """
-    meant = os.stat(path)
-    tells_locks = os.path.exists("/proc/locks")
+    status = os.stat(path)
+    lists_locks = os.path.exists("/proc/locks")
     for name in os.listdir(f"/proc/{pid}/fd"):
-        status = stat_or_none(f"/proc/{pid}/fd/{name}")
-        if status is not None and os.path.samestat(status, meant):
+        opened = stat_or_none(f"/proc/{pid}/fd/{name}")
+        if opened is not None and os.path.samestat(opened, status):
             with open(f"/proc/{pid}/fdinfo/{name}", encoding="ascii") as f:
-                if "FLOCK" in f.read() or not tells_locks:
+                if "FLOCK" in f.read() or not lists_locks:
                     return True
     return False
 
 
-def read_pidfile(path: str) -> Service:
-    """What a service has written of itself."""
-    with open(path, "rb") as f:
-        return parse_pidfile(f.read().decode(errors="replace"), path)
-
-
-def parse_pidfile(content: str, path: str) -> Service:
-    """The service that the content of a pidfile tells of; ServiceError if it makes no sense.
-
-    What is missing has a default and what is unknown is passed over: it may be of any version.
-    """
-    try:
-        told = json.loads(content)
-        port, host = int(told["port"]), told.get("host", DEFAULT_HOST)
-        missing = {
-            "host": host,
-            "url": f"http://{host}:{port}",
-            "root": os.path.dirname(os.path.dirname(path)),
-            "version": "0",
-            "started_at": 0,
-            "log": None,
-            "machine": own_name(),
-            "ui_folder": None,
-            "key": None,
-        }
-        known = {field: told[field] for field in Service._fields if field in told}
-        return Service(**{**missing, **known})
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise ServiceError(f"{path} is locked, but does not say by which service.") from None
-
-
-def find_service(root: str) -> Service | None:
-    """The service of a root, None where there is none. Makes nothing where none has been."""
-    if not os.path.lexists(os.path.join(datastore_folder(root), PIDFILE)):
-        return None
-    with registry_lock(root, fcntl.LOCK_SH):
-        return running_service(root)
-
-
-def acquire_lease(root: str) -> LockedFile:
-    """A shared hold on the service of a root, which keeps it from stopping when it is idle.
-
-    Waits for a service that is stopping to be gone.
-    """
-    make_datastore_folder(root)
-    path = os.path.join(datastore_folder(root), LEASE)
-    if is_hard_link(path):
-        with registry_lock(root, fcntl.LOCK_EX):
-            if is_hard_link(path) and running_service(root) is None:
-                remove_file(path)  # it is another root's, of which this one is a copy
-    return cast(LockedFile, LockedFile.acquire(path, fcntl.LOCK_SH))
+# -- the services of a user ------------------------------------------------------------------------
 
 
 class Index:
-    """Links to the pidfiles of all roots, by which services are found that are not of this root.
+    """A folder of links to the pidfiles of all roots, by which `--all` finds their services.
 
-    Nothing depends on it: where its folder cannot be written, only `--all` finds less.
+    Nothing else needs the links: if the folder cannot be written, only `--all` finds less.
     """
 
     def __init__(self, folder: str) -> None:
-        """ServiceError where the folder belongs to somebody else."""
-        self.folder = os.path.abspath(folder)  # a daemon does not stay where it was started
+        """ServiceError if the folder belongs to another user."""
+        self.folder = os.path.abspath(folder)  # because a daemon changes its current folder
         with contextlib.suppress(OSError):
             if os.stat(self.folder).st_uid != os.geteuid():
                 raise ServiceError(f"{folder} belongs to another user.")
@@ -12475,31 +12540,40 @@ class Index:
     def add(self, root: str) -> None:
         with contextlib.suppress(OSError):
             os.makedirs(self.folder, mode=0o700, exist_ok=True)
-            os.symlink(os.path.join(datastore_folder(root), PIDFILE), self._link(root))
+            os.symlink(root_file(root, PIDFILE), self._link(root))
 
     def remove(self, root: str) -> None:
         remove_file(self._link(root))
 
     def services(self, besides: str | None = None) -> list[Service]:
-        """All running services that it knows, by root, but for the root `besides`; links to others
-        are removed.
+        """The running services of all roots but `besides`, sorted by root.
 
-        A root that cannot be looked at is passed over.
+        Removes the links to services that do not run, and skips roots that cannot be read.
         """
-        passed_over = None if besides is None else self._link(besides)
         found = []
-        with contextlib.suppress(OSError):
-            for name in os.listdir(self.folder):
-                link = os.path.join(self.folder, name)
-                if name.endswith(".pid") and os.path.islink(link) and link != passed_over:
-                    root = os.path.dirname(os.path.dirname(os.readlink(link)))
-                    with contextlib.suppress(ServiceError):
-                        service = find_service(root)
-                        if service is None:
-                            remove_file(link)
-                        else:
-                            found.append(service)
+        for link in self._links():
+            with contextlib.suppress(OSError, ServiceError):
+                root = os.path.dirname(os.path.dirname(os.readlink(link)))
+                if root == besides:
+                    continue
+                service = find_service(root)
+                if service is None:
+                    remove_file(link)
+                else:
+                    found.append(service)
         return sorted(found, key=lambda service: service.root)
+
+    def has_dangling_link(self) -> bool:
+        """Whether a pidfile is gone, perhaps with its folder, whose service has not removed the
+        link: if it has not been killed, it is about to end."""
+        return not all(map(os.path.exists, self._links()))
+
+    def _links(self) -> list[str]:
+        try:
+            paths = [os.path.join(self.folder, name) for name in os.listdir(self.folder)]
+        except OSError:
+            return []
+        return [path for path in paths if path.endswith(".pid") and os.path.islink(path)]
 
     def _link(self, root: str) -> str:
         return os.path.join(self.folder, f"{digest(os.fsencode(root), 8)}.pid")
@@ -12509,31 +12583,34 @@ class Index:
 # Daemon: becoming one: binding, the double fork, the log file, the idle stop
 # ==================================================================================================
 #
-# Becoming one. The command that starts a service acquires all that makes a process a service (a
-# `Claim`), forks twice, and returns when the daemon has registered itself. The daemon then goes on
-# in a new interpreter, so that nothing shows of the command that has started it: the claim's files
-# stay open, and what else it must know goes through a pipe. Requests wait in the socket's queue
-# until Metaflow is imported; orders only until the new interpreter runs.
+# How a service starts. The command that starts it locks the pidfile and listens (a `Claim`), forks
+# twice, and returns when the daemon has registered itself. The daemon then replaces itself by a new
+# interpreter, so that it shows no trace of the command: the files of the claim stay open, and all
+# else that it needs goes through a pipe. Requests wait in the socket's queue until Metaflow is
+# imported; orders wait only until the new interpreter runs.
 #
-# What is left if the machine or a process is stopped dead at that moment:
+# What is left if the process is killed, or the machine stops:
 #
-#     before the pidfile is written     an empty pidfile that is not locked: no service
-#     after it, before or in the exec   a pidfile that is not locked: no service. The command that
-#                                       started it finds the port closed, and the next starts one
-#     while it serves, or ends          the same, and its link in the index. Every record that was
-#                                       acknowledged, and none in part (see the Store)
-#     while a command has the lease     nothing: its lock ends with it
+#     before the pidfile is written        An empty pidfile that is not locked, so no service.
+#     from then on until the exec is done  A pidfile that is not locked, so no service. The command
+#                                          finds the port closed; the next one starts a service.
+#     while it serves or ends              The same, and its link in the index. Every record that
+#                                          was acknowledged, none in part (see the Store).
+#     while a command holds the lease      Nothing: the lock ends with the command.
 #
-# When it goes: when it is told to, by an order or a signal; when it has been idle and nobody holds
-# the lease or is held on to by process id; when its folder is gone, or has another pidfile. It
-# changes only what is in its own folder, and leaves alone what has taken the folder's place.
+# When a service ends: when an order or a signal tells it to; when it has been idle, and no process
+# holds the lease or is one of its holders; when its folder is gone or has another pidfile. It
+# changes only its own folder, and never one that has taken the place of that.
 #
-# Threads. The main thread imports Metaflow and then stays in `Server.serve`. Orders are obeyed in
-# the threads of their connections: they may read anything, and change only `_holders`.
+# Threads. The main thread imports Metaflow and then stays in `Server.serve`. Orders are carried out
+# in the threads of their connections, which may read everything but change only `_holders`.
 
 BROKEN_IDLE_TIMEOUT = 5.0
-"""Seconds without a request after which a service goes that could not import Metaflow, so that one
-can come that can."""
+"""After so many idle seconds a service that could not import Metaflow ends, to make room for one
+that can."""
+
+RELEASE_SECONDS = 2 * TICK_SECONDS
+"""How long to wait for a port that a service whose folder is gone may be about to release."""
 
 
 class Options(NamedTuple):
@@ -12542,75 +12619,77 @@ class Options(NamedTuple):
     root: str
     host: str
     port: int  # 0: any free one
-    idle_timeout: float  # seconds; 0: for ever
+    idle_timeout: float  # seconds; 0: it never ends
     key: str | None
-    makes_key: bool  # where there is none
+    generates_key: bool  # if there is none
     ui_folder: str | None  # a build of the official UI, to be shown in place of our page
-    is_debug: bool
-    registry: Index
+    is_debug: bool  # whether every request is logged
+    service_index: Index
 
-    def with_key(self) -> Options:
-        """The same, with the key made that a new service is to have."""
-        if self.key is not None or not self.makes_key:
+    def with_generated_key(self) -> Options:
+        """The same options, with the key that a new service gets if one is to be generated."""
+        if self.key is not None or not self.generates_key:
             return self
         return self._replace(key=base64.urlsafe_b64encode(os.urandom(24)).decode())
 
 
-def ensure_service(options: Options) -> tuple[Service, bool]:
-    """The service of the root, started where there is none, and whether it was.
+# -- starting a service ----------------------------------------------------------------------------
 
-    Returns when the service owns its root and takes connections, which it answers once it has
-    imported Metaflow. An outdated service that nobody needs is replaced. ServiceError where it
-    cannot start or another one runs than is asked for.
+
+def ensure_service(options: Options) -> tuple[Service, bool]:
+    """The service of the root, which is started if none runs, and whether it was.
+
+    Returns when the service owns its root and accepts connections; it answers them once it has
+    imported Metaflow. ServiceError if it cannot start, or runs with other options.
     """
-    retire_outdated_service(options.root)
     service = find_service(options.root)
     if service is None:
         make_datastore_folder(options.root)
         with registry_lock(options.root, fcntl.LOCK_EX):
             service = running_service(options.root)
             if service is None:
-                return _launch(options.with_key()), True
-    if options.port not in (0, service.port):
-        raise ServiceError(f"The service of {service.root} runs already, on port {service.port}.")
-    if options.key not in (None, service.key):
-        raise ServiceError(f"The service of {service.root} runs already, with another key.")
-    if options.ui_folder not in (None, service.ui_folder):
-        raise ServiceError(f"The service of {service.root} runs already, with another UI.")
-    if options.makes_key and service.key is None:
-        raise ServiceError(f"The service of {service.root} runs already, without a key.")
+                return launch_daemon(options.with_generated_key()), True
+    conflicts = {
+        f"on port {service.port}": options.port not in (0, service.port),
+        "with another key": options.key not in (None, service.key),
+        "with another UI": options.ui_folder not in (None, service.ui_folder),
+        "without a key": options.generates_key and service.key is None,
+    }
+    for conflict, applies in conflicts.items():
+        if applies:
+            raise ServiceError(f"The service of {service.root} runs already, {conflict}.")
     return service, False
 
 
 def is_outdated(service: Service) -> bool:
-    """Whether it is of another version of this program, or of one that took no orders yet."""
+    """Whether a service is of another version of this program, or of one that takes no orders."""
     return service.version != __version__ or service.nonce is None
 
 
 def retire_outdated_service(root: str) -> None:
-    """Stop the service of a root if it is outdated and nobody needs it. The next has its port.
+    """Stop the service of a root if it is outdated and nobody needs it; the next gets its port.
 
-    Commands need it that hold the lease, so this is to be called before one takes it, and so does
-    whatever it tells of itself. One with a key, another address or a terminal has been started on
-    purpose, and is left to whoever did that.
+    It is needed while a command holds the lease, so call this before acquiring that, or if the
+    service itself says so. A service with a key, another address or a terminal was started on
+    purpose, and is left to the user.
     """
     service = find_service(root)
     if service is None or not is_outdated(service):
         return
-    is_common = service.host == DEFAULT_HOST and service.key is None and service.log is not None
-    path = os.path.join(datastore_folder(root), LEASE)
-    lease = LockedFile.acquire(path, fcntl.LOCK_EX | fcntl.LOCK_NB) if is_common else None
+    if service.host != DEFAULT_HOST or service.key is not None or service.log is None:
+        return
+    lease = LockedFile.try_acquire(root_file(root, LEASE), fcntl.LOCK_EX)
     if lease is None:
         return
     with contextlib.suppress(ServiceError):
         if not is_needed(service):
             stop_service(service)
-            keep_port(root, service.port)
+            save_port(root, service.port)
     lease.release()
 
 
 def is_needed(service: Service) -> bool:
-    """Whether a service says that somebody needs it, which those of earlier versions do not."""
+    """Whether a service says that it is needed, which services of early versions never do."""
     try:
         return bool(service.order("identify").get("is_needed"))
     except OSError:
@@ -12618,114 +12697,85 @@ def is_needed(service: Service) -> bool:
 
 
 def serve_in_foreground(options: Options) -> None:
-    """Be the service until it is stopped."""
-    options = options.with_key()
+    """Be the service of the root until it is stopped."""
+    options = options.with_generated_key()
     make_datastore_folder(options.root)
     with registry_lock(options.root, fcntl.LOCK_EX):
         service = running_service(options.root)
         if service is not None:
             raise ServiceError(f"The service of {service.root} runs already, at {service.url}.")
-        claim = _bind(options)
+        claim = claim_root(options)
         daemon = Daemon(options, claim)
-        _register(options, claim, log_file=None)
+        register_service(options, claim, log_file=None)
     daemon.run(logging.StreamHandler())
 
 
 class Claim(NamedTuple):
-    """What makes a process the service of a root; it can be handed on through an exec."""
+    """What makes a process the service of a root. It survives a fork and an exec."""
 
-    lock: LockedFile  # the pidfile
+    pidfile: LockedFile
     server: Server
-    folder: int  # the open .metaflow, which no other can take the place of
-    nonce: str  # what orders must bring
+    folder: int  # the open .metaflow, which is known by this whatever is at its path
+    nonce: str  # what orders must carry
 
     def release(self) -> None:
-        """Leave it to the process that it was handed to."""
+        """Leave the claim to the process that has inherited it."""
         self.server.socket.close()
         os.close(self.folder)
-        self.lock.release()
+        self.pidfile.release()
 
 
-def _launch(options: Options) -> Service:
-    """Start a service in the background. Under the exclusive `registry_lock`."""
-    claim = _bind(options)
-    reader, writer = os.pipe()
-    try:
-        child = os.fork()
-    except OSError as error:
-        remove_file(claim.lock.path)
-        claim.release()
-        raise ServiceError(f"The service cannot start: {error.strerror}.") from None
-    if child == 0:
-        _become_daemon(options, claim, writer)
-    os.close(writer)
-    with contextlib.suppress(ChildProcessError):  # nobody is told where SIGCHLD is ignored
-        os.waitpid(child, 0)
-    with open(reader, encoding="utf-8") as f:
-        failure = f.read()
-    content = claim.lock.read()
-    if failure or not content:
-        remove_file(claim.lock.path)
-    claim.release()
-    if failure or not content:
-        raise ServiceError(failure or "The service was ended before it could start.")
-    return parse_pidfile(content, claim.lock.path)
+def claim_root(options: Options) -> Claim:
+    """Listen, and lock the pidfile of the root. The caller holds `registry_lock` exclusively.
 
-
-def _bind(options: Options) -> Claim:
-    """Lock the pidfile and listen. ServiceError where that cannot be; then nothing is left of it.
-
-    Under the exclusive `registry_lock`.
+    ServiceError if that is impossible; then nothing is left of it.
     """
     if importlib.util.find_spec("metaflow") is None:
         raise ServiceError(f"Metaflow is not installed for {sys.executable}.")
     with contextlib.ExitStack() as undo:
         folder = open_datastore_folder(options.root)
         undo.callback(os.close, folder)
-        pidfile = os.path.join(datastore_folder(options.root), PIDFILE)
-        remove_file(pidfile)  # nobody's, or that of the root which this one is a copy of
-        lock = cast(LockedFile, LockedFile.acquire(pidfile, fcntl.LOCK_EX))
-        undo.callback(lock.release)
-        undo.callback(remove_file, pidfile)
         try:
-            server = _listen(options)
-        except (OSError, TypeError) as error:  # TypeError: the host is no name at all
+            server = open_server(options)
+        except (OSError, TypeError) as error:  # TypeError: the host cannot be any host's name
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise ServiceError(
                 f"Cannot listen on {options.host} port {options.port}: {reason}."
             ) from None
+        undo.callback(server.server_close)
+        path = root_file(options.root, PIDFILE)
+        remove_file(path)  # it is not locked, or is that of another root, of which this is a copy
+        pidfile = LockedFile.acquire(path, fcntl.LOCK_EX)
         undo.pop_all()
-    return Claim(lock, server, folder, nonce=os.urandom(16).hex())
+    return Claim(pidfile, server, folder, nonce=os.urandom(16).hex())
 
 
-RELEASE_SECONDS = 2 * TICK_SECONDS
-"""How long a port is waited for that a service whose folder is gone may be about to release."""
+def open_server(options: Options) -> Server:
+    """A server on the wanted port; if any port will do, on the root's last one if that is free.
 
-
-def _listen(options: Options) -> Server:
-    """A server on the port that is asked for, else the one that the root had last, else any."""
+    OSError if the port is in use. If a service that is about to end may have it, this waits first.
+    """
     if options.port == 0:
         with contextlib.suppress(OSError):
             return Server(options.host, last_port(options.root), options.key)
         return Server(options.host, 0, options.key)
     deadline = time.monotonic() + RELEASE_SECONDS
     while True:
+        # A service closes its port before it removes its link, so the link is looked for first.
+        may_be_released = options.service_index.has_dangling_link() and time.monotonic() < deadline
         try:
             return Server(options.host, options.port, options.key)
         except OSError as error:
-            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+            if error.errno != errno.EADDRINUSE or not may_be_released:
                 raise
         time.sleep(0.05)
 
 
 def last_port(root: str) -> int:
-    """The port that the root's service had last, 0 where that is not known."""
+    """The port of the last service of a root; 0 if it is not known."""
     try:
-        descriptor = os.open(
-            os.path.join(datastore_folder(root), PORT_FILE),
-            os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK,
-        )
-    except OSError:
+        descriptor = open_private_file(root_file(root, PORT_FILE), os.O_RDONLY)
+    except (OSError, ServiceError):
         return 0
     with open(descriptor, encoding="ascii") as f:
         try:
@@ -12734,20 +12784,18 @@ def last_port(root: str) -> int:
             return 0
 
 
-def keep_port(root: str, port: int) -> None:
-    """Note the port for the next service of the root; without it, that takes another."""
-    path = os.path.join(datastore_folder(root), PORT_FILE)
-    with contextlib.suppress(OSError):
-        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-        descriptor = os.open(path, flags, 0o600)
-        with open(descriptor, "w", encoding="ascii") as f:
+def save_port(root: str, port: int) -> None:
+    """Save the port for the next service of the root, which takes any if that is impossible."""
+    with contextlib.suppress(OSError, ServiceError):
+        path = root_file(root, PORT_FILE)
+        with open(open_private_file(path, os.O_WRONLY | os.O_CREAT), "w", encoding="ascii") as f:
             f.truncate(0)
             f.write(str(port))
 
 
-def _register(options: Options, claim: Claim, log_file: str | None) -> None:
-    """Tell in the pidfile and the index that this process is the service."""
-    folder, server = os.fstat(claim.folder), claim.server
+def register_service(options: Options, claim: Claim, log_file: str | None) -> None:
+    """Write to the pidfile and the index that this process is the service of the root."""
+    status, server = os.fstat(claim.folder), claim.server
     service = Service(
         pid=os.getpid(),
         host=options.host,
@@ -12761,47 +12809,16 @@ def _register(options: Options, claim: Claim, log_file: str | None) -> None:
         ui_folder=options.ui_folder,
         key=options.key,
         nonce=claim.nonce,
-        device=folder.st_dev,
-        inode=folder.st_ino,
-        network=namespace("net"),
+        device=status.st_dev,
+        inode=status.st_ino,
+        network=namespace_id("net"),
     )
-    claim.lock.write(json.dumps(service._asdict()))
-    keep_port(options.root, server.server_port)
-    options.registry.add(options.root)
+    claim.pidfile.write(json.dumps(service._asdict()))
+    save_port(options.root, server.server_port)
+    options.service_index.add(options.root)
 
 
-def _become_daemon(options: Options, claim: Claim, ready: int) -> NoReturn:
-    """Run the service in a process that has nothing of the one that started it.
-
-    Closes `ready` once the service is registered; writes there why not, where that fails.
-    """
-    try:
-        os.setsid()
-        if os.fork() > 0:
-            os._exit(0)
-        log_file = os.path.join(datastore_folder(options.root), LOG_FILE)
-        os.chdir("/")
-        os.umask(0o077)
-        _take_defaults()
-        _lead_output_to(_open_log(claim.folder))
-        _keep_only({ready, claim.lock.descriptor, claim.folder, *claim.server.descriptors()})
-        _register(options, claim, log_file)
-    except BaseException as error:
-        os.write(ready, f"The service cannot start: {error}.".encode())
-        os._exit(1)
-    os.close(ready)
-    _exec_anew(options, claim)
-    _run_daemon(options, claim)
-
-
-def _run_daemon(options: Options, claim: Claim) -> NoReturn:
-    try:
-        Daemon(options, claim).run(LogFile(claim.folder))
-    except BaseException:
-        log.exception("the service failed")
-        os._exit(1)
-    os._exit(0)
-
+# -- becoming a daemon -----------------------------------------------------------------------------
 
 INTERPRETER_OPTIONS = {
     "isolated": "-I",
@@ -12811,7 +12828,8 @@ INTERPRETER_OPTIONS = {
     "dont_write_bytecode": "-B",
     "utf8_mode": "-Xutf8",
 }
-"""The options of Python's command line that say what it finds, and the flag that tells of each."""
+"""The flags of an interpreter that decide which modules it finds and how it reads them, and the
+options of Python's command line that set them."""
 
 CALLING_PROGRAM = """
 import importlib.util, sys
@@ -12821,68 +12839,9 @@ spec.loader.exec_module(module)
 module.{call}
 """
 
-
-def program_that_calls(call: str) -> str:
-    """What a new interpreter is to run that is to call a function of this module.
-
-    It imports the module, whose bytecode is kept then, as it is not of a file that is run.
-    """
-    return CALLING_PROGRAM.format(name=PROGRAM.replace("-", "_"), file=__file__, call=call)
-
-
-def interpreter_command() -> list[str]:
-    """The command of an interpreter that finds what this one finds."""
-    flags = [word for flag, word in INTERPRETER_OPTIONS.items() if getattr(sys.flags, flag)]
-    return [sys.executable, *flags]
-
-
-def _exec_anew(options: Options, claim: Claim) -> None:
-    """Become a new interpreter that goes on as the daemon; return where that cannot be.
-
-    The command line and the environment of a process are for others to see, and are those of the
-    starter until then. What is not for them, the key among it, goes through a pipe.
-    """
-    state = (
-        {**options._asdict(), "registry": options.registry.folder},
-        claim.lock.descriptor,
-        claim.server.fileno(),
-        claim.folder,
-        claim.nonce,
-    )
-    path = [folder for folder in sys.path if os.path.isabs(folder)]
-    call = f"resume_daemon(*{state!a})"
-    program = f"import sys\nsys.path[:] = {path!a}\n{program_that_calls(call)}".encode()
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    is_written = os.write(writer, program) == len(program)
-    os.dup2(reader, 0)
-    os.close(reader)
-    os.close(writer)
-    if is_written and os.path.isfile(__file__):
-        for descriptor in state[1:4]:
-            os.set_inheritable(descriptor, True)
-        with contextlib.suppress(OSError, ValueError):
-            words = [*interpreter_command(), "-", PROGRAM, "--root", options.root]
-            os.execv(sys.executable, words)
-    _lead_input_to_nothing()
-
-
-def resume_daemon(
-    told: Mapping[str, Any], lock: int, listener: int, folder: int, nonce: str
-) -> NoReturn:
-    """Go on as the daemon of which `_exec_anew` tells the options, the open files and the nonce."""
-    _lead_input_to_nothing()
-    for descriptor in (lock, listener, folder):
-        os.set_inheritable(descriptor, False)
-    options = Options(**{**told, "registry": Index(told["registry"])})
-    pidfile = LockedFile(os.path.join(datastore_folder(options.root), PIDFILE), lock)
-    server = Server(options.host, options.port, options.key, socket.socket(fileno=listener))
-    _run_daemon(options, Claim(pidfile, server, folder, nonce))
-
-
 RAISED_LIMITS = ("CPU", "FSIZE", "DATA", "AS", "RSS", "NOFILE", "NPROC", "MEMLOCK")
-"""The limits that a shell may have set for a command of its own. That of the stack is not among
-them: it is what each thread takes."""
+"""The limits that a user may have set for a command and that are not meant for a service. That of
+the stack is not among them, because each thread takes as much memory as it allows."""
 
 KEPT_VARIABLES = re.compile(
     "(METAFLOW|PYTHON|LC|LD|DYLD|XDG)_?.*"
@@ -12891,15 +12850,131 @@ KEPT_VARIABLES = re.compile(
 """The environment variables that Python and Metaflow may need in a service."""
 
 SECRET_VARIABLES = frozenset((ENV_KEY, ENV_EXPORTED, "METAFLOW_SERVICE_HEADERS"))
-"""Those of Metaflow's and of ours that it does without, since they hold keys."""
+"""Those of them that a service does not need and that hold keys."""
 
 STOP_SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT))
 
 
-def _take_defaults() -> None:
-    """Give up the limits, signals and environment of the process that started the service.
+def launch_daemon(options: Options) -> Service:
+    """Start a service in the background. The caller holds `registry_lock` exclusively."""
+    claim = claim_root(options)
+    path = claim.pidfile.path
+    reader, writer = os.pipe()
+    try:
+        child = os.fork()
+    except OSError as error:
+        remove_file(path)
+        claim.release()
+        raise ServiceError(f"The service cannot start: {error.strerror}.") from None
+    if child == 0:
+        become_daemon(options, claim, writer)
+    os.close(writer)
+    with contextlib.suppress(ChildProcessError):  # raised if the user ignores SIGCHLD
+        os.waitpid(child, 0)
+    with open(reader, encoding="utf-8") as f:
+        failure = f.read()  # returns when the daemon has closed its end
+    content = claim.pidfile.read()
+    if failure or not content:
+        remove_file(path)
+    claim.release()
+    if failure or not content:
+        raise ServiceError(failure or "The service was killed before it could start.")
+    return parse_pidfile(content, path)
 
-    The signals that are to stop it wait until there is a `Daemon` to obey them.
+
+def become_daemon(options: Options, claim: Claim, ready: int) -> NoReturn:
+    """Run the service in a process that inherits nothing else from the one that started it.
+
+    Closes the pipe `ready` when the service is registered, or writes to it why that failed.
+    """
+    try:
+        os.setsid()
+        if os.fork() > 0:
+            os._exit(0)
+        os.chdir("/")
+        os.umask(0o077)
+        reset_process()
+        redirect_output(open_log(claim.folder))
+        pidfile, server = claim.pidfile.descriptor, claim.server
+        close_all_but({ready, pidfile, claim.folder, *server.descriptors()})
+        register_service(options, claim, log_file=root_file(options.root, LOG_FILE))
+    except BaseException as error:
+        os.write(ready, f"The service cannot start: {error}.".encode())
+        os._exit(1)
+    os.close(ready)
+    exec_interpreter(options, claim)
+    run_daemon(options, claim)
+
+
+def exec_interpreter(options: Options, claim: Claim) -> None:
+    """Replace this process by a new interpreter that calls `resume_daemon`.
+
+    Until then the process shows the command line and environment of the command that started it.
+    The new ones hold nothing that others may not see; the key and the nonce go through a pipe.
+    Returns if there can be no new interpreter; then this one has to do.
+    """
+    descriptors = (claim.pidfile.descriptor, claim.server.fileno(), claim.folder)
+    fields = {**options._asdict(), "service_index": options.service_index.folder}
+    call = f"resume_daemon({fields!a}, {descriptors!a}, {claim.nonce!a})"
+    path = [folder for folder in sys.path if os.path.isabs(folder)]
+    program = f"import sys\nsys.path[:] = {path!a}\n{program_that_calls(call)}".encode()
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    is_written = os.write(writer, program) == len(program)
+    os.dup2(reader, 0)
+    os.close(reader)
+    os.close(writer)
+    if is_written and os.path.isfile(__file__):
+        for descriptor in descriptors:
+            os.set_inheritable(descriptor, True)
+        with contextlib.suppress(OSError, ValueError):
+            words = [*interpreter_command(), "-", PROGRAM, "--root", options.root]
+            os.execv(sys.executable, words)
+    close_input()
+
+
+def interpreter_command() -> list[str]:
+    """The command line of an interpreter that finds the modules that this one finds."""
+    flags = [option for flag, option in INTERPRETER_OPTIONS.items() if getattr(sys.flags, flag)]
+    return [sys.executable, *flags]
+
+
+def program_that_calls(call: str) -> str:
+    """The source of a program that imports this module and makes a call to it.
+
+    Unlike a module that is run as a file, one that is imported has its bytecode cached.
+    """
+    return CALLING_PROGRAM.format(name=PROGRAM.replace("-", "_"), file=__file__, call=call)
+
+
+def resume_daemon(
+    fields: Mapping[str, Any], descriptors: tuple[int, int, int], nonce: str
+) -> NoReturn:
+    """Go on as the daemon whose options and claim `exec_interpreter` has passed on."""
+    close_input()
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, False)
+    options = Options(**{**fields, "service_index": Index(fields["service_index"])})
+    lock, listener, folder = descriptors
+    pidfile = LockedFile(root_file(options.root, PIDFILE), lock)
+    server = Server(options.host, options.port, options.key, socket.socket(fileno=listener))
+    run_daemon(options, Claim(pidfile, server, folder, nonce))
+
+
+def run_daemon(options: Options, claim: Claim) -> NoReturn:
+    """Run the service, and end the process with it."""
+    try:
+        Daemon(options, claim).run(LogFile(claim.folder))
+    except BaseException:
+        log.exception("the service failed")
+        os._exit(1)
+    os._exit(0)
+
+
+def reset_process() -> None:
+    """Give up the limits, signals and environment that this process has inherited.
+
+    The signals that stop a service are blocked until there is a `Daemon` to handle them.
     """
     import resource
 
@@ -12909,8 +12984,8 @@ def _take_defaults() -> None:
             hard = resource.getrlimit(limit)[1]
             with contextlib.suppress(OSError, ValueError):
                 resource.setrlimit(limit, (hard, hard))
-    python_ignores = (signal.SIGPIPE, signal.SIGXFSZ)
-    for number in signal.valid_signals() - set(python_ignores):
+    ignored_by_python = {signal.SIGPIPE, signal.SIGXFSZ}
+    for number in signal.valid_signals() - ignored_by_python:
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, STOP_SIGNALS)
@@ -12919,50 +12994,48 @@ def _take_defaults() -> None:
             del os.environ[variable]
 
 
-def _keep_only(descriptors: set[int]) -> None:
-    """Close all files but these and the standard streams."""
+def close_all_but(descriptors: set[int]) -> None:
+    """Close all files of this process but these and the standard streams."""
     for name in os.listdir("/dev/fd"):
         if int(name) > 2 and int(name) not in descriptors:
             with contextlib.suppress(OSError):
                 os.close(int(name))
 
 
-def _open_log(folder: int) -> int:
-    """The log in an open folder, made private; where it is no file of ours, nothing is logged."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
-    with contextlib.suppress(OSError):
-        descriptor = os.open(LOG_FILE, flags, 0o600, dir_fd=folder)
-        status = os.fstat(descriptor)
-        if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
-            os.fchmod(descriptor, 0o600)
-            return descriptor
-        os.close(descriptor)
-    return os.open(os.devnull, os.O_WRONLY)
-
-
-def _lead_output_to(output: int) -> None:
-    """Let stdout and stderr lead to an open file, and stdin to nothing. Closes the file."""
-    _lead_input_to_nothing()
+def redirect_output(output: int) -> None:
+    """Make an open file stdout and stderr, and close stdin."""
+    close_input()
     for number in (1, 2):
         os.dup2(output, number)
     if output > 2:
         os.close(output)
 
 
-def _lead_input_to_nothing() -> None:
+def close_input() -> None:
+    """Make /dev/null stdin."""
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     if null > 0:
         os.close(null)
 
 
+# -- the log ---------------------------------------------------------------------------------------
+
 LONGEST_LOG = 2**20
+"""In bytes. A longer log is put aside, in place of the one that was put aside before."""
+
+
+def open_log(folder: int) -> int:
+    """Open the log in an open folder, or /dev/null if there cannot be a log of this user's."""
+    with contextlib.suppress(OSError, ServiceError):
+        return open_private_file(LOG_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, folder)
+    return os.open(os.devnull, os.O_WRONLY)
 
 
 class LogFile(logging.StreamHandler):  # type: ignore[type-arg]  # no generic before 3.11
-    """Writes on stderr, which leads to the log of a folder: two files of a megabyte at most.
+    """Writes to stderr, which is the log in a folder, and puts the log aside when it is too long.
 
-    The folder is known by its descriptor, so that none is written to that has taken its place.
+    The folder is known by its descriptor, since another one may take its place.
     """
 
     def __init__(self, folder: int) -> None:
@@ -12973,21 +13046,37 @@ class LogFile(logging.StreamHandler):  # type: ignore[type-arg]  # no generic be
     def emit(self, record: logging.LogRecord) -> None:
         if os.fstat(2).st_size > LONGEST_LOG:
             with contextlib.suppress(OSError):
-                places = {"src_dir_fd": self._folder, "dst_dir_fd": self._folder}
-                os.replace(LOG_FILE, f"{LOG_FILE}.1", **places)
-                _lead_output_to(_open_log(self._folder))
+                folders = {"src_dir_fd": self._folder, "dst_dir_fd": self._folder}
+                os.replace(LOG_FILE, f"{LOG_FILE}.1", **folders)
+                redirect_output(open_log(self._folder))
         super().emit(record)
 
+
+class OneLineFormatter(logging.Formatter):
+    """Escapes the characters in a message that a terminal takes for a command, or a reader for the
+    beginning of another message. Tracebacks, which are our own, keep their lines."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        message = super().formatMessage(record)
+        return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", escape_character, message)
+
+
+def escape_character(match: Match[str]) -> str:
+    return match.group().encode("unicode_escape").decode()
+
+
+# -- searches --------------------------------------------------------------------------------------
 
 SEARCH_SECONDS = 5.0
 """How long a search for a pattern may take."""
 
-SEARCHES_AT_A_TIME = 2
+MOST_SEARCHES = 2
+"""How many searches run at the same time."""
 
 SEARCH_PROGRAM = """
 import json, re, sys
-asked = json.load(sys.stdin)
-for pattern, flags, method in asked["candidates"]:
+search = json.load(sys.stdin)
+for pattern, flags, method in search["candidates"]:
     try:
         match = getattr(re.compile(pattern, flags), method)
         break
@@ -12996,35 +13085,33 @@ for pattern, flags, method in asked["candidates"]:
 else:
     json.dump({"problem": problem}, sys.stdout)
     sys.exit()
-json.dump({"found": [text for text in asked["texts"] if match(text)]}, sys.stdout)
+json.dump({"found": [text for text in search["texts"] if match(text)]}, sys.stdout)
 """
-"""What the process of a search runs: it reads a pattern and texts, and writes which match."""
+"""The program of a search: it reads a pattern and texts, and writes which of them match."""
 
 
 class PatternSearcher:
-    """Searches for patterns in processes of their own, which can be ended."""
+    """Searches for patterns in processes of their own, since only a process can be interrupted."""
 
     def __init__(self) -> None:
-        self._turn = threading.BoundedSemaphore(SEARCHES_AT_A_TIME)
+        self._slots = threading.BoundedSemaphore(MOST_SEARCHES)
 
     def search(self, candidates: Sequence[Regex], texts: Collection[str]) -> set[str]:
-        """A Search; BadQuery where it takes too long."""
-        with self._turn:
-            outcome = self._run(
-                json.dumps({"candidates": candidates, "texts": list(texts)}).encode()
-            )
+        """A Search; BadQuery if it takes too long."""
+        with self._slots:
+            outcome = self._run({"candidates": candidates, "texts": list(texts)})
         if "problem" in outcome:
             pattern = candidates[-1].pattern
             raise BadQuery(f"{pattern!r} is not a regular expression: {outcome['problem']}.")
         return set(outcome["found"])
 
-    def _run(self, asked: bytes) -> Mapping[str, Any]:
+    def _run(self, search: Mapping[str, object]) -> Mapping[str, Any]:
         import subprocess
 
         try:
             searcher = subprocess.run(
                 [sys.executable, "-I", "-S", "-W", "ignore", "-c", SEARCH_PROGRAM],
-                input=asked,
+                input=json.dumps(search).encode(),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 timeout=SEARCH_SECONDS,
@@ -13039,56 +13126,33 @@ class PatternSearcher:
         return outcome
 
 
-class OneLineFormatter(logging.Formatter):
-    """Writes what clients have sent without the characters that a terminal takes for commands, or
-    a reader for the beginning of another entry. Tracebacks are of our own making."""
+# -- the service while it runs ---------------------------------------------------------------------
 
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        message = super().formatMessage(record)
-        return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", escape_character, message)
-
-
-def escape_character(match: Match[str]) -> str:
-    return match.group().encode("unicode_escape").decode()
-
-
-OPENING_TICK_SECONDS = 0.25
-"""How often a service that is not idle yet, since it imports Metaflow, looks for its folder."""
+IMPORT_TICK_SECONDS = 0.25
+"""How often a service looks for its folder while it imports Metaflow."""
 
 MISSING_SECONDS = 5.0
-"""How long the folder of a service may be missing before it is gone for good."""
-
+"""How long the folder of a service may be missing before it counts as gone."""
 
 M_MMAP_THRESHOLD = -3
-"""Which of its parameters glibc's mallopt(3) is to set."""
+"""The parameter of glibc's mallopt(3) for the size from which a block of memory is mapped."""
 
-LARGE_BLOCK = 4 * 2**20
-
-
-def free_large_blocks_at_once() -> None:
-    """Have the memory of large answers given back when they are sent, where the C library is glibc.
-
-    It would keep that for later, for every thread on its own: 600 MB after 30 answers of 30 MB.
-    """
-    import ctypes
-
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
+MAPPED_SIZE = 4 * 2**20
 
 
 class Daemon:
-    """The service of a root while it runs: what it owns, for whom it stays, and when it goes."""
+    """The service of a root while it runs: what it owns, whom it stays for, and when it ends."""
 
     def __init__(self, options: Options, claim: Claim) -> None:
-        """From here on it can be told to stop, also by signals that whoever started it blocks."""
+        """From here on the service handles the signals that stop it, even if they were blocked."""
         self._options = options
-        self._lock, self._server, self._descriptor, self._nonce = claim
+        self._pidfile, self._server, self._folder, self._nonce = claim
+        self._path = datastore_folder(options.root)
+        self._status = os.fstat(self._folder)
         self._lease: LockedFile | None = None
         self._idle_timeout = options.idle_timeout
-        self._path = datastore_folder(options.root)
-        self._folder = os.fstat(self._descriptor)
         self._missing_since: float | None = None
-        self._is_open = threading.Event()  # whether Metaflow is imported, and requests are answered
+        self._is_open = threading.Event()  # set when Metaflow is imported and requests are answered
         self._holders: dict[int, int] = {}  # processes that it stays for, with their pidfd or -1
         self._server.owner = self
         for number in STOP_SIGNALS:
@@ -13097,60 +13161,60 @@ class Daemon:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def run(self, handler: logging.Handler) -> None:
-        """Import Metaflow and answer requests until nobody needs it, and leave nothing behind."""
-        free_large_blocks_at_once()
+        """Import Metaflow, answer requests until the service is to end, and clean up."""
+        return_large_blocks_at_once()
         handler.setFormatter(OneLineFormatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
         log.setLevel(logging.DEBUG if self._options.is_debug else logging.INFO)
         log.info("serving %s at %s", self._options.root, self._server.url)
         self._server.accept()
-        threading.Thread(target=self._watch_while_opening, daemon=True).start()
-        service = self._open()
+        threading.Thread(target=self._watch_while_importing, daemon=True).start()
+        service = self._make_service()
         self._is_open.set()
         tick = min(TICK_SECONDS, self._idle_timeout or TICK_SECONDS)
         self._server.serve(service, self._is_wanted, tick)
         signal.set_wakeup_fd(-1)  # `finish` closes the descriptor that signals are written to
         self._announce_stop()
         self._server.finish()
-        self._leave()
+        self._unregister()
         log.info("stopped")
 
     # -- what its server asks ----------------------------------------------------------------------
 
     def refusal(self) -> str | None:
-        """Why nothing is answered: the path of the folder does not lead to it."""
+        """The reason to answer no request: the path of the folder leads elsewhere."""
         if self._is_in_place():
             return None
         return f"The service's folder {self._path} is not in its place any more."
 
     def obey(self, order: str, fields: Mapping[str, str]) -> Mapping[str, object] | None:
-        """An order of a process that has read the pidfile; None where it has not."""
+        """Carry out an order if its sender has read the pidfile; if not, return None."""
         if not is_same_secret(fields.get(NONCE_HEADER, ""), self._nonce):
             return None
         if order == "stop":
             os.kill(os.getpid(), signal.SIGTERM)
-        elif order == "hold" and fields.get("namespace") == namespace("pid"):
-            self._hold(fields.get("pid", ""))
+        elif order == "hold" and fields.get("namespace") == namespace_id("pid"):
+            self._add_holder(fields.get("pid", ""))
         return {"serves": self._is_in_place(), "is_needed": self._is_needed()}
 
     def _is_needed(self) -> bool:
-        """Whether it is never to stop, or has connections beside the one that asks, or holders."""
+        """Whether it never ends when idle, or has holders or connections but the sender's own."""
         return (
             not self._options.idle_timeout
             or self._server.count_connections() > 1
             or any(is_process_alive(*holder) for holder in list(self._holders.items()))
         )
 
-    def _hold(self, pid: str) -> None:
+    def _add_holder(self, pid: str) -> None:
         """Stay for as long as a process lives."""
         if not re.fullmatch("[0-9]{1,9}", pid) or int(pid) in self._holders:
             return
         with contextlib.suppress(OSError):
-            opened = os.pidfd_open(int(pid)) if hasattr(os, "pidfd_open") else -1
-            self._holders[int(pid)] = opened
+            descriptor = os.pidfd_open(int(pid)) if hasattr(os, "pidfd_open") else -1
+            self._holders[int(pid)] = descriptor
 
-    def _is_held(self) -> bool:
-        """Whether a process lives that it stays for; forgets those that have ended."""
+    def _has_holder(self) -> bool:
+        """Whether one of its holders lives; forgets those that have ended."""
         for pid, descriptor in list(self._holders.items()):
             if is_process_alive(pid, descriptor):
                 return True
@@ -13159,145 +13223,159 @@ class Daemon:
                 os.close(descriptor)
         return False
 
-    # -- its life ----------------------------------------------------------------------------------
+    # -- starting ----------------------------------------------------------------------------------
 
-    def _stop(self, *_: object) -> None:
-        """End; at once, where nothing has been answered yet."""
-        if not self._is_open.is_set():
-            self._server.socket.close()  # the port is free when the pidfile is gone
-            self._leave()
-            os._exit(0)
-        self._server.stop()
-
-    def _watch_while_opening(self) -> None:
-        """End where the folder is gone before Metaflow is imported, which can take a minute."""
-        while not self._is_open.wait(OPENING_TICK_SECONDS):
-            if self._is_gone():
-                self._stop()
-
-    def _open(self) -> MetadataService | BrokenService:
+    def _make_service(self) -> MetadataService | BrokenService:
+        """Import Metaflow and return what answers requests, even if that is only why it cannot."""
         try:
             store = Store(self._options.root)
             store.prepare_to_write()
             search, credentials = PatternSearcher().search, self._server.access.credentials
-            folder, list_services = self._options.ui_folder, self._list_services
-            return UiService(store, folder, credentials, search, list_services)
+            ui_folder, list_services = self._options.ui_folder, self._list_services
+            return UiService(store, ui_folder, credentials, search, list_services)
         except (Exception, SystemExit) as error:
             log.exception("cannot start")
             self._idle_timeout = BROKEN_IDLE_TIMEOUT
             reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             return BrokenService(f"The service cannot start: {reason}.")
 
+    def _watch_while_importing(self) -> None:
+        """End if the folder goes before Metaflow is imported, which can take a minute."""
+        while not self._is_open.wait(IMPORT_TICK_SECONDS):
+            if self._is_gone():
+                self._stop()
+
     def _list_services(self) -> list[ServiceRow]:
-        """All running services of this user, by root; this one without a look at its pidfile, at
-        which it would wait for its own end."""
+        """All running services of this user, sorted by root.
+
+        This one does not look at its own pidfile: if it is stopping, it would wait for itself.
+        """
         root = self._options.root
         own: ServiceRow = {"root": root, "url": self._server.url, "is_this": True}
         others: list[ServiceRow] = [
             {"root": service.root, "url": service.url, "is_this": False}
-            for service in self._options.registry.services(besides=root)
+            for service in self._options.service_index.services(besides=root)
         ]
         return sorted([own, *others], key=lambda row: row["root"])
 
+    # -- staying -----------------------------------------------------------------------------------
+
     def _is_wanted(self, idle_seconds: float) -> bool:
+        """Whether the service goes on; if not, it holds the lease or has lost its root."""
         self._restore_pidfile()
-        if self._is_gone() or not self._owns_root():
+        if self._is_gone() or not self._owns_pidfile():
             log.warning("%s is not ours any more", self._path)
             return False
         is_idle = self._idle_timeout and idle_seconds >= self._idle_timeout
         if not is_idle or not self._is_in_place():
             return True
-        return self._is_held() or not self._end_leases()
+        return self._has_holder() or not self._acquire_lease()
 
     def _is_in_place(self) -> bool:
-        """Whether the path of the folder leads to the one that is served."""
+        """Whether the path of the folder leads to the folder that is served."""
         try:
-            return os.path.samestat(os.stat(self._path), self._folder)
+            return os.path.samestat(os.stat(self._path), self._status)
         except OSError:
             return False
 
     def _is_gone(self) -> bool:
-        """Whether the folder is not there for good: another is, it was deleted, or time is up."""
+        """Whether the folder was deleted or replaced, or has been missing for too long."""
         if self._is_in_place():
             self._missing_since = None
             return False
         now = time.monotonic()
         if self._missing_since is None:
             self._missing_since = now
-        was_deleted = os.fstat(self._descriptor).st_nlink == 0
+        was_deleted = os.fstat(self._folder).st_nlink == 0
         is_replaced = os.path.isdir(self._path)
         return was_deleted or is_replaced or now - self._missing_since > MISSING_SECONDS
 
-    def _restore_pidfile(self) -> None:
-        """Register anew if the pidfile was deleted, as those do who tidy up.
+    def _owns_pidfile(self) -> bool:
+        """Whether the folder that is served has the pidfile of this service, or none."""
+        try:
+            current = os.stat(PIDFILE, dir_fd=self._folder, follow_symlinks=False)
+        except OSError:
+            return True
+        return os.path.samestat(current, os.fstat(self._pidfile.descriptor))
 
-        Else the next command would start another service, and this one, which does not own the root
-        any more then, would leave those that use it.
+    def _owns_root(self) -> bool:
+        """Whether this service may change what is at the path of its folder."""
+        return self._is_in_place() and self._owns_pidfile()
+
+    def _restore_pidfile(self) -> None:
+        """Register again if somebody has deleted the pidfile.
+
+        Otherwise the next command would start another service, and this one would end although
+        there are commands that use it.
         """
-        if os.path.lexists(self._lock.path) or not self._is_in_place():
+        if os.path.lexists(self._pidfile.path) or not self._is_in_place():
             return
         suppressed = contextlib.suppress(OSError, ServiceError)
         with suppressed, registry_lock(self._options.root, fcntl.LOCK_EX):
-            lock = LockedFile.acquire(self._lock.path, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if lock is None:
-                return  # another service has come first
-            lock.write(self._lock.read())
-            self._lock.release()
-            self._lock = lock
-            self._options.registry.add(self._options.root)
+            pidfile = LockedFile.try_acquire(self._pidfile.path, fcntl.LOCK_EX)
+            if pidfile is None:
+                return  # another service has been faster
+            pidfile.write(self._pidfile.read())
+            self._pidfile.release()
+            self._pidfile = pidfile
+            self._options.service_index.add(self._options.root)
 
-    def _owns_root(self) -> bool:
-        """Whether no other pidfile is in place of ours in the folder that is served."""
-        try:
-            current = os.stat(PIDFILE, dir_fd=self._descriptor, follow_symlinks=False)
-        except OSError:
-            return True
-        return os.path.samestat(current, os.fstat(self._lock.descriptor))
+    def _acquire_lease(self) -> bool:
+        """Acquire the lease exclusively, unless a command has it; new ones then wait for our end.
 
-    def _has_lost_root(self) -> bool:
-        """Whether what is at the path of the folder now is not for this service to change."""
-        return not self._is_in_place() or not self._owns_root()
-
-    def _end_leases(self) -> bool:
-        """Take the lease from everybody, if nobody has it; who wants it then waits for our end."""
+        True also if there is no lease any more, because the root is gone.
+        """
         if self._lease is None:
-            path = os.path.join(self._path, LEASE)
             try:
-                self._lease = LockedFile.acquire(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._lease = LockedFile.try_acquire(
+                    root_file(self._options.root, LEASE), fcntl.LOCK_EX
+                )
             except (ServiceError, OSError):
-                return True  # the root is gone, and with it all leases
+                return True
         return self._lease is not None
 
+    # -- ending ------------------------------------------------------------------------------------
+
+    def _stop(self, *_: object) -> None:
+        """End, at once if no request has been answered yet; also a signal handler."""
+        if not self._is_open.is_set():
+            self._server.socket.close()  # so that the port is free when the pidfile is gone
+            self._unregister()
+            os._exit(0)
+        self._server.stop()
+
     def _announce_stop(self) -> None:
-        """Let those who look for a service wait until this one is gone.
+        """Write to the pidfile that the service is stopping, for commands to wait for its end.
 
-        Whoever looks for one in a folder that was moved waits already, with its lock.
+        If the folder was moved, the command that has told it to stop waits already, and holds the
+        lock.
         """
-        if self._has_lost_root():
+        if not self._owns_root():
             return
-        suppressed = contextlib.suppress(
-            OSError, ServiceError
-        )  # the pidfile may be gone, with the root
+        suppressed = contextlib.suppress(OSError, ServiceError)  # if the pidfile is gone
         with suppressed, registry_lock(self._options.root, fcntl.LOCK_EX):
-            service = read_pidfile(self._lock.path)
-            self._lock.write(json.dumps(service._replace(is_stopping=True)._asdict()))
+            service = read_pidfile(self._pidfile.path)
+            self._pidfile.write(json.dumps(service._replace(is_stopping=True)._asdict()))
 
-    def _leave(self) -> None:
-        """Remove what tells of the service, in the folder that is ours. The locks end with us."""
-        has_root = not self._has_lost_root()
-        if has_root and self._end_leases() and self._lease is not None:
+    def _unregister(self) -> None:
+        """Remove the lease, the link and the pidfile, as far as they are this service's own.
+
+        Its locks are released when the process ends.
+        """
+        owns_root = self._owns_root()
+        if owns_root and self._acquire_lease() and self._lease is not None:
             remove_file(self._lease.path)
-        if self._owns_root():
-            if has_root or not os.path.exists(os.path.join(self._path, PIDFILE)):
-                self._options.registry.remove(self._options.root)
+        if self._owns_pidfile():
+            if owns_root or not os.path.exists(root_file(self._options.root, PIDFILE)):
+                self._options.service_index.remove(self._options.root)
             with contextlib.suppress(OSError):
-                os.unlink(PIDFILE, dir_fd=self._descriptor)
+                os.unlink(PIDFILE, dir_fd=self._folder)
 
 
 def is_process_alive(pid: int, descriptor: int) -> bool:
-    """Whether a process lives, by its pidfd where there is one (else -1)."""
+    """Whether a process lives, according to its pidfd or, if that is -1, its pid."""
     if descriptor >= 0:
-        poll = select.poll()  # which takes any number of a descriptor, as `select` does not
+        poll = select.poll()  # because `select` does not take large descriptors
         poll.register(descriptor, select.POLLIN)
         return not poll.poll(0)
     try:
@@ -13309,19 +13387,24 @@ def is_process_alive(pid: int, descriptor: int) -> bool:
     return True
 
 
-def hold_service(service: Service, pid: int, waits: bool = False) -> None:
-    """Let a service stay for as long as a process lives; asking it counts as use.
+def return_large_blocks_at_once() -> None:
+    """Make glibc return the memory of a large answer to the system when the answer is sent.
 
-    Returns when that is sent; if it `waits`, when the service has taken it.
+    It would keep it, for each thread separately: 600 MB after 30 answers of 30 MB.
     """
-    with contextlib.suppress(OSError):
-        service.order("hold", waits, pid=pid, namespace=namespace("pid"))
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED_SIZE)
+
+
+# -- requests to a service -------------------------------------------------------------------------
 
 
 def wait_until_ready(service: Service) -> None:
-    """Return when a service answers that was started; ServiceError with why if it never will."""
+    """Return when a service answers; ServiceError with the reason if it never will."""
     try:
-        status, response = ask(service, "/ping")
+        status, response = get_response(service, "/ping")
     except OSError as error:
         raise ServiceError(f"{service.url} does not answer: {error}.") from None
     if status != 200:
@@ -13329,29 +13412,15 @@ def wait_until_ready(service: Service) -> None:
         raise ServiceError(json.loads(response)["message"])
 
 
-def ask(service: Service, path: str) -> tuple[int, bytes]:
-    """GET a path from a service: the status and the body."""
-    host = urllib.parse.urlsplit(service.url).hostname
-    connection = http.client.HTTPConnection(host or service.host, service.port, timeout=60)
+def get_response(service: Service, path: str) -> tuple[int, bytes]:
+    """The status and the body of a service's answer to a GET; OSError if there is none."""
+    connection = http.client.HTTPConnection(service.client_host, service.port, timeout=60)
     try:
         connection.request("GET", path, headers={"x-api-key": service.key} if service.key else {})
         response = connection.getresponse()
         return response.status, response.read()
     finally:
         connection.close()
-
-
-def stop_service(service: Service) -> None:
-    """Ask a service to stop, and return when it is gone."""
-    pidfile = os.path.join(datastore_folder(service.root), PIDFILE)
-    try:
-        service.order("stop")
-    except OSError:
-        if os.path.exists(pidfile):
-            stop_process(service, pidfile)
-    if is_free_soon(pidfile, STOP_SECONDS):
-        return
-    raise ServiceError(f"Process {service.pid} was told to stop, but is still there.")
 
 
 # ==================================================================================================
@@ -13569,9 +13638,7 @@ def run_start_command(root: str, options: Sequence[str]) -> None:
 
 def stop_without_leases(root: str) -> None:
     """Stop the service of a root, unless somebody has a lease on it."""
-    lease = LockedFile.acquire(
-        os.path.join(datastore_folder(root), LEASE), fcntl.LOCK_EX | fcntl.LOCK_NB
-    )
+    lease = LockedFile.try_acquire(root_file(root, LEASE), fcntl.LOCK_EX)
     if lease is None:
         return
     try:
@@ -13754,16 +13821,18 @@ def resolve_options(arguments: Arguments, idle_timeout: float = DEFAULT_IDLE_TIM
         port=port or 0,
         idle_timeout=idle_timeout if timeout is None else timeout,
         key=key,
-        makes_key=arguments.generate_key,
+        generates_key=arguments.generate_key,
         ui_folder=chosen(arguments.ui_dir, ENV_UI_DIR, parse_ui_folder),
         is_debug=is_debug(os.environ),
-        registry=Index(home_folder(os.environ)),
+        service_index=Index(home_folder(os.environ)),
     )
 
 
 def obtain_service(arguments: Arguments) -> tuple[Service, bool]:
     """The service that the command line asks for, and whether it was started for that."""
-    service, is_new = ensure_service(resolve_options(arguments))
+    options = resolve_options(arguments)
+    retire_outdated_service(options.root)
+    service, is_new = ensure_service(options)
     mention_version(service)
     return service, is_new
 
@@ -13854,10 +13923,11 @@ def print_settings(arguments: Arguments, service: Service) -> None:
     """Print the settings as the commands of a shell."""
     import shlex
 
-    settings = command_settings(arguments, service)
-    for name in os.environ.keys() - user_environment(os.environ).keys() - settings.keys():
-        print(f"unset {name}")  # set for another service
-    for name, value in settings.items():
+    user, settings = user_environment(os.environ), command_settings(arguments, service)
+    for name in os.environ.keys() - user.keys() - settings.keys():
+        print(f"unset {name}")  # it was exported for another service
+    restored = {name: value for name, value in user.items() if os.environ.get(name) != value}
+    for name, value in {**restored, **settings}.items():
         print(f"export {name}={shlex.quote(value)}")
 
 
@@ -13893,7 +13963,7 @@ def do_status(arguments: Arguments) -> None:
     if arguments.json:
         for service in services:
             hold_service(service, os.getpid())
-        shown = [service.public() for service in services]
+        shown = [service.public_fields() for service in services]
         print(json.dumps(shown if arguments.all else next(iter(shown), None), indent=2))
     else:
         print("\n\n".join(map(describe_service, services)) or no_service_message(arguments))
@@ -13948,7 +14018,7 @@ def do_url(arguments: Arguments) -> None:
     else:
         service, _ = obtain_service(arguments)
     hold_service(service, asking_process())
-    host = urllib.parse.urlsplit(service.url).hostname or service.host
+    host = service.client_host
     if has_proxy(host, service.port, os.environ):
         print_notice(f"a proxy is set that would get the requests for {host}: add it to no_proxy")
     print(service.url)
@@ -15298,7 +15368,7 @@ def print_recorded(service: Service, folder: str, program: str) -> None:
     """Print what the service has recorded of the newest run of the demo, and what to try next."""
 
     def ask_json(path: str) -> Any:
-        return json.loads(ask(service, f"/flows/DemoFlow/runs{path}")[1])
+        return json.loads(get_response(service, f"/flows/DemoFlow/runs{path}")[1])
 
     run = ask_json("?_limit=1")[0]["run_number"]
     steps = [s["step_name"] for s in ask_json(f"/{run}/steps")[::-1] if s["step_name"][0] != "_"]
