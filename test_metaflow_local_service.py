@@ -8330,6 +8330,24 @@ def test_where_it_cannot_listen_is_one_sentence_and_leaves_nothing(cli: Cli) -> 
     assert cli("start", "--port", port).returncode == 0
 
 
+def test_only_a_port_that_a_service_may_release_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sleep(seconds: float) -> None:
+        raise LookupError("it waits")
+
+    monkeypatch.setattr(mls.time, "sleep", sleep)
+    index = mls.Index(str(tmp_path / "services"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        options = mls.Options(str(tmp_path), "127.0.0.1", port, 0, None, False, None, False, index)
+        with pytest.raises(OSError, match="in use"):
+            mls.open_server(options)
+        index.add(str(tmp_path / "deleted"))
+        with pytest.raises(LookupError, match="it waits"):
+            mls.open_server(options)
+
+
 @pytest.mark.parametrize("command", ["start", "serve", "run true", "url"])
 def test_a_python_without_metaflow_is_one_sentence(cli: Cli, command: str) -> None:
     without = [sys.executable, "-S", str(MODULE), *command.split()]  # -S: without site-packages
@@ -8386,10 +8404,10 @@ def test_a_daemon_has_only_files_of_its_own_open(daemon: Api, cli: Cli) -> None:
         links = [os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()]
         return sorted(link.partition(":")[0] for link in links)
 
-    # The log is stdout and stderr; the pipe wakes the main thread.
+    # The log is stdout and stderr; the pipes wake the main thread and the one that accepts.
     datastore = str(cli.folder / ".metaflow")  # held, so that it is known again
     pidfile_path = str(pidfile(cli.folder))
-    own = ["/dev/null", *[log] * 2, datastore, pidfile_path, "pipe", "pipe", "socket"]
+    own = ["/dev/null", *[log] * 2, datastore, pidfile_path, *["pipe"] * 4, "socket"]
     assert eventually(lambda: [f for f in files() if f != "anon_inode"] == sorted(own)), files()
     assert os.readlink(f"/proc/{pid}/cwd") == "/"
     assert os.getsid(pid) != os.getsid(0)
@@ -8910,10 +8928,12 @@ def test_settings_of_another_service_are_taken_back(cli: Cli, tmp_path: Path) ->
     for folder in (a, b):
         (folder / ".metaflow").mkdir(parents=True)
     assert cli("start", "--generate-key", cwd=a).returncode == 0
-    script = f'eval "$(PROGRAM)"; cd {b}; eval "$(PROGRAM)"; env'
-    told = in_shell(cli, script, "env", cwd=a).stdout
+    both = f'cd {a}; eval "$(PROGRAM)"; cd {b}; eval "$(PROGRAM)"'
+    key = "METAFLOW_SERVICE_AUTH_KEY"
+    told = in_shell(cli, f"{both}; env; export {key}=; {both}; echo own key: ${key}", "env").stdout
     assert f"METAFLOW_SERVICE_URL={running(b).url}\n" in told
-    assert "METAFLOW_SERVICE_AUTH_KEY=" not in told
+    assert f"{key}=" not in told
+    assert told.endswith("own key:\n")
 
 
 def test_a_proxy_does_not_come_between(cli: Cli) -> None:
