@@ -13427,18 +13427,22 @@ def get_response(service: Service, path: str) -> tuple[int, bytes]:
 # Library: what Python calls: in notebooks, scripts and tests; fixtures for pytest
 # ==================================================================================================
 #
-# The names in `__all__` and the two fixtures are all that is public.
+# Rules of this layer:
 #
-# A service that Python code asks for is started by an interpreter of its own: a process that has
-# threads, as every notebook's has, cannot become a daemon. No state is kept in this process. What
-# `ensure` and `use` ask for stays for as long as the process lives, which the service watches;
-# `running` has a lease on its service, which ends with its block or with the process.
+# - Only the names in `__all__` and the two fixtures are public.
+# - A service is started by an interpreter of its own (`run_start_command`), because a process that
+#   has threads, as every notebook's has, cannot safely fork and go on.
+# - No state is kept in this process.
+#
+# How long a service stays. That of `ensure` and `use` stays for as long as this process lives,
+# which the service watches. `running` holds the lease of its service, which is released at the end
+# of its block, or when the process ends.
 
 START_SECONDS = 60.0
 """How long an interpreter may take to start a service."""
 
 ORPHAN_IDLE_TIMEOUT = 10.0
-"""Seconds after which the service of a temporary root goes when its process was killed."""
+"""After so many idle seconds the service of a temporary root ends if its process was killed."""
 
 FolderPath = Union[str, "os.PathLike[str]"]
 
@@ -13452,18 +13456,18 @@ def ensure(
     ui_dir: FolderPath | None = None,
     generate_key: bool = False,
 ) -> Service:
-    """The service of a root, started where none runs, which stays for as long as this process.
+    """The service of a root, started if none runs; it stays for as long as this process lives.
 
-    The root is the folder that has, or gets, the .metaflow; without one, the folder that Metaflow's
-    local mode would use here. The options are those of `start`; what is not given is as the
-    environment says. Returns when the service takes connections, which it answers once it has
-    imported Metaflow. ServiceError where it cannot start, or another runs than is asked for.
+    The root is the folder that has the .metaflow, or gets one; if it is not given, the folder that
+    Metaflow's local mode would use here. The options are those of `start`, and default to the
+    environment variables. Returns when the service accepts connections; it answers them once it has
+    imported Metaflow. ServiceError if it cannot start, or runs with other options.
     """
     folder = resolve_folder(root)
-    options = service_options(host, port, idle_timeout, ui_dir, generate_key)
-    lease = acquire_lease(folder)  # so that it cannot end before it knows of this process
+    options = command_line_options(host, port, idle_timeout, ui_dir, generate_key)
+    lease = acquire_lease(folder)  # so that the service cannot end before it knows this process
     try:
-        service, is_new = start_service(folder, options)
+        service, is_new = ensure_in_subprocess(folder, options)
         hold_service(service, os.getpid(), waits=not is_new)
     finally:
         lease.release()
@@ -13471,28 +13475,28 @@ def ensure(
 
 
 def find(root: FolderPath | None = None) -> Service | None:
-    """The service of a root as `ensure` has it, None where none runs. Starts and makes nothing."""
+    """The service of a root (see `ensure`); None if none runs. Starts and creates nothing."""
     return find_service(resolve_folder(root))
 
 
 def stop(root: FolderPath | None = None) -> None:
-    """Stop the service of a root, and return when it is gone; where none runs, that is fine too."""
+    """Stop the service of a root if one runs, and return when it is gone."""
     service = find(root)
     if service is not None:
         stop_service(service)
 
 
 def use(root: FolderPath | None = None) -> Service:
-    """Let Metaflow in this process use the service of a root, as `ensure` has it.
+    """Let Metaflow in this process use the service of a root (see `ensure`).
 
-    Sets the environment, and Metaflow's own settings where it has been imported already: from here
-    on its client, `Runner` and every subprocess use the service. Says so on stderr, but not where
-    the environment was so already, as in the tasks of a flow whose file calls this.
+    Sets the environment and, if Metaflow has been imported already, its settings: from now on its
+    client, `Runner` and every subprocess use the service. Says so on stderr if that changes the
+    environment; in the tasks of a flow whose file calls this, it does not.
     """
     service = ensure(root)
     changes = environment_changes(service)
     before = change_environment(changes)
-    with contextlib.suppress(ServiceError):  # without a current folder there are no cards in it
+    with contextlib.suppress(ServiceError):  # if there is no current folder, it has no cards
         note_card_root(datastore_folder(service.root), current_folder())
     if changes:
         is_imported = "metaflow.metaflow_config" in sys.modules
@@ -13505,7 +13509,7 @@ def use(root: FolderPath | None = None) -> Service:
 
 @contextlib.contextmanager
 def using(service: Service) -> Iterator[None]:
-    """Let Metaflow in this process use a service for a `with` block, as `use` does for good."""
+    """Let Metaflow in this process use a service until the end of a `with` block."""
     before = change_environment(environment_changes(service))
     try:
         yield
@@ -13523,11 +13527,11 @@ def running(
     ui_dir: FolderPath | None = None,
     generate_key: bool = False,
 ) -> Iterator[Service]:
-    """A service for a `with` block, on a temporary root or the one named, that ends with the block.
+    """A service until the end of a `with` block, on a root or, by default, a temporary folder.
 
-    The options are as for `ensure`. A service that ran before, and one that others still have a
-    lease on, is left to them. When this process is killed, the service goes after its idle time,
-    which is ten seconds for a temporary root.
+    The options are those of `ensure`. At the end of the block the service stops, unless it ran
+    before or others hold its lease. If this process is killed, the service stops when it has been
+    idle for its time-out, by default ten seconds if the root is temporary.
     """
     with contextlib.ExitStack() as stack:
         if root is None:
@@ -13535,20 +13539,20 @@ def running(
             idle_timeout = ORPHAN_IDLE_TIMEOUT if idle_timeout is None else idle_timeout
         else:
             folder = resolve_folder(root)
-        options = service_options(host, port, idle_timeout, ui_dir, generate_key)
+        options = command_line_options(host, port, idle_timeout, ui_dir, generate_key)
         lease = acquire_lease(folder)
         was_running = True
         try:
             was_running = find_service(folder) is not None
-            yield start_service(folder, options)[0]
+            yield ensure_in_subprocess(folder, options)[0]
         finally:
             lease.release()
             if not was_running:
-                stop_without_leases(folder)
+                stop_unless_leased(folder)
 
 
 def resolve_folder(root: FolderPath | None) -> str:
-    """The folder that a caller means by a root, a real path."""
+    """The folder of a root that a caller has given, or of the default one, as a real path."""
     option = None if root is None else os.path.expanduser(os.fspath(root))
     here = "/" if option is not None and os.path.isabs(option) else current_folder()
     return root_folder(option, os.environ, here)
@@ -13562,14 +13566,14 @@ def current_folder() -> str:
 
 
 def print_notice(sentence: str) -> None:
-    """Print a line to stderr, if there is a stderr."""
+    """Print a line to stderr, which a process may lack."""
     if sys.stderr is not None:
         print(f"{PROGRAM}: {sentence}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[str]:
-    """A folder for a `with` block, as a real path; what cannot be removed afterwards is left."""
+    """The real path of a new folder, which is removed as far as possible after a `with` block."""
     import tempfile
 
     folder = os.path.realpath(tempfile.mkdtemp(prefix="metaflow-"))
@@ -13579,36 +13583,41 @@ def temporary_folder() -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def service_options(
+def command_line_options(
     host: str | None,
     port: int | None,
     idle_timeout: float | None,
     ui_dir: FolderPath | None,
     generate_key: bool,
 ) -> list[str]:
-    """The options as the command line has them, without those that are not given."""
+    """The options of `start` as words of a command line, without those that are None."""
     ui_folder = None if ui_dir is None else os.path.abspath(os.fspath(ui_dir))
     given = {"--host": host, "--port": port, "--idle-timeout": idle_timeout, "--ui-dir": ui_folder}
     options = [f"{name}={value}" for name, value in given.items() if value is not None]
     return [*options, "--generate-key"] if generate_key else options
 
 
-def start_service(root: str, options: Sequence[str]) -> tuple[Service, bool]:
-    """The service of a root, started where none runs, and whether it was. Under a lease."""
+def ensure_in_subprocess(root: str, options: Sequence[str]) -> tuple[Service, bool]:
+    """The service of a root, which another interpreter starts if none runs, and whether it did.
+
+    The caller holds the lease. If there are options, the interpreter also checks that a service
+    that runs already has them.
+    """
     service = find_service(root)
     if service is not None and not options:
         return service, False
     run_start_command(root, options)
     started = find_service(root)
     if started is None:
-        raise ServiceError(f"The service of {root} was started, but is gone.")
+        raise ServiceError(f"The service of {root} was started, but has ended.")
     return started, service is None
 
 
 def run_start_command(root: str, options: Sequence[str]) -> None:
-    """Have an interpreter start the service of a root; ServiceError with what it says if it fails.
+    """Start the service of a root in another interpreter; ServiceError if that fails.
 
-    It needs none of this process's files or folders, which may be closed or gone.
+    The error has the message of that interpreter. It uses neither the standard streams nor the
+    current folder of this process, which may be closed or deleted.
     """
     import subprocess
 
@@ -13632,12 +13641,14 @@ def run_start_command(root: str, options: Sequence[str]) -> None:
         raise ServiceError(f"{sys.executable} cannot start the service: {error}.") from None
     if ended.returncode != 0:
         last_line = ended.stderr.decode(errors="replace").rstrip().rpartition("\n")[2]
-        said = last_line.removeprefix(f"{PROGRAM}: ")
-        raise ServiceError(said or f"{sys.executable} cannot start the service.", ended.returncode)
+        message = last_line.removeprefix(f"{PROGRAM}: ")
+        raise ServiceError(
+            message or f"{sys.executable} cannot start the service.", ended.returncode
+        )
 
 
-def stop_without_leases(root: str) -> None:
-    """Stop the service of a root, unless somebody has a lease on it."""
+def stop_unless_leased(root: str) -> None:
+    """Stop the service of a root, unless a process holds its lease."""
     lease = LockedFile.try_acquire(root_file(root, LEASE), fcntl.LOCK_EX)
     if lease is None:
         return
@@ -13651,19 +13662,19 @@ def stop_without_leases(root: str) -> None:
 
 
 def environment_changes(service: Service) -> dict[str, str | None]:
-    """What is to be changed in this process's environment for Metaflow to use a service.
+    """The variables to change in this process's environment for Metaflow to use a service.
 
-    None is for what was exported for another service, and is to be unset.
+    A variable that was exported for another service, and is to be unset, is None.
     """
-    there, wanted = dict(os.environ), service.environment
-    names = there.keys() | wanted.keys()
-    return {name: wanted.get(name) for name in names if wanted.get(name) != there.get(name)}
+    current, wanted = dict(os.environ), service.environment
+    names = current.keys() | wanted.keys()
+    return {name: wanted.get(name) for name in names if wanted.get(name) != current.get(name)}
 
 
 def change_environment(changes: Mapping[str, str | None]) -> dict[str, str | None]:
-    """Set variables of this process, or unset those that are None; returns what they were.
+    """Set variables of this process, or unset those that are None; returns their old values.
 
-    Metaflow, where it has been imported, reads its settings again.
+    If Metaflow has been imported, its settings are made to follow.
     """
     before = {name: os.environ.get(name) for name in changes}
     for name, value in changes.items():
@@ -13673,14 +13684,15 @@ def change_environment(changes: Mapping[str, str | None]) -> dict[str, str | Non
             os.environ[name] = value
     configuration = sys.modules.get("metaflow.metaflow_config")
     if configuration is not None:
-        read_settings_again(configuration)
+        reload_settings(configuration)
     return before
 
 
-def read_settings_again(configuration: Any) -> None:
-    """Have Metaflow's settings be what they would be if it was imported now.
+def reload_settings(configuration: Any) -> None:
+    """Give Metaflow's settings the values that they would get if it were imported now.
 
-    Its modules have copies of them, and keep what they have made of them.
+    All of its modules that have copies of a setting get the new value. `configuration` is the
+    module metaflow.metaflow_config.
     """
     read: Callable[..., Any] = configuration.from_conf
     headers, key = configuration.SERVICE_HEADERS, read("SERVICE_AUTH_KEY")
@@ -13701,11 +13713,11 @@ def read_settings_again(configuration: Any) -> None:
     for module_name, module in list(sys.modules.items()):
         if module_name.partition(".")[0] in ("metaflow", "metaflow_extensions"):
             replace_attributes(module, settings)
-    forget_metadata_providers(root)
+    reset_metadata_providers(root)
 
 
-def forget_metadata_providers(root: str | None) -> None:
-    """Have Metaflow's client choose its metadata provider anew, and that its root or service."""
+def reset_metadata_providers(root: str | None) -> None:
+    """Make Metaflow's client choose its metadata provider again, and that its root or service."""
     replace_attributes(sys.modules.get("metaflow.client.core"), {"current_metadata": False})
     unknown = {"_INFO": None, "_supports_attempt_gets": None, "_supports_tag_mutation": None}
     for provider in getattr(sys.modules.get("metaflow.plugins"), "METADATA_PROVIDERS", ()):
@@ -13716,22 +13728,22 @@ def forget_metadata_providers(root: str | None) -> None:
 
 
 def replace_attributes(owner: object, values: Mapping[str, object]) -> None:
-    """Set those attributes of a module or class that it has."""
+    """Set attributes of a module or class, but only those that it has."""
     for name in values.keys() & getattr(owner, "__dict__", {}).keys():
         setattr(owner, name, values[name])
 
 
 def pytest_configure(config: Any) -> None:
-    """Give pytest the fixtures `metaflow_root` and `metaflow_service`, when this is a plugin of it.
+    """Give pytest the fixtures `metaflow_root` and `metaflow_service`.
 
-    A conftest.py makes it one with `pytest_plugins = ["metaflow_local_service"]`.
+    Pytest calls this if a conftest.py has `pytest_plugins = ["metaflow_local_service"]`.
     """
     from pathlib import Path
 
     import pytest
 
     def metaflow_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-        """The root of `metaflow_service`: a temporary folder of this session and xdist worker."""
+        """The root of `metaflow_service`: a temporary folder per session and xdist worker."""
         folder = tmp_path_factory.mktemp("metaflow")
         yield folder
         shutil.rmtree(folder, ignore_errors=True)
