@@ -1896,6 +1896,7 @@ class TooLarge(ValueError):
 
 
 ROOT_USER = 0
+FILE_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 PASSAGE_FLAGS = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
 """For the folders above the root, which this user may perhaps not list; only Linux has O_PATH."""
@@ -1961,8 +1962,7 @@ class FileOpener:
         parent = self._open_folder_below(folder, names[:-1], owners)
         try:
             check_openable(names[-1])
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            file = open_entry(names[-1], flags, parent)
+            file = open_entry(names[-1], os.O_RDONLY | FILE_FLAGS, parent)
             self._check_file(file, os.fstat(parent), owners)
             return open(file, "rb")
         finally:
@@ -5066,42 +5066,42 @@ def end_step_name(name: object) -> str:
 # Retention: what refers to what, what it takes on the disk, and deleting what is not needed
 # ==================================================================================================
 #
-# What refers to what. A run is the folder FLOW/RUN, with its cards in mf.cards/FLOW/runs/RUN. What
-# its artifacts hold are blobs, files named after the digest of their content, which the runs of a
-# flow share: FLOW/data/AB/ABCD... with a small ABCD..._meta beside it, and of an IncludeFile
-# data/FLOW/ABCD..., which stands beside the .metaflow instead where Metaflow was told its root.
-# A blob is referred to by the *.data.json of any attempt; by the records of artifacts and by
-# metadata (a code package, a graph); and by the content of another blob (an IncludeFile is a value
-# that holds the digest of its text). What is said in a blob is found by looking for 40 hexadecimal
-# digits in it, not by unpickling it, so that what only looks like a reference is one. Of the blobs
-# that stay only those are read that are large enough for a digest, and only where there is a blob
-# to which nothing refers directly. A run that a kept run was resumed from stays too: Metaflow's
-# client looks up there what the tasks that were taken over do not say themselves.
+# What refers to what. A run is the folder FLOW/RUN, with its cards in mf.cards/FLOW/runs/RUN. The
+# values of its artifacts are blobs: files that are named after the digest of their content, and
+# that the runs of a flow share. A blob is FLOW/data/AB/ABCD..., with a small ABCD..._meta beside
+# it. That of an IncludeFile is data/FLOW/ABCD..., beside the .metaflow if Metaflow was told its
+# root. A blob is referred to by the *.data.json of an attempt, by the records of artifacts and
+# metadata (a code package, a graph), and by the content of another blob (the value of an
+# IncludeFile has the digest of its text). A blob is not unpickled: any 40 hexadecimal digits in its
+# content count as a reference, so that none is missed. Blobs are read only if there is one to which
+# no other file refers, and only those that are kept and large enough to hold a digest. A run from
+# which a kept run was resumed is kept too, because Metaflow's client looks up there what the cloned
+# tasks lack.
 #
-# What is locked: nothing. A run goes in one rename, into the trash folder in the .metaflow, which
-# no reader looks at; then its cards and its files are removed. What several processes remove at
-# the same time is removed once. Links are never followed, and folders are opened one within the
-# other (openat(2)), so that no link that is put there meanwhile leads out of the root.
+# What is locked: nothing. A run is deleted by one rename into the trash folder in the .metaflow,
+# which no reader looks at; then its cards and files are removed. Several processes may remove the
+# same file. No link is followed, and each folder is opened relative to the one above it
+# (openat(2)), so that a link that is put there meanwhile cannot lead out of the root.
 #
-# What a crash leaves, by the moment: before the rename the whole run; after it no run, but a trash
-# entry, perhaps cards, and perhaps a latest_run that names it. The next clean-up finishes that: the
-# record of the run, in its trash entry, tells which cards go, and goes only after them. Of a blob
-# the content goes first and its _meta next; a _meta alone goes in the next clean-up.
+# What a crash leaves. Before the rename: the whole run. After it: a trash entry, perhaps cards, and
+# perhaps a latest_run that names the run. The next clean-up finishes the deletion: the record of
+# the run in its trash entry says which cards to remove, and is removed after them. Of a blob the
+# content is removed before its _meta; the next clean-up removes a _meta without a content.
 #
-# When in doubt, a blob stays: for a day after it was written; while a run of its flow lives; where
-# anything of its flow is a link or cannot be read. For Metaflow does not write a blob that is there
-# already, so that a new run may come to need one that nothing has referred to so far. A run makes
-# its folder before it stores its first artifact. Right before every few blobs are removed it is
-# therefore made sure that no run has been added to their flow since the references were looked at;
-# where one was, the flow is left alone. What remains is a tenth of a millisecond, against the some
-# ten that a run takes from its folder to an artifact; the file of an IncludeFile, which Metaflow
-# looks for a moment before it makes the run; and a run that is resumed from one while that goes.
+# When in doubt, a blob is kept: for a day after it was written; while a run of its flow is running;
+# if anything of its flow is a link or cannot be read. Since Metaflow does not write a blob that
+# exists, a new run may refer to a blob that was garbage before. But it makes its folder before it
+# stores its first artifact. So before every few blobs are removed, the flow is checked for changes
+# since its references were read; if a run was added, the rest is kept. What remains is a window of
+# a tenth of a millisecond (a run takes some ten from its folder to its first artifact); the blob of
+# an IncludeFile, which Metaflow looks for a moment before it makes the run; and a run that is
+# resumed from one that is being deleted.
 
 TRASH_DIR = f"{PROGRAM}.trash"
 DATA_DIR = "data"
 LATEST_RUN_FILE = "latest_run"
 YOUNG_SECONDS = 86_400
-"""For so long after it was written a blob stays in any case."""
+"""How long a blob is kept in any case after it was written."""
 
 DIGEST_LENGTH = 40
 DIGESTS = re.compile(f"[0-9a-f]{{{DIGEST_LENGTH},}}")
@@ -5113,17 +5113,17 @@ TRASH_ENTRY = f"{PROGRAM}-deleted-"
 ENDED = (COMPLETED, FAILED)
 BLOB_CHUNK = 2**20
 BLOBS_AT_A_TIME = 16
-"""So many blobs are removed, in a tenth of a millisecond, between two looks at the runs."""
+"""How many blobs are removed, in a tenth of a millisecond, between two checks of their flow."""
 
 FULL_DISK = frozenset((errno.ENOSPC, errno.EDQUOT))
 
 
 class NotDeletable(StoreError):
-    """What is to be deleted has to stay; the sentence says why."""
+    """Something cannot be deleted; the sentence says why."""
 
 
 class Usage(NamedTuple):
-    """How many files there are, and how many bytes they and their folders take on the disk."""
+    """A number of files, and the bytes that they and their folders take on the disk."""
 
     files: int = 0
     bytes: int = 0
@@ -5144,8 +5144,11 @@ def total_usage(usages: Iterable[Usage]) -> Usage:
 
 
 @contextlib.contextmanager
-def opened_folder(name: str, above: int | None = None) -> Iterator[int]:
-    """A folder within an open one, in a `with` statement; FileNotFoundError where it is a link."""
+def open_directory(name: str, above: int | None = None) -> Iterator[int]:
+    """A descriptor of a folder for a `with` block.
+
+    The name is relative to the folder `above`, if there is one; FileNotFoundError if it is a link.
+    """
     flags = FOLDER_FLAGS if above is None else FOLDER_FLAGS | os.O_NOFOLLOW
     descriptor = open_entry(name, flags, above)
     try:
@@ -5155,12 +5158,12 @@ def opened_folder(name: str, above: int | None = None) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def opened_place(place: DatastorePath) -> Iterator[int]:
-    """A folder by the names that lead to it, none of which may be a link but the first."""
+def open_path(path: DatastorePath) -> Iterator[int]:
+    """The same for a longer path, of which only the first folder may be a link."""
     with contextlib.ExitStack() as above:
-        folder = above.enter_context(opened_folder(place[0]))
-        for name in place[1:]:
-            folder = above.enter_context(opened_folder(name, folder))
+        folder = above.enter_context(open_directory(path[0]))
+        for name in path[1:]:
+            folder = above.enter_context(open_directory(name, folder))
         yield folder
 
 
@@ -5173,8 +5176,8 @@ def is_real_folder(entry: os.DirEntry[str]) -> bool:
     return entry.is_dir(follow_symlinks=False)
 
 
-def status_in(folder: int, name: str) -> os.stat_result | None:
-    """The status of a file, folder or link in an open folder, None where there is none."""
+def stat_entry(folder: int, name: str) -> os.stat_result | None:
+    """The status of a file, folder or link in an open folder; None if there is none."""
     try:
         return os.stat(name, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:
@@ -5182,30 +5185,30 @@ def status_in(folder: int, name: str) -> os.stat_result | None:
 
 
 def measure_entry(above: int, name: str) -> Usage:
-    """What a file takes, or a folder with all that is in it; nothing where there is none."""
-    status = status_in(above, name)
+    """The usage of a file, or of a folder with all that is in it; none if it does not exist."""
+    status = stat_entry(above, name)
     if status is None:
         return Usage()
     size = status.st_blocks * 512
     if not stat.S_ISDIR(status.st_mode):
         return Usage(1, size)
     usage = Usage(0, size)
-    with contextlib.suppress(FileNotFoundError), opened_folder(name, above) as folder:
+    with contextlib.suppress(FileNotFoundError), open_directory(name, above) as folder:
         for below in os.listdir(folder):
             usage = usage.plus(measure_entry(folder, below))
     return usage
 
 
-def measure_place(place: DatastorePath) -> Usage:
-    """What is at a place takes."""
-    with contextlib.suppress(FileNotFoundError), opened_place(place[:-1]) as above:
-        return measure_entry(above, place[-1])
+def measure_path(path: DatastorePath) -> Usage:
+    """The usage of the file or folder at a path."""
+    with contextlib.suppress(FileNotFoundError), open_path(path[:-1]) as above:
+        return measure_entry(above, path[-1])
     return Usage()
 
 
 def remove_tree(above: int, name: str) -> None:
-    """Remove a folder and all that is in it; what goes meanwhile is gone."""
-    with contextlib.suppress(FileNotFoundError), opened_folder(name, above) as folder:
+    """Remove a folder and all that is in it, as far as no other process has removed it."""
+    with contextlib.suppress(FileNotFoundError), open_directory(name, above) as folder:
         for entry in scan_folder(folder):
             if is_real_folder(entry):
                 remove_tree(folder, entry.name)
@@ -5216,7 +5219,7 @@ def remove_tree(above: int, name: str) -> None:
 
 
 def remove_entry(folder: int, name: str) -> bool:
-    """Remove a file, or a link, and say whether it was there."""
+    """Remove a file or link if there is one, and return whether there was."""
     try:
         os.unlink(name, dir_fd=folder)
     except FileNotFoundError:
@@ -5225,9 +5228,8 @@ def remove_entry(folder: int, name: str) -> bool:
 
 
 def open_regular_file(folder: int, name: str) -> io.BufferedReader:
-    """A file in an open folder; FileNotFoundError where there is none, or something else."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    descriptor = open_entry(name, flags, folder)
+    """Open a file in an open folder; FileNotFoundError if it is missing or not a regular file."""
+    descriptor = open_entry(name, os.O_RDONLY | FILE_FLAGS, folder)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise no_such_file()
@@ -5241,68 +5243,70 @@ def read_entry(folder: int, name: str) -> bytes:
 
 # -- references ------------------------------------------------------------------------------------
 
-Blob = tuple[DatastorePath, str]
-"""A blob: the folder that it is in, and the digest that is its name."""
+
+class Blob(NamedTuple):
+    """The stored value of an artifact; its name is the digest of its content."""
+
+    folder: DatastorePath
+    digest: str
 
 
 class Unreadable(Exception):
-    """Something in which a reference may be cannot be read."""
+    """A file or folder that may hold references cannot be read."""
 
 
 class Garbage(NamedTuple):
-    """The blobs of a flow that may go."""
+    """The blobs of a flow that may be removed."""
 
     flow: str
-    state: object  # of the flow when this was found
-    folders: dict[
-        DatastorePath, dict[str, Usage]
-    ]  # by their names what the blobs in each folder take
-    doubt: str | None  # why blobs of the flow stay although nothing may refer to them
+    state: object  # of the flow's folder, before it was read
+    folders: dict[DatastorePath, dict[str, Usage]]  # by folder and digest
+    doubt: str | None  # why blobs are kept although there may be no references to them
 
     def usage(self) -> Usage:
         return total_usage(usage for blobs in self.folders.values() for usage in blobs.values())
 
     def size(self) -> int:
-        """How many blobs these are."""
+        """The number of blobs."""
         return sum(map(len, self.folders.values()))
 
     def spare(self, digests: Iterable[str]) -> None:
-        """Take blobs from what may go."""
+        """Keep the blobs of some digests."""
         for name in digests:
             for blobs in self.folders.values():
                 blobs.pop(name, None)
 
 
 def find_digests(content: bytes) -> Iterator[str]:
-    """All that may be digests in a content: any 40 hexadecimal digits."""
+    """Everything in a content that may be a digest: any 40 hexadecimal digits."""
     for digits in DIGESTS.findall(content.decode("latin-1")):
         for start in range(len(digits) - DIGEST_LENGTH + 1):
             yield digits[start : start + DIGEST_LENGTH]
 
 
-def unpacked_chunks(content: io.BufferedReader) -> Iterator[bytes]:
-    """What a blob holds, in pieces; as it is where it is not packed."""
+def read_decompressed(content: io.BufferedReader) -> Iterator[bytes]:
+    """The content of a blob in chunks, decompressed if it is compressed."""
     import zlib
 
-    is_packed = content.peek(2).startswith(b"\x1f\x8b")
-    unpacker = zlib.decompressobj(wbits=31)
+    is_compressed = content.peek(2).startswith(b"\x1f\x8b")
+    decompressor = zlib.decompressobj(wbits=31)
     while chunk := content.read(BLOB_CHUNK):
-        if not is_packed:
+        if not is_compressed:
             yield chunk
-        while is_packed and chunk:
-            yield unpacker.decompress(chunk, BLOB_CHUNK)
-            chunk = unpacker.unconsumed_tail
+        while is_compressed and chunk:
+            yield decompressor.decompress(chunk, BLOB_CHUNK)
+            chunk = decompressor.unconsumed_tail
 
 
 def digests_in_blob(folder: int, name: str) -> set[str]:
-    """All that may be digests in a blob."""
+    """Everything in a blob that may be a digest. Unreadable."""
     import zlib
 
     found: set[str] = set()
     before = b""
     try:
         with open_regular_file(folder, name) as file:
-            for chunk in unpacked_chunks(file):
+            for chunk in read_decompressed(file):
                 content = before + chunk
                 found.update(find_digests(content))
                 before = content[1 - DIGEST_LENGTH :]
@@ -5312,76 +5316,85 @@ def digests_in_blob(folder: int, name: str) -> set[str]:
 
 
 def read_blobs(blobs: Iterable[Blob]) -> Iterator[tuple[Blob, set[str]]]:
-    """Blobs with all that may be digests in them. Unreadable; what is gone meanwhile is none."""
-    for place, in_folder in itertools.groupby(blobs, key=operator.itemgetter(0)):
+    """Blobs with everything in them that may be a digest, without missing ones. Unreadable."""
+    for path, in_folder in itertools.groupby(blobs, key=operator.attrgetter("folder")):
         try:
-            with opened_place(place) as folder:
+            with open_path(path) as folder:
                 for blob in in_folder:
                     with contextlib.suppress(FileNotFoundError):
-                        yield blob, digests_in_blob(folder, blob[1])
+                        yield blob, digests_in_blob(folder, blob.digest)
         except OSError as error:
-            raise Unreadable(f"{'/'.join(place)}: {error.strerror}") from None
+            raise Unreadable(f"{'/'.join(path)}: {error.strerror}") from None
 
 
 def follow_references(
-    blobs: Iterable[Blob], wanted: Collection[str], locate: Callable[[str], Iterable[Blob]]
+    blobs: Iterable[Blob], targets: Mapping[DatastorePath, Collection[str]]
 ) -> Iterator[tuple[Blob, set[str]]]:
-    """Which of the wanted digests are in blobs, and in the wanted blobs that are thus found.
+    """The references in blobs to targets, and in the targets that are found to further ones.
 
-    `locate`: tells the blobs of a wanted digest.
+    Yields each blob that refers to targets, with their digests. The targets are the digests of
+    blobs, by the folder of these. Unreadable.
     """
+    wanted = set[str]().union(*targets.values())
     unread, seen = list(blobs), set[str]()
     while unread:
         reached: set[str] = set()
         for blob, digests in read_blobs(unread):
-            found = {name for name in digests if name in wanted}
+            found = digests & wanted
             if found:
                 yield blob, found
                 reached |= found
-        unread = [blob for name in reached - seen for blob in locate(name)]
+        unread = [
+            Blob(path, name)
+            for path, names in targets.items()
+            for name in reached - seen
+            if name in names
+        ]
         seen |= reached
 
 
-def read_tree(above: int, name: str, of_records: bool) -> Iterator[bytes]:
-    """What is in the files of a run that refer to blobs: in those of its datastore, or else
-    `of_records` in its records. Unreadable where anything there is a link or cannot be read."""
+def read_referring_files(above: int, name: str, of_records: bool) -> Iterator[bytes]:
+    """The contents of the files below a folder of a run that may refer to blobs.
+
+    These are the *.data.json or, if `of_records`, the records. Unreadable if anything there is a
+    link or cannot be read.
+    """
     try:
-        with opened_folder(name, above) as folder:
+        with open_directory(name, above) as folder:
             for entry in scan_folder(folder):
                 if entry.is_symlink():
                     raise Unreadable(f"{entry.name} in {name} is a symbolic link")
                 if is_real_folder(entry):
                     if of_records or entry.name != META_DIR:
-                        yield from read_tree(folder, entry.name, of_records)
+                        yield from read_referring_files(folder, entry.name, of_records)
                 elif name == META_DIR if of_records else entry.name.endswith(DATA_FILE_END):
                     yield read_entry(folder, entry.name)
     except OSError as error:
         raise Unreadable(f"{name} cannot be read: {error.strerror}") from None
 
 
-def small_values(content: bytes) -> Iterator[str]:
-    """The digests of those values in a *.data.json that are too small to hold a digest."""
+def small_digests(content: bytes) -> Iterator[str]:
+    """The digests in a *.data.json of values that are too small to hold a digest themselves."""
     with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        told = json.loads(content)
-        for name, value in told["objects"].items():
-            if told["info"][name]["size"] < DIGEST_LENGTH:
+        data = json.loads(content)
+        for name, value in data["objects"].items():
+            if data["info"][name]["size"] < DIGEST_LENGTH:
                 yield value
 
 
 class FlowData:
-    """The blobs of a flow, and the references of its runs to them, as they are at one moment."""
+    """The blobs of a flow, and the references of its runs to them, at one moment."""
 
     def __init__(self, datastore: str, flow: str) -> None:
-        """`datastore`: the .metaflow."""
+        """`datastore`: the path of the .metaflow folder."""
         self.flow = flow
-        self._place: DatastorePath = (datastore, flow)
-        self.state = flow_state(datastore, flow)  # before anything is looked at
-        # The folders that contain blobs, and the digests of these.
-        self.folders: dict[DatastorePath, set[str]] = {}
-        self.runs: dict[str, set[str]] = {}  # by the name of a run's folder, what it refers to
-        self.small: set[str] = set()  # blobs in which no digest can be
-        self.doubt: str | None = None  # why it cannot be told what its runs refer to
-        self._list_prefixes()
+        self._path: DatastorePath = (datastore, flow)
+        self.state = folder_state(datastore, flow)  # before anything in it is read
+        self.folders: dict[DatastorePath, set[str]] = {}  # the digests of the blobs in each
+        self.runs: dict[str, set[str]] = {}  # the digests to which each run refers
+        self.small: set[str] = set()  # the digests of blobs that cannot hold one
+        self.doubt: str | None = None  # why the references of its runs are not known
+        self._list_all_blobs()
         for folder in (datastore, os.path.dirname(datastore)):
             self._list_blobs((folder, DATA_DIR, flow))
         try:
@@ -5389,69 +5402,68 @@ class FlowData:
         except Unreadable as error:
             self.doubt = str(error)
 
-    def _list_prefixes(self) -> None:
-        place = (*self._place, DATA_DIR)
-        with contextlib.suppress(FileNotFoundError), opened_place(place) as folder:
+    def _list_all_blobs(self) -> None:
+        path = (*self._path, DATA_DIR)
+        with contextlib.suppress(FileNotFoundError), open_path(path) as folder:
             for name in os.listdir(folder):
                 if BLOB_PREFIX.fullmatch(name):
-                    self._list_blobs((*place, name), name)
+                    self._list_blobs((*path, name), name)
 
-    def _list_blobs(self, place: DatastorePath, prefix: str = "") -> None:
-        with contextlib.suppress(FileNotFoundError), opened_place(place) as folder:
+    def _list_blobs(self, path: DatastorePath, prefix: str = "") -> None:
+        with contextlib.suppress(FileNotFoundError), open_path(path) as folder:
             names = {name[:DIGEST_LENGTH] for name in os.listdir(folder)}  # a blob and its _meta
-            self.folders[place] = {
+            self.folders[path] = {
                 name for name in names if BLOB_NAME.fullmatch(name) and name.startswith(prefix)
             }
 
     def _read_runs(self) -> None:
-        with contextlib.suppress(FileNotFoundError), opened_place(self._place) as folder:
+        with contextlib.suppress(FileNotFoundError), open_path(self._path) as folder:
             for entry in scan_folder(folder):
                 if entry.is_symlink():
                     raise Unreadable(f"{entry.name} is a symbolic link")
                 if is_real_folder(entry) and entry.name not in (DATA_DIR, META_DIR):
                     self.runs[entry.name] = set()
-                    for content in read_tree(folder, entry.name, of_records=False):
+                    for content in read_referring_files(folder, entry.name, of_records=False):
                         self.runs[entry.name].update(find_digests(content))
-                        self.small.update(small_values(content))
+                        self.small.update(small_digests(content))
 
-    def referred_in_records(self, runs: Iterable[str]) -> set[str]:
-        """All that may be digests in the records of runs. Unreadable."""
+    def digests_in_records(self, runs: Iterable[str]) -> set[str]:
+        """Everything in the records of runs that may be a digest. Unreadable."""
         found: set[str] = set()
-        with contextlib.suppress(FileNotFoundError), opened_place(self._place) as folder:
+        with contextlib.suppress(FileNotFoundError), open_path(self._path) as folder:
             for run in runs:
-                for content in read_tree(folder, run, of_records=True):
+                for content in read_referring_files(folder, run, of_records=True):
                     found.update(find_digests(content))
         return found
 
-    def blobs(self) -> Iterator[Blob]:
-        for place, digests in self.folders.items():
-            for name in digests:
-                yield place, name
-
     def large_blobs(self) -> Iterator[Blob]:
-        """The blobs in which digests may be."""
-        return (blob for blob in self.blobs() if blob[1] not in self.small)
+        """The blobs that may hold digests."""
+        for path, digests in self.folders.items():
+            for name in digests - self.small:
+                yield Blob(path, name)
 
 
-def flow_state(datastore: str, flow: str) -> object:
-    """What tells whether a run has been added to a flow, or taken from it."""
+def folder_state(datastore: str, flow: str) -> object:
+    """A value that changes whenever a run is added to a flow or removed from it."""
     status = stat_or_none(f"{datastore}/{flow}")
     return None if status is None else (status.st_ino, status.st_mtime_ns, status.st_nlink)
 
 
-def measure_blobs(place: DatastorePath, digests: Iterable[str], before: float) -> dict[str, Usage]:
-    """What blobs in a folder take, each with its _meta; without those that were written after the
-    epoch seconds `before`, and those that are gone.
+def measure_blobs(path: DatastorePath, digests: Iterable[str], before: float) -> dict[str, Usage]:
+    """The usage of each blob in a folder, with its _meta, that was written before a time.
 
-    Each _meta says the same and takes the same: to look at one of them takes half of the time.
+    Blobs that do not exist are left out. All _meta are of the same size, so that only one of them
+    is measured, which halves the time.
+
+    before: in epoch seconds
     """
     usages: dict[str, Usage] = {}
-    with contextlib.suppress(FileNotFoundError), opened_place(place) as folder:
+    with contextlib.suppress(FileNotFoundError), open_path(path) as folder:
         of_meta: Usage | None = None
         for name in digests:
-            status, rest = status_in(folder, name), of_meta
-            if status is None:  # a clean-up was killed between the two
-                status, rest = status_in(folder, name + BLOB_META_END), Usage()
+            status, rest = stat_entry(folder, name), of_meta
+            if status is None:  # a clean-up was killed after it had removed the content
+                status, rest = stat_entry(folder, name + BLOB_META_END), Usage()
             if status is None or status.st_mtime > before or not stat.S_ISREG(status.st_mode):
                 continue
             if rest is None:
@@ -5460,66 +5472,60 @@ def measure_blobs(place: DatastorePath, digests: Iterable[str], before: float) -
     return usages
 
 
-def locate_blobs(folders: Mapping[DatastorePath, Collection[str]], name: str) -> list[Blob]:
-    """The blobs of a digest in folders."""
-    return [(place, name) for place, digests in folders.items() if name in digests]
-
-
-def is_named_by_content(blob: Blob) -> bool:
-    """Whether the name of a blob is the digest of what it holds."""
+def is_named_by_content(path: DatastorePath, name: str) -> bool:
+    """Whether the name of a file is the digest of its content, which makes it a blob."""
     import hashlib
     import zlib
 
-    digest_so_far = hashlib.sha1(usedforsecurity=False)
-    place, name = blob
+    sha = hashlib.sha1(usedforsecurity=False)
     try:
-        with opened_place(place) as folder, open_regular_file(folder, name) as file:
-            for chunk in unpacked_chunks(file):
-                digest_so_far.update(chunk)
+        with open_path(path) as folder, open_regular_file(folder, name) as file:
+            for chunk in read_decompressed(file):
+                sha.update(chunk)
     except (OSError, zlib.error):
         return False
-    return digest_so_far.hexdigest() == name
+    return sha.hexdigest() == name
 
 
-# -- runs and blobs that may go --------------------------------------------------------------------
+# -- runs and blobs that may be deleted ------------------------------------------------------------
 
 
 class Conditions(NamedTuple):
-    """Which runs are to be deleted: those for which all of it holds."""
+    """Which runs are to be deleted: those that meet all of these conditions."""
 
     flow: str | None = None
-    before: float | None = None  # epoch seconds; begun before
-    keep_last: int | None = None  # not among so many newest of their flow
+    before: float | None = None  # they started before this time, in epoch seconds
+    keep_last: int | None = None  # they are not among so many newest runs of their flow
     statuses: Collection[str] = ENDED
-    tags: Sequence[str] = ()  # having all of these
-    not_tags: Sequence[str] = ()  # having none of these
+    tags: Sequence[str] = ()  # they have all of these
+    not_tags: Sequence[str] = ()  # they have none of these
 
     def are_given(self) -> bool:
-        """Whether any is said; the flow alone names no runs."""
+        """Whether there is any condition besides the flow, which alone chooses no runs."""
         is_limited = self.before is not None or self.keep_last is not None
         return is_limited or set(self.statuses) != set(ENDED) or bool(self.tags or self.not_tags)
 
 
 class FlowUsage(NamedTuple):
-    """What a flow takes."""
+    """What a flow takes on the disk."""
 
     flow: str
     runs: int
     held: Usage
-    unreferenced: Usage  # of it, what nothing refers to
+    unreferenced: Usage  # the part of it to which nothing refers
 
 
 class RunUsage(NamedTuple):
-    """What a run takes."""
+    """What a run takes on the disk."""
 
     ids: Ids
     own: Usage  # its records, logs and cards
-    data: Usage  # the blobs that it refers to
-    only: Usage  # what is its own, and the blobs that nothing else refers to
+    data: Usage  # the blobs to which it refers
+    only: Usage  # its own, and the blobs to which no other run refers
 
 
 class Retention:
-    """Says what is in a root and what may go, and deletes it."""
+    """Measures what is in a root, finds what may be deleted, and deletes it."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
@@ -5527,11 +5533,13 @@ class Retention:
         self._folder = model.store.folder
         self._entries = itertools.count(time.time_ns())  # numbers for trash entries
 
-    # -- what may go -------------------------------------------------------------------------------
+    # -- what may be deleted -----------------------------------------------------------------------
 
     def reasons_to_stay(self, runs: Iterable[Ids]) -> dict[Ids, str]:
-        """Those of the runs that have to stay even if all others go, each with the reason in a
-        sentence. NotFound where one is not there."""
+        """The reasons, as sentences, why some of these runs cannot be deleted, even together.
+
+        NotFound if one does not exist.
+        """
         going = dict.fromkeys(runs)
         reasons = {ids: reason for ids in going if (reason := self._reason_to_stay(ids))}
         resumed = [pair for flow in {i[0] for i in going} for pair in self._model.resumed(flow)]
@@ -5546,15 +5554,16 @@ class Retention:
         return reasons
 
     def _reason_to_stay(self, ids: Ids) -> str | None:
-        """Why a run has to stay whatever else goes; None where it may go."""
+        """Why a run cannot be deleted, whatever else is; None if it can."""
         row = self._model.run(ids)
         reason = None if row is None else self._reason_by_row(row)
-        # Another process may have deleted it meanwhile, and what was seen of it means nothing.
+        # If another process has deleted it meanwhile, the row may be of a half-deleted run.
         if row is None or not self._has_folder(*ids):
             raise NotFound(f"There is no run {'/'.join(ids)}.")
         return reason
 
     def _reason_by_row(self, row: RunRow) -> str | None:
+        """The same, according to the row of the run."""
         if row["status"] == RUNNING:
             return "It is running."
         if self._may_go_on(row):
@@ -5562,15 +5571,15 @@ class Retention:
         if row["run"] == DATA_DIR:
             return "The artifacts of its flow are in the folder of its name."
         try:
-            with opened_place((self._folder, *run_row_ids(row))):
+            with open_path((self._folder, *run_row_ids(row))):
                 return None
         except FileNotFoundError:
             return "It is behind a symbolic link."
 
     def _may_go_on(self, row: RunRow) -> bool:
-        """Whether a run counts as failed for its silence alone, and has not been silent for long.
+        """Whether a run counts as failed only because nothing was written for a short time.
 
-        That of a client without heartbeats does so between two tasks, and before its first.
+        A run of a client without heartbeats does so before its first task and between tasks.
         """
         cause, finished_at = row["cause"], row["finished_at"]
         if cause is None or cause["kind"] not in (NEVER_STARTED, SCHEDULER_GONE):
@@ -5579,7 +5588,7 @@ class Retention:
         return silent_ms < RUN_HEARTBEAT_CUTOFF * 1000
 
     def choose_runs(self, conditions: Conditions) -> Iterator[RunRow]:
-        """The runs that the conditions name, newest first; none that is running."""
+        """The runs that meet the conditions, newest first; none that is running."""
         seen: dict[str, int] = {}
         for row in self._model.runs(conditions.flow):
             seen[row["flow_id"]] = seen.get(row["flow_id"], 0) + 1
@@ -5594,48 +5603,51 @@ class Retention:
                 yield row
 
     def find_garbage(
-        self, going: Collection[Ids] = (), flow: str | None = None, spares: bool = True
+        self, without: Collection[Ids] = (), flow: str | None = None, keeps_recent: bool = True
     ) -> list[Garbage]:
-        """The blobs, of one flow or of all, to which nothing refers but the runs that are `going`.
+        """The blobs of one flow, or of all, to which nothing refers `without` some of the runs.
 
-        `spares`: without those that stay in any case. Unreadable where it cannot be told.
+        `keeps_recent`: young blobs, and those of flows that are running, are not among them. What
+        is in doubt is left out. Unreadable if a blob that is kept cannot be read.
         """
-        every = [FlowData(self._folder, name) for name in self.flow_folders()]
+        flows = [FlowData(self._folder, name) for name in self.flow_folders()]
         found = [
-            self._garbage_by_records(data, going, spares)
-            for data in every
+            self._unreferenced_blobs(data, without, keeps_recent)
+            for data in flows
             if flow in (None, data.flow)
         ]
-        self._keep_referred_in_blobs(every, found)
+        self._spare_referred_in_blobs(flows, found)
         return [garbage for garbage in found if garbage.size() or garbage.doubt]
 
-    def _garbage_by_records(self, data: FlowData, going: Collection[Ids], spares: bool) -> Garbage:
-        """The blobs of a flow to which no file of a run refers, and no record."""
-        staying = [run for run in data.runs if (data.flow, run) not in going]
-        referred: set[str] = set().union(*(data.runs[run] for run in staying))
-        rest = {place: digests - referred for place, digests in data.folders.items()}
+    def _unreferenced_blobs(
+        self, data: FlowData, without: Collection[Ids], keeps_recent: bool
+    ) -> Garbage:
+        """The blobs of a flow to which no file refers, apart from other blobs."""
+        kept = [run for run in data.runs if (data.flow, run) not in without]
+        referred = set[str]().union(*(data.runs[run] for run in kept))
+        rest = {path: digests - referred for path, digests in data.folders.items()}
         doubt = data.doubt
         if any(rest.values()) and not doubt:
             try:
-                referred = data.referred_in_records(staying)
+                referred = data.digests_in_records(kept)
             except Unreadable as error:
                 doubt = str(error)
-            if spares and self._is_in_use(data):
+            if keeps_recent and self._may_be_written_to(data):
                 doubt = "a run of it is running"
-        before = self._model.clock() - YOUNG_SECONDS if spares else math.inf
+        if doubt:
+            return Garbage(data.flow, data.state, {}, doubt)
+        before = self._model.clock() - YOUNG_SECONDS if keeps_recent else math.inf
         folders = {
-            place: measure_blobs(place, digests - referred, before)
-            for place, digests in rest.items()
-            if not doubt
+            path: measure_blobs(path, digests - referred, before) for path, digests in rest.items()
         }
-        for place, blobs in folders.items():
-            if place[0] != self._folder:  # where a name alone does not make a blob of a file
-                for name in [name for name in blobs if not is_named_by_content((place, name))]:
+        for path, blobs in folders.items():
+            if path[0] != self._folder:  # outside the .metaflow, a name does not make a blob
+                for name in [name for name in blobs if not is_named_by_content(path, name)]:
                     del blobs[name]
-        return Garbage(data.flow, data.state, folders, doubt)
+        return Garbage(data.flow, data.state, folders, None)
 
-    def _is_in_use(self, data: FlowData) -> bool:
-        """Whether a run of a flow lives, or one may that is recorded elsewhere."""
+    def _may_be_written_to(self, data: FlowData) -> bool:
+        """Whether a run of a flow is running, or may be and is recorded elsewhere."""
         for row in map(self._model.judge, self._model.runs(data.flow)):
             if row["status"] == RUNNING or self._may_go_on(row):
                 return True
@@ -5644,42 +5656,40 @@ class Retention:
         changed = (stat_or_none(f"{self._folder}/{data.flow}/{run}") for run in unrecorded)
         return any(status is not None and status.st_mtime > before for status in changed)
 
-    def _keep_referred_in_blobs(self, every: Iterable[FlowData], found: Sequence[Garbage]) -> None:
-        """Take from the garbage the blobs to which those that stay refer."""
-        going = {place: blobs for garbage in found for place, blobs in garbage.folders.items()}
-        wanted = set().union(*going.values())
-        if not wanted:
+    def _spare_referred_in_blobs(self, flows: Iterable[FlowData], found: Sequence[Garbage]) -> None:
+        """Keep the blobs to which blobs refer that are kept."""
+        targets = {path: set(blobs) for garbage in found for path, blobs in garbage.folders.items()}
+        if not any(targets.values()):
             return
-        staying = (
-            (place, name)
-            for data in every
-            for place, name in data.large_blobs()
-            if name not in going.get(place, ())
+        kept = (
+            blob
+            for data in flows
+            for blob in data.large_blobs()
+            if blob.digest not in targets.get(blob.folder, ())
         )
-        located = partial(locate_blobs, {place: set(blobs) for place, blobs in going.items()})
-        for _, digests in follow_references(staying, wanted, located):
+        for _, digests in follow_references(kept, targets):
             for garbage in found:
                 garbage.spare(digests)
 
     def flow_folders(self) -> list[str]:
-        """The names of all folders that may be those of flows."""
-        with opened_folder(self._folder) as folder:
+        """The names of all folders in the .metaflow that may be flows."""
+        with open_directory(self._folder) as folder:
             names = [entry.name for entry in scan_folder(folder) if is_real_folder(entry)]
         return sorted(n for n in names if not n.startswith(PROGRAM) and n != CARDS_DIR)
 
     # -- deleting ----------------------------------------------------------------------------------
 
     def delete_runs(self, runs: Iterable[Ids]) -> Iterator[tuple[Ids, Usage]]:
-        """Delete runs with their cards, each in one step, and tell of each what it took.
+        """Delete runs with their cards, one after the other, and yield what each has taken.
 
-        NotFound, or NotDeletable, before any is deleted where one is not there or has to stay.
+        NotFound, or NotDeletable, before any is deleted if one does not exist or cannot be deleted.
         """
-        going = list(dict.fromkeys(runs))
-        for ids, reason in self.reasons_to_stay(going).items():
+        unique = list(dict.fromkeys(runs))
+        for ids, reason in self.reasons_to_stay(unique).items():
             raise NotDeletable(f"{'/'.join(ids)} cannot be deleted. {reason}")
-        # A run that was resumed before the one that it was resumed from, which is always older.
-        for ids in sorted(going, key=self._sort_key, reverse=True):
-            with contextlib.suppress(NotFound):  # where another process was faster
+        # Newest first, so that a run is deleted before the older one from which it was resumed.
+        for ids in sorted(unique, key=self._sort_key, reverse=True):
+            with contextlib.suppress(NotFound):  # another process was faster
                 changed = self._reason_to_stay(ids)
                 if changed is not None:
                     raise NotDeletable(f"{'/'.join(ids)} cannot be deleted any more. {changed}")
@@ -5693,7 +5703,7 @@ class Retention:
         usage = self.measure_run(ids)
         trash = self._make_trash(ids[0])
         entry = f"{TRASH_ENTRY}{os.getpid()}-{next(self._entries)}"
-        with opened_place((self._folder, ids[0])) as flow, opened_place(trash) as folder:
+        with open_path((self._folder, ids[0])) as flow, open_path(trash) as folder:
             try:
                 os.rename(ids[1], entry, src_dir_fd=flow, dst_dir_fd=folder)
             except FileNotFoundError:
@@ -5703,10 +5713,13 @@ class Retention:
         return usage
 
     def _make_trash(self, flow: str) -> DatastorePath:
-        """A folder for what is to be removed: where there can be none, as on a full disk, one that
-        the flow has anyway and in which nobody looks for folders."""
+        """Make the trash folder, and return its path.
+
+        If that is impossible, as on a full disk, a folder that the flow has anyway serves instead,
+        in which no reader looks for folders.
+        """
         try:
-            with opened_folder(self._folder) as datastore:
+            with open_directory(self._folder) as datastore:
                 make_folder(datastore, TRASH_DIR)
             if os.access(f"{self._folder}/{TRASH_DIR}", os.W_OK):  # another user may have made it
                 return (self._folder, TRASH_DIR)
@@ -5716,11 +5729,11 @@ class Retention:
         return (self._folder, flow, META_DIR)
 
     def finish_deletions(self) -> None:
-        """Finish what others have begun to delete, and mend what they have left."""
+        """Finish the deletions that other processes have left unfinished."""
         flows = self.flow_folders()
         for trash in ((self._folder, TRASH_DIR), *((self._folder, f, META_DIR) for f in flows)):
             with contextlib.suppress(FileNotFoundError):
-                with opened_place(trash) as folder:
+                with open_path(trash) as folder:
                     names = [n for n in os.listdir(folder) if n.startswith(TRASH_ENTRY)]
                 for name in names:
                     self._finish_deletion(trash, name)
@@ -5728,27 +5741,27 @@ class Retention:
             self._set_latest_run(flow)
 
     def _finish_deletion(self, trash: DatastorePath, entry: str) -> None:
-        """Remove the cards of a run that is in the trash, and then what is there of the run."""
-        with contextlib.suppress(FileNotFoundError), opened_place(trash) as folder:
-            ids = self._ids_of_deleted((*trash, entry))
+        """Remove the cards of a run that is in the trash, and then its trash entry."""
+        with contextlib.suppress(FileNotFoundError), open_path(trash) as folder:
+            ids = self._read_deleted_ids((*trash, entry))
             if ids is not None and not self._has_folder(*ids):
-                for place in self._card_places(ids):
-                    with contextlib.suppress(FileNotFoundError), opened_place(place[:-1]) as above:
-                        remove_tree(above, place[-1])
+                for path in self._card_paths(ids):
+                    with contextlib.suppress(FileNotFoundError), open_path(path[:-1]) as above:
+                        remove_tree(above, path[-1])
             remove_tree(folder, entry)
 
-    def _ids_of_deleted(self, place: DatastorePath) -> Ids | None:
-        """The ids of the run whose folder is at a place, None where that is not told."""
+    def _read_deleted_ids(self, path: DatastorePath) -> Ids | None:
+        """The ids of a run, from the record in its trash entry; None if there is none."""
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError, NotStorable):
-            with opened_place((*place, META_DIR)) as folder:
-                told = json.loads(read_entry(folder, SELF_FILE))
-            ids = (str(told["flow_id"]), str(told["run_number"]))
+            with open_path((*path, META_DIR)) as folder:
+                record = json.loads(read_entry(folder, SELF_FILE))
+            ids = (str(record["flow_id"]), str(record["run_number"]))
             list(map(check_name, ids))
             return ids
         return None
 
-    def _card_places(self, ids: Ids) -> list[DatastorePath]:
-        """Where cards of a run may be: here, and in other roots that have no such run."""
+    def _card_paths(self, ids: Ids) -> list[DatastorePath]:
+        """Where the cards of a run may be: here, and in other roots that have no such run."""
         others = [
             root
             for root in read_card_roots(self._folder)
@@ -5757,11 +5770,11 @@ class Retention:
         return [(root, CARDS_DIR, ids[0], "runs", ids[1]) for root in (self._folder, *others)]
 
     def _set_latest_run(self, flow: str) -> None:
-        """Let `latest_run`, where it names no run that is there, name the newest.
+        """Make `latest_run` name the newest run of a flow if it names one that does not exist.
 
-        It is written in place, as Metaflow does: that takes no space, and it stays its owner's.
+        It is overwritten, as by Metaflow, which works on a full disk and does not change its owner.
         """
-        with contextlib.suppress(FileNotFoundError), opened_place((self._folder, flow)) as folder:
+        with contextlib.suppress(FileNotFoundError), open_path((self._folder, flow)) as folder:
             if self._has_folder(flow, os.fsdecode(read_entry(folder, LATEST_RUN_FILE)).strip()):
                 return
             newest = next(self._store.runs((flow,)), None)
@@ -5769,58 +5782,59 @@ class Retention:
                 remove_entry(folder, LATEST_RUN_FILE)
                 return
             content = str(newest["run_number"]).encode()
-            flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            with open(open_entry(LATEST_RUN_FILE, flags, folder), "wb", buffering=0) as file:
+            descriptor = open_entry(LATEST_RUN_FILE, os.O_WRONLY | FILE_FLAGS, folder)
+            with open(descriptor, "wb", buffering=0) as file:
                 file.write(content)
                 file.truncate(len(content))
 
     def _has_folder(self, *names: str) -> bool:
-        """Whether there is something of these names in the .metaflow, which may be no names."""
+        """Whether the .metaflow has a folder of these names, which may not be valid names."""
         with contextlib.suppress(NotStorable):
             list(map(check_name, names))
             return os.path.lexists("/".join((self._folder, *names)))
         return False
 
     def remove_garbage(self, garbage: Garbage) -> Iterator[Usage]:
-        """Remove blobs, and tell of each what it took; no more of them once a run has been added to
-        the flow, or taken from it."""
-        for place, blobs in garbage.folders.items():
-            with contextlib.suppress(FileNotFoundError), opened_place(place) as folder:
+        """Remove blobs, and yield what each has taken.
+
+        Stops when a run has been added to the flow, or removed from it, since they were found.
+        """
+        for path, blobs in garbage.folders.items():
+            with contextlib.suppress(FileNotFoundError), open_path(path) as folder:
                 for number, (name, usage) in enumerate(blobs.items()):
                     is_due = number % BLOBS_AT_A_TIME == 0
-                    if is_due and flow_state(self._folder, garbage.flow) != garbage.state:
+                    if is_due and folder_state(self._folder, garbage.flow) != garbage.state:
                         return
                     remove_entry(folder, name)
                     remove_entry(folder, name + BLOB_META_END)
                     yield usage
 
-    # -- what there is -----------------------------------------------------------------------------
+    # -- measuring ---------------------------------------------------------------------------------
 
     def measure_all(self) -> Usage:
-        """What the whole .metaflow takes."""
-        return measure_place(os.path.split(self._folder))
+        """The usage of the whole .metaflow."""
+        return measure_path(os.path.split(self._folder))
 
     def measure_run(self, ids: Ids) -> Usage:
-        """What a run takes, with its cards and without the blobs."""
-        places = ((self._folder, *ids), *self._card_places(ids))
-        return total_usage(map(measure_place, places))
+        """The usage of a run with its cards, but without blobs."""
+        return total_usage(map(measure_path, ((self._folder, *ids), *self._card_paths(ids))))
 
     def measure_flows(self, flows: Iterable[str]) -> Iterator[FlowUsage]:
-        """What flows take, with all their runs, cards and blobs."""
-        garbage = {found.flow: found.usage() for found in self.find_garbage(spares=False)}
+        """The usage of flows, with all their runs, cards and blobs."""
+        garbage = {found.flow: found.usage() for found in self.find_garbage(keeps_recent=False)}
         for flow in flows:
             runs = sum(1 for _ in self._store.runs((flow,)))
-            places = [(self._folder, *above, flow) for above in ((), (CARDS_DIR,), (DATA_DIR,))]
-            held = total_usage(map(measure_place, places))
+            paths = [(self._folder, *above, flow) for above in ((), (CARDS_DIR,), (DATA_DIR,))]
+            held = total_usage(map(measure_path, paths))
             yield FlowUsage(flow, runs, held, garbage.get(flow, Usage()))
 
     def measure_runs(self, flow: str) -> Iterator[RunUsage]:
-        """What the runs of a flow take, newest first. Unreadable."""
+        """The usage of the runs of a flow, newest first. Unreadable."""
         data = FlowData(self._folder, flow)
         usages = [
             (name, usage)
-            for place, digests in data.folders.items()
-            for name, usage in measure_blobs(place, digests, math.inf).items()
+            for path, digests in data.folders.items()
+            for name, usage in measure_blobs(path, digests, math.inf).items()
         ]
         references = self._references(data)
         counts: dict[str, int] = {}
@@ -5837,17 +5851,17 @@ class Retention:
             yield RunUsage(ids, own, data_held, own.plus(alone))
 
     def _references(self, data: FlowData) -> dict[str, set[str]]:
-        """The blobs to which each run of a flow refers, directly or not. Unreadable."""
-        direct: set[str] = set().union(*data.runs.values())
-        wanted = set().union(*data.folders.values()) - direct
-        if not wanted:
+        """The digests to which each run of a flow refers, directly or through blobs. Unreadable."""
+        direct = set[str]().union(*data.runs.values())
+        targets = {path: digests - direct for path, digests in data.folders.items()}
+        if not any(targets.values()):
             return data.runs
-        starts = [blob for blob in data.large_blobs() if blob[1] in direct]
-        located = partial(locate_blobs, data.folders)
-        edges = {blob[1]: found for blob, found in follow_references(starts, wanted, located)}
+        wanted = set[str]().union(*targets.values())
+        referring = [blob for blob in data.large_blobs() if blob.digest in direct]
+        edges = {blob.digest: found for blob, found in follow_references(referring, targets)}
         references = {}
         for run, digests in data.runs.items():
-            reached = {*digests, *(data.referred_in_records([run]) & wanted)}
+            reached = {*digests, *(data.digests_in_records([run]) & wanted)}
             unread = list(reached)
             while unread:
                 further = edges.get(unread.pop(), set()) - reached

@@ -7050,12 +7050,6 @@ def test_where_the_kernel_cannot_be_asked_everybody_is_answered(
         assert api.get("/ping").status == 200
 
 
-def test_the_log_has_no_character_that_a_terminal_takes_for_a_command() -> None:
-    formatter = mls.OneLineFormatter("%(message)s")
-    record = logging.makeLogRecord({"msg": "flow \x1b[31mred\nforged \x9b2J\u202e"})
-    assert formatter.format(record) == "flow \\x1b[31mred\\nforged \\x9b2J\\u202e"
-
-
 def test_connections_that_have_asked_for_nothing_make_room_for_others(
     api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -8504,6 +8498,12 @@ def test_the_log_holds_every_request_when_asked_to(cli: Cli, debug: str) -> None
     assert cli("start", METAFLOW_LOCAL_SERVICE_DEBUG=debug).returncode == 0
     log = (cli.folder / ".metaflow" / mls.LOG_FILE).read_text()
     assert ("serving" in log, "GET /ping" in log) == (True, debug == "1")
+
+
+def test_the_log_has_no_character_that_a_terminal_takes_for_a_command() -> None:
+    formatter = mls.OneLineFormatter("%(message)s")
+    record = logging.makeLogRecord({"msg": "flow \x1b[31mred\nforged \x9b2J\u202e"})
+    assert formatter.format(record) == "flow \\x1b[31mred\\nforged \\x9b2J\\u202e"
 
 
 # -- searches --------------------------------------------------------------------------------------
