@@ -12613,8 +12613,8 @@ class Index:
 #     while a command holds the lease      Nothing: the lock ends with the command.
 #
 # When a service ends: when an order or a signal tells it to; when it has been idle, and no process
-# holds the lease or is one of its holders; when its folder is gone or has another pidfile. It
-# changes only its own folder, and never one that has taken the place of that.
+# holds the lease or is one of its holders; when its folder is gone or has another pidfile. It then
+# removes its own files, but touches nothing in a folder that has taken the place of its own.
 #
 # Threads. The main thread imports Metaflow and then stays in `Server.serve`. Orders are carried out
 # in the threads of their connections, which may read everything but change only `_holders`.
@@ -12683,9 +12683,9 @@ def is_outdated(service: Service) -> bool:
 def retire_outdated_service(root: str) -> None:
     """Stop the service of a root if it is outdated and nobody needs it; the next gets its port.
 
-    It is needed while a command holds the lease, so call this before acquiring that, or if the
-    service itself says so. A service with a key, another address or a terminal was started on
-    purpose, and is left to the user.
+    It is needed if a command holds the lease (so call this before you acquire it) or if it says so
+    itself. A service with a key, another address or a terminal was started on purpose, and is left
+    to the user.
     """
     service = find_service(root)
     if service is None or not is_outdated(service):
