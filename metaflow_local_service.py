@@ -9698,49 +9698,122 @@ showServices();
 # ==================================================================================================
 # UI API: the routes of the official UI's backend, and its sockets
 # ==================================================================================================
+#
+# Rules of this layer:
+#
+# - It only reads. Paths and names of fields are those of the official UI's backend; what only our
+#   own page uses has been added to them.
+# - What has become of runs and tasks is for the model to say, and filters, orders and columns stand
+#   in Queries. As in the layer API, handlers raise what MetadataService.answer turns into a status.
+# - A page is an open page of a browser; a page of a list is a ListPage.
+#
+# How it works. A Resource is a list or a single object. It can be fetched at its path below /api,
+# and followed over the socket /api/ws, where the path stands without /api. A View is a resource
+# with the ids of a path and with a query: what is fetched, and what is followed, are its rows.
+#
+# Feed. Other processes write the files too, and so changes have to be polled for. The thread of a
+# socket has a Feed, which polls every POLL_SECONDS, and less often while nothing happens. It takes
+# a Snapshot of the model, in which what several resources need is computed once, and each
+# Subscription compares its view with what it has announced before. As long as the version of a view
+# is the same, its rows are not even read.
+# Otherwise a row with a new key is announced as INSERT, one whose fingerprint differs as UPDATE.
+# A frame holds the whole row, so nothing depends on the frames before it: a subscription may be
+# forgotten at any time, and the page makes it anew, with `since` as the time up to which it knows
+# everything. A poll that fails changes nothing in a subscription; the next one finds the same.
+#
+# Order of ends. The official UI looks for a log only when it hears that the attempt has ended, and
+# shows no more changes when it has heard that the run has. A snapshot for subscribers is therefore
+# live: there an attempt has not ended until its log is stored, for LOG_WAIT_SECONDS at most, and a
+# run has not ended until RUN_END_DELAY_SECONDS after its last attempt. In each poll, subscriptions
+# to tasks come before those to steps, and these before those to runs. Fetching delays no end.
+#
+# Deletions. A row that is gone is not announced, since the official UI takes every frame for a
+# change. A page that subscribes with `"deletions": true` gets a DELETE with the key; what counts is
+# whether the run exists, not whether it passes the filters or is still among the newest.
+#
+# Sockets. The thread of the connection (see Server) is the only one that reads from and writes to a
+# socket; between polls it waits for messages. It closes the socket when the page says so or breaks
+# the protocol, when it has been silent for SILENT_SECONDS, when it takes nothing for SEND_SECONDS,
+# and when the service stops, which the thread sees as the end of the stream.
 
-# -- what answers are made of ----------------------------------------------------------------------
+# -- answers: envelopes, and pages of lists --------------------------------------------------------
 
 HTML = "text/html; charset=utf-8"
 UI_PAGE, LARGEST_UI_PAGE = 10, 1000
 
 
 class Paging(NamedTuple):
-    limit: int
-    page: int  # from 1
+    """Which page of a list a query asks for."""
 
-    def part(self) -> slice:
-        return slice((self.page - 1) * self.limit, self.page * self.limit)
+    limit: int
+    number: int  # from 1
+
+    def place(self) -> slice:
+        """The place of the page in the list."""
+        return slice((self.number - 1) * self.limit, self.number * self.limit)
+
+
+class ListPage(NamedTuple):
+    """A page of a list; by default the whole list, on a single page."""
+
+    rows: Sequence[Any]
+    number: int = 1
+    next: int | None = None
+    last: int | None = None  # None if it is not known
 
 
 def parse_paging(query: Query, default: int = UI_PAGE) -> Paging:
+    """The page that `_limit` and `_page` ask for."""
     limit = parse_count(query, "_limit", default)
     return Paging(min(limit, LARGEST_UI_PAGE), parse_count(query, "_page", 1))
 
 
 def parse_count(query: Query, name: str, default: int) -> int:
+    """The value of a parameter that is a number, at least 1."""
     text = first_value(query, name)
     if text and not re.fullmatch("[0-9]{1,9}", text):
         raise BadQuery(f"{name} is a number, not {text!r}.")
     return max(1, int(text)) if text else default
 
 
-def envelope(
+def paginate_rows(query: Query, rows: Iterable[Any], groups: Container[str] = ()) -> ListPage:
+    """The page of a list that a query asks for. Rows behind it are not read, unless in groups.
+
+    `groups`: the columns that `_group` may name. A page then consists of groups of rows, in the
+    order of their values in that column, and of each group its first `_group_limit` rows.
+    """
+    paging, group = parse_paging(query), first_value(query, "_group")
+    groups_of_rows: Iterable[list[Any]] = ([row] for row in rows)
+    if group is not None and group in groups:
+        most = parse_count(query, "_group_limit", UI_PAGE)
+        ordered = list(rows)
+        sort_rows(ordered, [(group, False)])
+        by_value = itertools.groupby(ordered, lambda row: row.get(group))
+        groups_of_rows = (list(itertools.islice(equal, most)) for _, equal in by_value)
+    place = paging.place()
+    found = list(itertools.islice(groups_of_rows, place.start, place.stop + 1))
+    shown = list(itertools.chain.from_iterable(found[: paging.limit]))
+    return ListPage(shown, paging.number, paging.number + 1 if len(found) > paging.limit else None)
+
+
+def envelope_response(
     request: Request,
     data: object,
     status: int = 200,
     pages: Mapping[str, int | None] | None = None,
-    further: Mapping[str, object] = MappingProxyType({}),
+    extra: Mapping[str, object] = MappingProxyType({}),
 ) -> Response:
-    """What the UI's backend answers, in its envelope; `pages`: of a list, by their relation.
+    """Data in the envelope of the UI's backend, with `extra` fields.
 
-    The official UI fetches `links.next` of a list until that is null.
+    `pages`: for a list, the numbers of other pages by their relation to this one. The official UI
+    fetches `links.next` until that is null.
     """
     links = {
-        name: None if n is None else page_link(request, n) for name, n in (pages or {}).items()
+        relation: None if number is None else page_link(request, number)
+        for relation, number in (pages or {}).items()
     }
     body: dict[str, object] = {
-        **further,
+        **extra,
         "data": data,
         "status": status,
         "links": {**links, "self": page_link(request)},
@@ -9750,60 +9823,146 @@ def envelope(
     return json_response(body, status)
 
 
-def envelope_one(request: Request, found: object) -> Response:
-    """One object, or 404 where there is none."""
-    return envelope(request, {}, 404) if found is None else envelope(request, found)
+def object_response(request: Request, found: object) -> Response:
+    """A single object, or 404 if it is None."""
+    return envelope_response(request, {} if found is None else found, 404 if found is None else 200)
 
 
-def envelope_page(
+def page_response(
     request: Request,
-    rows: Sequence[object],
-    page: int = 1,
-    next_page: int | None = None,
-    last_page: int | None = None,
+    page: ListPage,
     status: int = 200,
-    further: Mapping[str, object] = MappingProxyType({}),
+    extra: Mapping[str, object] = MappingProxyType({}),
 ) -> Response:
-    """A list: whole, unless it is said to be a page; `further`: what else is told of it."""
-    previous = max(1, page - 1)
-    pages = {"self": page, "first": 1, "prev": previous, "next": next_page, "last": last_page}
-    return envelope(request, rows, status, pages, further)
+    """A page of a list, with links to other pages of it."""
+    pages = {
+        "self": page.number,
+        "first": 1,
+        "prev": max(1, page.number - 1),
+        "next": page.next,
+        "last": page.last,
+    }
+    return envelope_response(request, page.rows, status, pages, extra)
 
 
-def envelope_rows(request: Request, rows: list[Any]) -> Response:
-    """A page of rows, or of groups of them."""
-    paging, group = parse_paging(request.query), first_value(request.query, "_group")
-    if group and rows and isinstance(rows[0], dict) and isinstance(rows[0].get(group), (str, int)):
-        most = parse_count(request.query, "_group_limit", UI_PAGE)
-        shown, is_more = paginate_groups(rows, group, paging, most)
-    else:
-        shown, is_more = rows[paging.part()], len(rows) > paging.part().stop
-    return envelope_page(request, shown, paging.page, paging.page + 1 if is_more else None)
+def page_link(request: Request, number: int | None = None) -> str:
+    """The URL of a request, or of another page of the list that it is for.
 
-
-def paginate_groups(
-    rows: Iterable[Any], group: str, paging: Paging, most: int
-) -> tuple[list[Any], bool]:
-    """A page of groups of rows, each cut to its first `most`; and whether there are more groups."""
-    groups: dict[Any, list[Any]] = {}
-    for row in rows:
-        groups.setdefault(row[group], []).append(row)
-    names = sorted(groups, key=lambda name: (name is None, id_order("" if name is None else name)))
-    shown = [row for name in names[paging.part()] for row in groups[name][:most]]
-    return shown, len(names) > paging.part().stop
-
-
-def page_link(request: Request, page: int | None = None) -> str:
-    """The request's own path and query, or those of another page; without the host, which may be
-    another for who is behind a proxy."""
-    query = [pair for pair in request.query if page is None or pair[0] != "_page"]
-    if page is not None:
-        query.append(("_page", str(page)))
+    It has no host, because a proxy may have replaced the one that the browser knows.
+    """
+    query = [pair for pair in request.query if number is None or pair[0] != "_page"]
+    if number is not None:
+        query.append(("_page", str(number)))
     path = "/".join(urllib.parse.quote(segment, safe="") for segment in request.path)
     return f"/{path}?{urllib.parse.urlencode(query)}" if query else f"/{path}"
 
 
-# -- routes ----------------------------------------------------------------------------------------
+# -- snapshots: the model at one moment ------------------------------------------------------------
+
+NEWEST_RUNS_WATCHED = 100
+
+LOG_WAIT_SECONDS = 60.0
+"""How long the end of an attempt is kept from subscribers because its log is not stored yet."""
+
+RUN_END_DELAY_SECONDS = 3.0
+"""How long the end of a run is announced after those of its attempts. The official UI draws once a
+second what it has heard, and draws nothing more after the end of the run."""
+
+Row = TypeVar("Row", RunRow, AttemptRow)
+
+
+def without_end(row: Row) -> Row:
+    """A run or an attempt as it was before it ended."""
+    return cast(Row, {**row, "status": RUNNING, "finished_at": None, "cause": None})
+
+
+class Snapshot:
+    """The model at one moment; what several resources need is computed once.
+
+    A live snapshot is for subscribers, and tells them of ends later: see "Order of ends" above.
+    """
+
+    def __init__(self, model: Model, last_running: dict[Ids, float] | None = None) -> None:
+        """`last_running`: if it is to be live, when runs were last shown as running, which it keeps
+        up to date, in seconds of the monotonic clock."""
+        self.model = model
+        self.now = model.clock()
+        self.is_live = last_running is not None
+        self._last_running = {} if last_running is None else last_running
+        self._judged_runs: dict[Ids, RunRow | None] = {}
+        self._judged_tasks: dict[Ids, list[AttemptRow]] = {}
+
+    def run(self, ids: Ids) -> RunRow | None:
+        """A run, or None if there is no such run."""
+        row = self._judge_run(ids)
+        return None if row is None else self._delay_run_end(row)
+
+    def watched_runs(self) -> list[RunRow]:
+        """The newest runs, and those that were running when they were last judged."""
+        newest = itertools.islice(self.model.runs(), NEWEST_RUNS_WATCHED)
+        found = {run_row_ids(row): row for row in (*self.model.unfinished_runs(), *newest)}
+        for ids, row in found.items():
+            self._judged_runs[ids] = self.model.judge(row)
+        return list(map(self._delay_run_end, found.values()))
+
+    def tasks(self, ids: Ids) -> list[AttemptRow]:
+        """The attempts of all tasks of a run, oldest task first."""
+        return list(map(self._delay_attempt_end, self._judge_tasks(ids)))
+
+    def attempts(self, ids: Ids) -> list[AttemptRow]:
+        """The attempts of a task, newest first."""
+        return list(map(self._delay_attempt_end, self.model.attempts(ids, self.now)))
+
+    def run_version(self, ids: Ids) -> object:
+        """An object that is equal as long as nothing in a run changes; None while it may change."""
+        row = self._judge_run(ids)
+        if row is None or (self.model.is_settled(row) and not self._awaits_logs(row)):
+            return json.dumps(row)
+        return None
+
+    def _judge_run(self, ids: Ids) -> RunRow | None:
+        if ids not in self._judged_runs:
+            self._judged_runs[ids] = self.model.run(ids)
+        return self._judged_runs[ids]
+
+    def _judge_tasks(self, ids: Ids) -> list[AttemptRow]:
+        if ids not in self._judged_tasks:
+            self._judged_tasks[ids] = self.model.tasks(ids, self.now)
+        return self._judged_tasks[ids]
+
+    def _awaits_logs(self, row: RunRow) -> bool:
+        """Whether a log of a run that has ended may still be stored."""
+        if not self._has_ended_within(STORING_SECONDS, row):
+            return False
+        tasks = self._judge_tasks(run_row_ids(row))
+        return any(not t["is_log_stored"] for t in tasks if t["finished_at"] is not None)
+
+    def _delay_attempt_end(self, row: AttemptRow) -> AttemptRow:
+        """An attempt, in a live snapshot without its end while its log is expected."""
+        return without_end(row) if self.is_live and self._lacks_log(row) else row
+
+    def _lacks_log(self, row: AttemptRow) -> bool:
+        return not row["is_log_stored"] and self._has_ended_within(LOG_WAIT_SECONDS, row)
+
+    def _delay_run_end(self, row: RunRow) -> RunRow:
+        """A run, in a live snapshot without its end for a while after the ends of its attempts."""
+        if not self.is_live:
+            return row
+        ids, now = run_row_ids(row), time.monotonic()
+        if row["finished_at"] is None or (
+            self._has_ended_within(LOG_WAIT_SECONDS, row)
+            and any(map(self._lacks_log, self._judge_tasks(ids)))
+        ):
+            self._last_running[ids] = now
+        is_due = now - self._last_running.get(ids, -math.inf) >= RUN_END_DELAY_SECONDS
+        return row if is_due else without_end(row)
+
+    def _has_ended_within(self, seconds: float, row: RunRow | AttemptRow) -> bool:
+        end = row["finished_at"]
+        return end is not None and self.now * 1000 - end < seconds * 1000
+
+
+# -- resources: what can be fetched and followed ---------------------------------------------------
 
 UI_API = Router()
 ui_route = UI_API.route
@@ -9812,112 +9971,91 @@ UI_RUN = "/api" + RUN
 UI_TASK = "/api" + TASK
 
 RESOURCES = Router()
-"""What a page can subscribe to, by paths without /api."""
+"""The views that a page can subscribe to, by their paths without /api."""
 
-NEWEST_RUNS_WATCHED = 100
+Rows = Iterable[Mapping[str, Any]]
+RowReader = Callable[[Snapshot, Query, Ids], Rows]
+Key = tuple[str, ...]
 
 
 class Resource(NamedTuple):
-    """What a page can fetch, and be told of when it changes."""
+    """A list or a single object, and how its rows are read."""
 
-    rows: Callable[[], Iterable[Mapping[str, Any]]]
-    key: tuple[str, ...] = ()  # the fields that tell a row from others
-    stamp: Callable[[], object] = lambda: None  # as it was: no need to look at the rows; None: look
-    is_one: bool = False  # one object that changes, and no list that grows
-    told: Callable[[Any], Mapping[str, Any]] = lambda row: row  # a row as pages are told of it
-    is_late: bool = False  # pages are told of an end LATE_SECONDS after it was seen
-    keys: Callable[[], Iterable[tuple[str, ...]]] = tuple  # of all that is there, told or not
+    read_rows: RowReader
+    columns: Mapping[str, Field]  # by which a query filters and sorts the rows
+    key: Key  # the columns that identify a row; empty for a single object
+    version: Callable[[Snapshot, Query, Ids], object]  # equal as long as rows are; None if unknown
+    existing_keys: Callable[[Snapshot, Ids], Iterable[Key]]  # whatever the filters; see Deletions
 
 
-TOLD_SECONDS = 60.0
-"""How long pages are not told that a task has ended, unless its log is stored by then: the official
-UI looks for the log when it hears of the end, and not again."""
+class View(NamedTuple):
+    """A resource with the ids of a path and a query."""
 
-LATE_SECONDS = 3.0
-"""How much later than of its tasks' ends pages are told of the end of a run. The official UI paints
-once a second what it has heard, and after the end of the run no more."""
+    resource: Resource
+    query: Query
+    ids: Ids
 
+    def rows(self, snapshot: Snapshot) -> list[Mapping[str, Any]]:
+        """The rows that pass the filters, in the order that the query asks for."""
+        found = self.resource.read_rows(snapshot, self.query, self.ids)
+        return select_rows(found, self.query, self.resource.columns)
 
-class Snapshot:
-    """What is computed once for all resources that are looked at together."""
+    def version(self, snapshot: Snapshot) -> object:
+        """An object that is equal as long as the rows are the same; None if that is not known."""
+        return self.resource.version(snapshot, self.query, self.ids)
 
-    def __init__(self, model: Model, is_live: bool = False) -> None:
-        """`is_live`: whether it is for those who have subscribed."""
-        self.model = model
-        self.is_live = is_live
-        self.now = model.clock()
-        self._tasks: dict[Ids, list[AttemptRow]] = {}
-        self._runs: dict[Ids, RunRow | None] = {}
-
-    def run(self, ids: Ids) -> RunRow | None:
-        if ids not in self._runs:
-            self._runs[ids] = self.model.run(ids)
-        return self._runs[ids]
-
-    def tasks(self, ids: Ids) -> list[AttemptRow]:
-        if ids not in self._tasks:
-            self._tasks[ids] = self.model.tasks(ids, self.now)
-        return self._tasks[ids]
-
-    def stamp_of_run(self, ids: Ids) -> object:
-        """None while the run may change; else what changes when it does after all."""
-        run = self.run(ids)
-        if run is None or (self.model.is_settled(run) and not self._awaits_logs(run)):
-            return json.dumps(run)
-        return None
-
-    def _awaits_logs(self, run: RunRow) -> bool:
-        """Whether the log of a task of a run that has ended may still come."""
-        if self.now * 1000 - (run["finished_at"] or 0) > STORING_SECONDS * 1000:
-            return False
-        tasks = self.tasks(run_row_ids(run))
-        return any(not t["is_log_stored"] for t in tasks if t["finished_at"] is not None)
-
-    def told_attempt(self, row: AttemptRow) -> Mapping[str, Any]:
-        """An attempt as pages are told of it: it goes on until its log is there."""
-        return row if row["is_log_stored"] or not self._has_just_ended(row) else going_on(row)
-
-    def told_run(self, row: RunRow) -> Mapping[str, Any]:
-        """A run as pages are told of it: it goes on as long as one of its tasks does."""
-        if not self._has_just_ended(row):
-            return row
-        tasks = self.tasks(run_row_ids(row))
-        return row if all(self.told_attempt(task) is task for task in tasks) else going_on(row)
-
-    def _has_just_ended(self, row: AttemptRow | RunRow) -> bool:
-        end = row["finished_at"]
-        return end is not None and self.now * 1000 - end < TOLD_SECONDS * 1000
-
-    def newest_runs(self) -> list[RunRow]:
-        """The newest runs, and those that were running when somebody looked last."""
-        newest = list(itertools.islice(self.model.runs(), NEWEST_RUNS_WATCHED))
-        found = {run_row_ids(row): row for row in self.model.unfinished_runs() + newest}
-        for ids, row in found.items():
-            self._runs[ids] = self.model.judge(row)
-        return list(found.values())
+    def existing_keys(self, snapshot: Snapshot) -> set[Key]:
+        """The keys of all rows that exist, if the resource is one whose deletions are announced."""
+        return set(self.resource.existing_keys(snapshot, self.ids))
 
 
-def going_on(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The row of an attempt or run, as it was before it ended."""
-    return {**row, "status": RUNNING, "finished_at": None, "cause": None}
+def object_ids(*names: str) -> Ids:
+    """The ids of the object that a path names, from the flow down to the task."""
+    return tuple(path_id(name) if depth in (1, 3) else name for depth, name in enumerate(names))
 
 
-def ui_resource(template: str, is_paged: bool = False) -> Callable[[Handler], Handler]:
-    """Declare what can be fetched below /api and subscribed to, by the path without that.
+def version_of_run(snapshot: Snapshot, query: Query, ids: Ids) -> object:
+    """The version of the run in which an object is."""
+    return snapshot.run_version(ids[:2])
 
-    A list that the official UI asks for is fetched whole, since it would fetch all of the pages.
+
+def version_of_task(snapshot: Snapshot, query: Query, ids: Ids) -> object:
+    """The version of the records of a task."""
+    return snapshot.model.store.version(ids)
+
+
+def ui_resource(
+    template: str,
+    columns: Mapping[str, Field] = MappingProxyType({}),
+    key: Key = (),
+    version: Callable[[Snapshot, Query, Ids], object] = lambda snapshot, query, ids: None,
+    existing_keys: Callable[[Snapshot, Ids], Iterable[Key]] = lambda snapshot, ids: (),
+    is_paged: bool = False,
+    is_fetched: bool = True,
+) -> Callable[[RowReader], RowReader]:
+    """Declare a resource by its path without /api, above the function that reads its rows.
+
+    `is_paged`: whether a list is fetched in pages. Those that the official UI asks for are not,
+    since it would fetch all pages anyway. `is_fetched`: False if a handler of its own does that.
     """
 
-    def declare(look_at: Handler) -> Handler:
-        def fetch(model: Model, request: Request, *names: str) -> Response:
-            found: Resource = look_at(Snapshot(model), request.query, *names)
-            rows = list(found.rows())
-            if found.is_one:
-                return envelope_one(request, rows[0] if rows else None)
-            return envelope_rows(request, rows) if is_paged else envelope_page(request, rows)
+    def declare(read_rows: RowReader) -> RowReader:
+        resource = Resource(read_rows, columns, key, version, existing_keys)
 
-        ui_route("GET", "/api" + template)(fetch)
-        return RESOURCES.route("GET", template)(look_at)
+        def view(query: Query, *names: str) -> View:
+            return View(resource, query, object_ids(*names))
+
+        def fetch(model: Model, request: Request, *names: str) -> Response:
+            found = view(request.query, *names).rows(Snapshot(model))
+            if not key:
+                return object_response(request, found[0] if found else None)
+            page = paginate_rows(request.query, found, columns) if is_paged else ListPage(found)
+            return page_response(request, page)
+
+        if is_fetched:
+            ui_route("GET", "/api" + template)(fetch)
+        RESOURCES.route("GET", template)(view)
+        return read_rows
 
     return declare
 
@@ -9927,43 +10065,44 @@ def ui_resource(template: str, is_paged: bool = False) -> Callable[[Handler], Ha
 MOST_RUNS_FOR_TAGS = 2000
 
 
-def completions(request: Request, name: str, values: Iterable[str]) -> Response:
-    """A page of the values that pass the filters on `name`, each once and in order.
+def completions_response(request: Request, name: str, values: Iterable[str]) -> Response:
+    """A page of the values that pass the filters on `name`, sorted, each of them once.
 
-    A regular expression (`re`) is taken as text with `.*` in it, which is all that the official UI
-    sends: what a person types into a box is then never a wrong or an endless one.
+    The official UI only sends regular expressions (`re`) that are text with `.*` in it, and so they
+    are read as such: no text that a person types into a box is invalid or takes for ever.
     """
     fields = {name: Field(lambda value: value, parse_text, is_list=False)}
     query = [regex_to_like(pair) for pair in request.query]
-    found = sorted(filter_records(set(values), [test for _, test in parse_filters(query, fields)]))
-    return envelope_rows(request, found)
+    found = filter_records(set(values), [test for _, test in parse_filters(query, fields)])
+    return page_response(request, paginate_rows(request.query, sorted(found)))
 
 
 @ui_route("GET", "/api/flows/autocomplete")
 def ui_complete_flows(model: Model, request: Request) -> Response:
     """Names of flows."""
-    return completions(request, "flow_id", (flow["flow_id"] for flow in model.store.flows()))
+    flows = model.store.flows()
+    return completions_response(request, "flow_id", (flow["flow_id"] for flow in flows))
 
 
 @ui_route("GET", "/api" + FLOW + "/runs/autocomplete")
 def ui_complete_runs(model: Model, request: Request, flow: str) -> Response:
     """Ids of the runs of a flow."""
     runs = model.store.runs((flow,))
-    return completions(request, "run", (str(run["run_number"]) for run in runs))
+    return completions_response(request, "run", (str(run["run_number"]) for run in runs))
 
 
 @ui_route("GET", UI_RUN + "/steps/autocomplete")
-def ui_complete_steps(model: Model, request: Request, flow: str, run: str) -> Response:
+def ui_complete_steps(model: Model, request: Request, *run: str) -> Response:
     """Names of the steps of a run."""
-    steps = model.store.steps(run_ids(flow, run))
-    return completions(request, "step_name", (step["step_name"] for step in steps))
+    steps = model.store.steps(object_ids(*run))
+    return completions_response(request, "step_name", (step["step_name"] for step in steps))
 
 
 @ui_route("GET", UI_RUN + "/artifacts/autocomplete")
-def ui_complete_artifacts(model: Model, request: Request, flow: str, run: str) -> Response:
+def ui_complete_artifacts(model: Model, request: Request, *run: str) -> Response:
     """Names of the artifacts of a run."""
-    artifacts = model.store.artifacts_below(run_ids(flow, run))
-    return completions(request, "name", (artifact["name"] for artifact in artifacts))
+    artifacts = model.store.artifacts_below(object_ids(*run))
+    return completions_response(request, "name", (artifact["name"] for artifact in artifacts))
 
 
 @ui_route("GET", "/api/tags")
@@ -9972,13 +10111,13 @@ def ui_complete_tags(model: Model, request: Request) -> Response:
     """Tags of the newest runs."""
     runs = itertools.islice(model.runs(), MOST_RUNS_FOR_TAGS)
     tags = ((*(run["tags"] or ()), *(run["system_tags"] or ())) for run in runs)
-    return completions(request, "tag", itertools.chain.from_iterable(tags))
+    return completions_response(request, "tag", itertools.chain.from_iterable(tags))
 
 
-# -- what the UI is told of the service ------------------------------------------------------------
+# -- the service itself ----------------------------------------------------------------------------
 
 FEATURES = ("RUN_GROUPS", "ARTIFACT_TABLE", "ARTIFACT_SEARCH", "FOREACH_VAR_SEARCH")
-"""Those of the official UI that are off unless the backend says otherwise."""
+"""The features of the official UI that are off unless the backend enables them."""
 
 LINKS = [
     {"href": "https://docs.metaflow.org/", "label": "Documentation"},
@@ -9988,13 +10127,13 @@ LINKS = [
 
 @ui_route("GET", "/api/features")
 def ui_features(model: Model, request: Request) -> Response:
-    """What the official UI is to offer."""
+    """The features that the official UI is to offer."""
     return json_response({f"FEATURE_{name}": True for name in FEATURES})
 
 
 @ui_route("GET", "/api/plugin")
 def ui_plugins(model: Model, request: Request) -> Response:
-    """No plugins; anything but a list would break the official UI."""
+    """No plugins. Anything but a list would break the official UI."""
     return json_response([])
 
 
@@ -10006,13 +10145,13 @@ def ui_version(model: Model, request: Request) -> Response:
 
 @ui_route("GET", "/api/ping")
 def ui_ping(model: Model, request: Request) -> Response:
-    """Say that the service is there."""
+    """Answer that the service is there."""
     return text_response("pong")
 
 
 @ui_route("GET", "/api/status")
 def ui_status(model: Model, request: Request) -> Response:
-    """The state of the backend's cache, of which there is none."""
+    """The state of the backend's cache. There is no such cache here."""
     return json_response({"cache": {}})
 
 
@@ -10024,7 +10163,7 @@ def ui_config(model: Model, request: Request) -> Response:
 
 @ui_route("GET", "/api/links")
 def ui_links(model: Model, request: Request) -> Response:
-    """What the official UI links to."""
+    """The links in the menu of the official UI."""
     return json_response(LINKS)
 
 
@@ -10034,40 +10173,28 @@ def ui_notifications(model: Model, request: Request) -> Response:
     return json_response([])
 
 
-# -- runs ------------------------------------------------------------------------------------------
+# -- flows and runs --------------------------------------------------------------------------------
+
+UI_RUN_GROUPS = ("flow_id", "user")
+NEWEST_FIRST: ColumnOrder = ("ts_epoch", True)
 
 
 @ui_route("GET", "/api/runs")
 @ui_route("GET", "/api" + FLOW + "/runs")
 def ui_list_runs(model: Model, request: Request, flow: str | None = None) -> Response:
-    """A page of the runs of all flows or of one, or of groups of them."""
-    paging = parse_paging(request.query)
+    """A page of the runs of all flows or of one flow, or of groups of them."""
     order = parse_order(request.query, {*UI_RUN_COLUMNS, *UI_JUDGED_COLUMNS})
-    group = first_value(request.query, "_group")
-    found = filter_runs(model, request.query, runs_since(model, request.query, flow))
-    if order not in ([], [("ts_epoch", True)]):  # as they are found: not all are looked at
-        found = sorted_runs(model, found, order)
-    if group in ("flow_id", "user"):
-        shown, is_more = paginate_groups(
-            found, group, paging, parse_count(request.query, "_group_limit", UI_PAGE)
-        )
-    else:
-        rows = list(itertools.islice(found, paging.part().start, paging.part().stop + 1))
-        shown, is_more = rows[: paging.limit], len(rows) > paging.limit
-    judged = [model.judge(row) for row in shown]
-    return envelope_page(request, judged, paging.page, paging.page + 1 if is_more else None)
+    runs = filter_runs(model, request.query, list_runs_since(model, request.query, flow))
+    if order not in ([], [NEWEST_FIRST]):  # in that order they come, and not all have to be read
+        has_judged = any(name in UI_JUDGED_COLUMNS for name, _ in order)
+        runs = [model.judge(run) if has_judged else run for run in runs]
+        sort_rows(runs, order)
+    page = paginate_rows(request.query, runs, UI_RUN_GROUPS)
+    return page_response(request, page._replace(rows=[model.judge(run) for run in page.rows]))
 
 
-def sorted_runs(model: Model, runs: Iterable[RunRow], order: Sequence[ColumnOrder]) -> list[RunRow]:
-    """Runs, newest first, put in another order; judged only where that needs it."""
-    by_verdict = any(name in UI_JUDGED_COLUMNS for name, _ in order)
-    rows = [model.judge(run) if by_verdict else run for run in runs]
-    sort_rows(rows, order)
-    return rows
-
-
-def runs_since(model: Model, query: Query, flow: str | None) -> Iterator[RunRow]:
-    """The runs of one flow or of all, newest first; not further back than a query wants."""
+def list_runs_since(model: Model, query: Query, flow: str | None) -> Iterator[RunRow]:
+    """The runs of one flow or of all flows, newest first, back to the time `ts_epoch:ge`."""
     oldest = first_value(query, "ts_epoch:ge") or ""
     if not INTEGER.fullmatch(oldest):
         return model.runs(flow)
@@ -10076,200 +10203,164 @@ def runs_since(model: Model, query: Query, flow: str | None) -> Iterator[RunRow]
 
 
 def filter_runs(model: Model, query: Query, runs: Iterable[RunRow]) -> Iterable[RunRow]:
-    """Those of the runs that pass the filters; judged only where a filter needs it."""
+    """The runs that pass the filters of a query; they are judged only if a filter needs that."""
     plain = [test for _, test in parse_filters(query, UI_RUN_COLUMNS)] + parse_tag_filters(query)
-    by_verdict = [test for _, test in parse_filters(query, UI_JUDGED_COLUMNS)]
+    on_verdict = [test for _, test in parse_filters(query, UI_JUDGED_COLUMNS)]
     found = filter_records(runs, plain)
-    return filter_records(map(model.judge, found), by_verdict) if by_verdict else found
+    return filter_records(map(model.judge, found), on_verdict) if on_verdict else found
 
 
-# -- what can be fetched and subscribed to ---------------------------------------------------------
+@ui_resource(
+    "/runs",
+    key=("flow_id", "run"),
+    existing_keys=lambda snapshot, ids: snapshot.model.store.run_ids(),
+    is_fetched=False,  # but by ui_list_runs, which does not read all runs for a page of them
+)
+def read_watched_runs(snapshot: Snapshot, query: Query, ids: Ids) -> Rows:
+    """The newest runs and the unfinished ones."""
+    return filter_runs(snapshot.model, query, snapshot.watched_runs())
 
 
-@RESOURCES.route("GET", "/runs")
-def runs_resource(look: Snapshot, query: Query) -> Resource:
-    """The newest runs, and those that go on; to be fetched they come in pages, see above."""
-    rows = partial(filter_runs, look.model, query)
-    told = (cast(RunRow, look.told_run(row)) for row in look.newest_runs())
-    keys = look.model.store.run_ids
-    return Resource(lambda: rows(told), ("flow_id", "run"), is_late=True, keys=keys)
-
-
-@ui_resource("/flows", is_paged=True)
-def flows_resource(look: Snapshot, query: Query) -> Resource:
+@ui_resource("/flows", UI_FLOW_COLUMNS, key=("flow_id",), is_paged=True)
+def read_flows(snapshot: Snapshot, query: Query, ids: Ids) -> Rows:
     """All flows."""
-    return Resource(
-        lambda: select_rows(look.model.store.flows(), query, UI_FLOW_COLUMNS), ("flow_id",)
-    )
+    return snapshot.model.store.flows()
 
 
 @ui_resource(FLOW)
-def flow_resource(look: Snapshot, query: Query, flow: str) -> Resource:
+def read_flow(snapshot: Snapshot, query: Query, ids: Ids) -> Rows:
     """One flow."""
-    found = look.model.store.flow((flow,))
-    return Resource(lambda: [found] if found else [], is_one=True)
+    found = snapshot.model.store.flow(ids)
+    return [found] if found else []
 
 
-@ui_resource(RUN)
-def run_resource(look: Snapshot, query: Query, flow: str, run: str) -> Resource:
+@ui_resource(RUN, existing_keys=lambda snapshot, ids: [()] if snapshot.run(ids) else [])
+def read_run(snapshot: Snapshot, query: Query, ids: Ids) -> Rows:
     """One run."""
-    row = look.run(run_ids(flow, run))
-    rows: list[RunRow] = [row] if row else []
-    return Resource(
-        lambda: rows, is_one=True, told=look.told_run, is_late=True, keys=lambda: [() for _ in rows]
-    )
+    found = snapshot.run(ids)
+    return [found] if found else []
 
 
-@ui_resource(RUN + "/steps")
-def steps_resource(look: Snapshot, query: Query, flow: str, run: str) -> Resource:
+@ui_resource(
+    RUN + "/parameters",
+    version=lambda snapshot, query, ids: snapshot.model.versions((*ids, PARAMETERS_STEP)),
+)
+def read_parameters(snapshot: Snapshot, query: Query, ids: Ids) -> Rows:
+    """The parameters of a run."""
+    has_parameters = snapshot.model.store.task_ids((*ids, PARAMETERS_STEP))
+    return [snapshot.model.parameters(ids)] if has_parameters else []
+
+
+# -- steps, tasks and what they have recorded ------------------------------------------------------
+
+
+@ui_resource(RUN + "/steps", UI_STEP_COLUMNS, key=("step_name",), version=version_of_run)
+def read_steps(snapshot: Snapshot, query: Query, ids: Ids) -> Rows:
     """The steps of a run."""
-    ids = run_ids(flow, run)
-    return Resource(
-        lambda: select_rows(
-            look.model.steps(ids, look.tasks(ids), look.now), query, UI_STEP_COLUMNS
-        ),
-        ("step_name",),
-        lambda: look.stamp_of_run(ids),
-    )
+    return snapshot.model.steps(ids, snapshot.tasks(ids), snapshot.now)
 
 
-@ui_resource(STEP)
-def step_resource(look: Snapshot, query: Query, flow: str, run: str, step: str) -> Resource:
+@ui_resource(STEP, version=version_of_run)
+def read_step(snapshot: Snapshot, query: Query, ids: Ids) -> Rows:
     """One step."""
-    steps = steps_resource(look, (), flow, run)
-    return Resource(
-        lambda: [row for row in steps.rows() if row["step_name"] == step],
-        stamp=steps.stamp,
-        is_one=True,
-    )
+    steps = snapshot.model.steps(ids[:2], snapshot.tasks(ids[:2]), snapshot.now)
+    return [row for row in steps if row["step_name"] == ids[2]]
 
 
-@ui_resource(STEP + "/tasks", is_paged=True)
-def step_tasks_resource(look: Snapshot, query: Query, flow: str, run: str, step: str) -> Resource:
+@ui_resource(
+    RUN + "/tasks",
+    UI_TASK_COLUMNS,
+    key=("step_name", "task_id", "attempt_id"),
+    version=version_of_run,
+)
+def read_tasks(snapshot: Snapshot, query: Query, ids: Ids) -> Rows:
+    """All attempts of all tasks of a run."""
+    return snapshot.tasks(ids)
+
+
+@ui_resource(
+    STEP + "/tasks",
+    UI_TASK_COLUMNS,
+    key=("task_id", "attempt_id"),
+    version=version_of_run,
+    is_paged=True,
+)
+def read_step_tasks(snapshot: Snapshot, query: Query, ids: Ids) -> Rows:
     """All attempts of all tasks of a step."""
-    ids = run_ids(flow, run)
-
-    def rows() -> list[AttemptRow]:
-        found = (task for task in look.tasks(ids) if task["step_name"] == step)
-        return select_rows(found, query, UI_TASK_COLUMNS)
-
-    return Resource(rows, ("task_id", "attempt_id"), lambda: look.stamp_of_run(ids))
-
-
-@ui_resource(STEP + "/artifacts", is_paged=True)
-def step_artifacts_resource(
-    look: Snapshot, query: Query, flow: str, run: str, step: str
-) -> Resource:
-    """The artifacts of the latest attempt of each task of a step."""
-    ids = (*run_ids(flow, run), step)
-
-    def rows() -> list[ArtifactRow]:
-        found = map(artifact_row, look.model.store.artifacts_below(ids))
-        return select_rows(found, query, UI_ARTIFACT_COLUMNS)
-
-    return Resource(rows, ("task_id", "name"), lambda: look.stamp_of_run(ids[:2]))
+    return [row for row in snapshot.tasks(ids[:2]) if row["step_name"] == ids[2]]
 
 
 @ui_resource(TASK)
-def task_resource(look: Snapshot, query: Query, *task: str) -> Resource:
+def read_task(snapshot: Snapshot, query: Query, ids: Ids) -> Rows:
     """The newest attempt of a task."""
-    ids = task_ids(*task)
-    return Resource(lambda: look.model.attempts(ids, look.now)[:1], is_one=True)
+    return snapshot.attempts(ids)[:1]
 
 
-@ui_resource(RUN + "/tasks")
-def tasks_resource(look: Snapshot, query: Query, flow: str, run: str) -> Resource:
-    """All attempts of all tasks of a run."""
-    ids = run_ids(flow, run)
-    return Resource(
-        lambda: select_rows(look.tasks(ids), query, UI_TASK_COLUMNS),
-        ("step_name", "task_id", "attempt_id"),
-        lambda: look.stamp_of_run(ids),
-        told=look.told_attempt,
-    )
-
-
-@ui_resource(RUN + "/metadata")
-def run_metadata_resource(look: Snapshot, query: Query, flow: str, run: str) -> Resource:
-    """The metadata of the tasks of a run; read only from the steps that are asked for."""
-    ids = run_ids(flow, run)
-    asked = first_value(query, "step_name")
-
-    def rows() -> list[MetadatumRow]:
-        steps = asked.split(",") if asked else [s["step_name"] for s in look.model.store.steps(ids)]
-        tasks = [task for step in steps for task in look.model.store.task_ids((*ids, step))]
-        found = (row for task in tasks for row in look.model.metadata(task))
-        return select_rows(found, query, UI_METADATA_COLUMNS)
-
-    def stamp() -> object:
-        return look.model.versions((*ids, asked)) if asked else look.stamp_of_run(ids)
-
-    return Resource(rows, ("step_name", "id"), stamp)
-
-
-@ui_resource(RUN + "/parameters")
-def parameters_resource(look: Snapshot, query: Query, flow: str, run: str) -> Resource:
-    """The parameters of a run."""
-    ids = run_ids(flow, run)
-    step = (*ids, PARAMETERS_STEP)
-    return Resource(
-        lambda: [look.model.parameters(ids)] if look.model.store.task_ids(step) else [],
-        stamp=lambda: look.model.versions(step),
-        is_one=True,
-    )
-
-
-@ui_resource(TASK + "/attempts")
-def attempts_resource(look: Snapshot, query: Query, *task: str) -> Resource:
+@ui_resource(TASK + "/attempts", key=("attempt_id",), version=version_of_run)
+def read_attempts(snapshot: Snapshot, query: Query, ids: Ids) -> Rows:
     """The attempts of a task, newest first."""
-    ids = task_ids(*task)
-    return Resource(
-        lambda: look.model.attempts(ids, look.now),
-        ("attempt_id",),
-        lambda: look.stamp_of_run(ids[:2]),
-        told=look.told_attempt,
-    )
+    return snapshot.attempts(ids)
 
 
-@ui_resource(TASK + "/metadata")
-def metadata_resource(look: Snapshot, query: Query, *task: str) -> Resource:
+def version_of_metadata(snapshot: Snapshot, query: Query, ids: Ids) -> object:
+    """The version of the metadata of a run, or of the step that a query asks for."""
+    step = first_value(query, "step_name")
+    return snapshot.model.versions((*ids, step)) if step else snapshot.run_version(ids)
+
+
+@ui_resource(
+    RUN + "/metadata", UI_METADATA_COLUMNS, key=("step_name", "id"), version=version_of_metadata
+)
+def read_run_metadata(snapshot: Snapshot, query: Query, ids: Ids) -> Rows:
+    """The metadata of the tasks of a run. If a query asks for steps, only theirs are read."""
+    store, asked = snapshot.model.store, first_value(query, "step_name")
+    steps = asked.split(",") if asked else [step["step_name"] for step in store.steps(ids)]
+    for task in itertools.chain.from_iterable(store.task_ids((*ids, step)) for step in steps):
+        yield from snapshot.model.metadata(task)
+
+
+@ui_resource(TASK + "/metadata", UI_METADATA_COLUMNS, key=("id",), version=version_of_task)
+def read_metadata(snapshot: Snapshot, query: Query, ids: Ids) -> Rows:
     """The metadata of a task."""
-    ids = task_ids(*task)
-    return Resource(
-        lambda: select_rows(look.model.metadata(ids), query, UI_METADATA_COLUMNS),
-        ("id",),
-        lambda: look.model.store.version(ids),
-    )
+    return snapshot.model.metadata(ids)
 
 
-@ui_resource(TASK + "/artifacts")
-def artifacts_resource(look: Snapshot, query: Query, *task: str) -> Resource:
-    """The artifacts of an attempt of a task, with their values if `postprocess` says so; to who
-    has subscribed always, since the official UI asks for none then, but shows them. With
-    `inherited=true` each tells whether a task before has had the same."""
-    ids, attempt = task_ids(*task), parse_attempt(query)
-
-    def rows() -> Iterable[ArtifactRow]:
-        found = select_rows(look.model.artifacts(ids, attempt), query, UI_ARTIFACT_COLUMNS)
-        if first_value(query, "inherited") == "true":
-            look.model.mark_inherited(ids, found)
-        is_valued = look.is_live or first_value(query, "postprocess") == "true"
-        return map(look.model.with_value, found) if is_valued else found
-
-    return Resource(rows, ("name", "attempt_id"), lambda: look.model.store.version(ids))
+@ui_resource(
+    STEP + "/artifacts",
+    UI_ARTIFACT_COLUMNS,
+    key=("task_id", "name"),
+    version=version_of_run,
+    is_paged=True,
+)
+def read_step_artifacts(snapshot: Snapshot, query: Query, ids: Ids) -> Rows:
+    """The artifacts of the latest attempt of each task of a step."""
+    return map(artifact_row, snapshot.model.store.artifacts_below(ids))
 
 
-# -- what can only be fetched ----------------------------------------------------------------------
+@ui_resource(TASK + "/artifacts", key=("name", "attempt_id"), version=version_of_task)
+def read_artifacts(snapshot: Snapshot, query: Query, ids: Ids) -> Rows:
+    """The artifacts of an attempt of a task.
+
+    They have their values if `postprocess=true`, and for subscribers always: the official UI does
+    not ask for them then, but shows them. With `inherited=true`, each says whether a task before
+    has had the same.
+    """
+    model, rows = snapshot.model, snapshot.model.artifacts(ids, parse_attempt(query))
+    found = select_rows(rows, query, UI_ARTIFACT_COLUMNS)  # here, as the rest takes long
+    if first_value(query, "inherited") == "true":
+        model.mark_inherited(ids, found)
+    has_values = snapshot.is_live or first_value(query, "postprocess") == "true"
+    return map(model.with_value, found) if has_values else found
+
+
+# -- what can only be fetched: images, comparisons, graphs, logs, cards ----------------------------
 
 
 @ui_route("GET", UI_TASK + "/artifacts/{name}/raw")
-def ui_artifact_image(
-    model: Model, request: Request, flow: str, run: str, step: str, task: str, name: str
-) -> Response:
-    """The bytes of an artifact that are an image."""
-    artifact = model.store.artifact(
-        task_ids(flow, run, step, task), name, parse_attempt(request.query)
-    )
+def ui_artifact_image(model: Model, request: Request, *names: str) -> Response:
+    """The bytes of an artifact that is an image."""
+    *task, name = names
+    artifact = model.store.artifact(object_ids(*task), name, parse_attempt(request.query))
     if artifact is None:
         raise HttpError(404, "There is no such artifact.")
     try:
@@ -10284,89 +10375,79 @@ def ui_artifact_image(
 
 
 @ui_route("GET", UI_RUN + "/artifacts")
-def ui_run_artifacts(model: Model, request: Request, flow: str, run: str) -> Response:
-    """None of a local datastore: the official UI would warn that it cannot read those."""
+def ui_run_artifacts(model: Model, request: Request, *run: str) -> Response:
+    """The artifacts of a run that are not in a local datastore.
+
+    If it sees any in a local one, the official UI warns that it cannot read them.
+    """
     if first_value(request.query, "ds_type") == "local":  # what it asks for when it opens a run
-        return envelope_page(request, [])
-    below = (artifact_row(a) for a in model.store.artifacts_below(run_ids(flow, run)))
-    remote = (row for row in below if row["ds_type"] != "local")
-    return envelope_page(request, select_rows(remote, request.query, UI_ARTIFACT_COLUMNS))
+        return page_response(request, ListPage([]))
+    rows = map(artifact_row, model.store.artifacts_below(object_ids(*run)))
+    remote = (row for row in rows if row["ds_type"] != "local")
+    found = select_rows(remote, request.query, UI_ARTIFACT_COLUMNS)
+    return page_response(request, ListPage(found))
 
 
 @ui_route("GET", "/api/compare")
 def ui_compare(model: Model, request: Request) -> Response:
-    """What differs between runs, each named as FLOW/RUN; with `all=true` also what does not."""
+    """What differs between runs, each given as FLOW/RUN; with `all=true` also what is equal."""
     named_runs = [value for name, value in request.query if name == "run"]
     if not 2 <= len(named_runs) <= MOST_COMPARED or any(r.count("/") != 1 for r in named_runs):
         raise BadQuery(f"2 to {MOST_COMPARED} runs are compared, each as run=FLOW/RUN.")
-    runs = [run_ids(*pathspec.split("/")) for pathspec in named_runs]
+    runs = [object_ids(*pathspec.split("/")) for pathspec in named_runs]
     for ids in runs:
         if model.store.run(ids) is None:
             raise HttpError(404, f"There is no run {'/'.join(ids)}.")
     has_equal = first_value(request.query, "all") == "true"
-    return envelope_one(request, model.compare(runs, has_equal))
+    return object_response(request, model.compare(runs, has_equal))
 
 
 @ui_route("GET", UI_RUN + "/changes")
-def ui_changes(model: Model, request: Request, flow: str, run: str) -> Response:
-    """What differs from the last run of the flow that succeeded; null where there is none."""
-    return envelope(request, model.changes(run_ids(flow, run)))
-
-
-class ServiceRow(TypedDict):
-    """A running service of this user."""
-
-    root: str
-    url: str
-    is_this: bool
-
-
-ListServices = Callable[[], "list[ServiceRow]"]
+def ui_changes(model: Model, request: Request, *run: str) -> Response:
+    """What differs from the last run of the flow that succeeded, or null if none did."""
+    return envelope_response(request, model.changes(object_ids(*run)))
 
 
 @ui_route("GET", UI_RUN + "/dag")
-def ui_dag(model: Model, request: Request, flow: str, run: str) -> Response:
+def ui_dag(model: Model, request: Request, *run: str) -> Response:
     """The graph of the flow of a run."""
-    return envelope_one(request, model.graph(run_ids(flow, run)))
+    return object_response(request, model.graph(object_ids(*run)))
 
 
 def parse_attempt(query: Query) -> int | None:
+    """The attempt that `attempt_id` asks for, or None if it does not."""
     text = first_value(query, "attempt_id")
     return None if not text else parse_attempt_segment(text)
 
 
 @ui_route("GET", UI_TASK + "/logs/{stream}")
-def ui_log(
-    model: Model, request: Request, flow: str, run: str, step: str, task: str, stream: str
-) -> Response:
-    """A page of a log. Pages are counted from the log's beginning, or its end for `-row`."""
-    found = find_log(model, request, task_ids(flow, run, step, task), stream)
+def ui_log(model: Model, request: Request, *names: str) -> Response:
+    """A page of a log. With `-row`, the last lines are on the first page, in reverse order."""
+    found = find_log(model, request, *names)
     if found is None:
-        return envelope_page(request, [], status=404)
+        return page_response(request, ListPage([]), status=404)
     _, lines = found
     paging = parse_paging(request.query, default=LARGEST_UI_PAGE)
     last = max(1, -(-len(lines) // paging.limit))
     is_descending = parse_order(request.query, ("row",)) != [("row", False)]
-    number = last - paging.page + 1 if is_descending else paging.page
-    shown = lines[Paging(paging.limit, number).part()] if 1 <= number <= last else []
-    following = paging.page + 1 if paging.page < last else None
-    return envelope_page(
-        request, shown[::-1] if is_descending else shown, paging.page, following, last
-    )
+    # Pages are divided from the beginning of the log, so that they stay the same while it grows.
+    number = last - paging.number + 1 if is_descending else paging.number
+    shown = lines[Paging(paging.limit, number).place()] if 1 <= number <= last else []
+    following = paging.number + 1 if paging.number < last else None
+    rows = shown[::-1] if is_descending else shown
+    return page_response(request, ListPage(rows, paging.number, following, last))
 
 
 @ui_route("GET", UI_TASK + "/logs/{stream}/download")
-def ui_log_download(
-    model: Model, request: Request, flow: str, run: str, step: str, task: str, stream: str
-) -> Response:
+def ui_log_download(model: Model, request: Request, *names: str) -> Response:
     """A log as a text file."""
-    ids = task_ids(flow, run, step, task)
-    found = find_log(model, request, ids, stream)
+    found = find_log(model, request, *names)
     if found is None:
         raise HttpError(404, "There is no such task.")
     attempt, lines = found
-    name = f"{LOG_STREAMS[stream]}_{'_'.join(ids)}-{attempt}.txt"
-    header = f"attachment; filename*=UTF-8''{urllib.parse.quote(name, safe='')}"
+    *task, stream = names
+    download_name = f"{LOG_STREAMS[stream]}_{'_'.join(object_ids(*task))}-{attempt}.txt"
+    header = f"attachment; filename*=UTF-8''{urllib.parse.quote(download_name, safe='')}"
     return Response(
         "\n".join(line["line"] for line in lines).encode(),
         kind="text/plain; charset=utf-8",
@@ -10374,51 +10455,49 @@ def ui_log_download(
     )
 
 
-def find_log(
-    model: Model, request: Request, ids: Ids, stream: str
-) -> tuple[int, list[LogLine]] | None:
-    """An attempt, the newest where none is named, and its log; None if there is no such task."""
+def find_log(model: Model, request: Request, *names: str) -> tuple[int, list[LogLine]] | None:
+    """The number of an attempt, by default the newest, and its log; None without such a task."""
+    *task, stream = names
     if stream not in LOG_STREAMS:
         raise HttpError(404, "There is nothing at this path.")
+    ids, attempt = object_ids(*task), parse_attempt(request.query)
     attempts = model.attempts(ids, model.clock())
     if not attempts:
         return None
-    attempt = parse_attempt(request.query)
     number = attempts[0]["attempt_id"] if attempt is None else attempt
     return number, model.log(ids, number, LOG_STREAMS[stream])
 
 
 @ui_route("GET", UI_TASK + "/cards")
 def ui_cards(model: Model, request: Request, *task: str) -> Response:
-    """The cards of a task; with `data=true` each with what it shows at the moment, or null.
+    """The cards of a task; with `data=true`, each with the data that it shows now, or null.
 
-    `missing` counts those that are recorded, but whose files are not found.
+    `missing` is the number of cards that are recorded, but whose files are not found.
     """
-    ids = task_ids(*task)
+    ids = object_ids(*task)
     rows: list[Mapping[str, object]] = [*model.cards(ids)]
     missing = {"missing": model.count_missing_cards(ids)}
     if first_value(request.query, "data") == "true":
-        found = ((card, card_snapshot(model, ids, str(card["hash"]))) for card in rows)
-        rows = [{**card, "data": None if now is None else now[1]} for card, now in found]
-    return envelope_page(request, rows, last_page=1, further=missing)
+        found = ((card, read_card_data(model, ids, str(card["hash"]))) for card in rows)
+        rows = [{**card, "data": None if data is None else data[1]} for card, data in found]
+    return page_response(request, ListPage(rows, last=1), extra=missing)
 
 
-def card_snapshot(model: Model, ids: Ids, card_hash: str) -> tuple[Card, object] | None:
-    """What a card shows at the moment; None where that is not known or cannot be passed on."""
+def read_card_data(model: Model, ids: Ids, card_hash: str) -> tuple[Card, object] | None:
+    """A card and the data that it shows now; None if they cannot be read, or not be sent."""
     with contextlib.suppress(FileNotFoundError, ValueError, RecursionError):
         found = model.card_data(ids, card_hash)
-        json.dumps(found)  # what could be read may still be too deep to be written
+        json.dumps(found)  # what could be parsed may still be nested too deeply to be serialized
         return found
     return None
 
 
 @ui_route("GET", UI_TASK + "/cards/{hash}")
-def ui_card(
-    model: Model, request: Request, flow: str, run: str, step: str, task: str, card_hash: str
-) -> Response:
-    """A card, as the flow has written it; with `follow=true` it hears what it is to show now."""
+def ui_card(model: Model, request: Request, *names: str) -> Response:
+    """A card, as the flow has written it; with `follow=true`, it can be updated by our page."""
+    *task, card_hash = names
     try:
-        content = model.card(task_ids(flow, run, step, task), card_hash)
+        content = model.card(object_ids(*task), card_hash)
     except TooLarge:
         raise HttpError(413, f"The card is larger than {LARGEST_CARD} bytes.") from None
     if content is None:
@@ -10437,23 +10516,22 @@ new ResizeObserver(() => {
   parent.postMessage({cardHeight: document.documentElement.scrollHeight}, "*");
 }).observe(document.body);
 </script>"""
-"""A card in its sandbox can ask for nothing: our page tells it what it shows, while the task runs,
-and hears how high it is and when what it is told belongs to a card that was written anew."""
+"""A card in a sandbox cannot fetch anything. While the task runs, our page sends it the new data;
+the card replies with its height, and with a message if the data are for a newer version of it."""
 
 
 @ui_route("GET", UI_TASK + "/cards/{hash}/data")
-def ui_card_data(
-    model: Model, request: Request, flow: str, run: str, step: str, task: str, card_hash: str
-) -> Response:
-    """What a card shows at the moment."""
-    found = card_snapshot(model, task_ids(flow, run, step, task), card_hash)
+def ui_card_data(model: Model, request: Request, *names: str) -> Response:
+    """The data that a card shows now."""
+    *task, card_hash = names
+    found = read_card_data(model, object_ids(*task), card_hash)
     if found is None:
         return json_response({"error": "There are no data of such a card."}, 404)
     card, data = found
     return json_response({"data": data, "id": card["id"], "type": card["type"]})
 
 
-# -- WebSocket frames (RFC 6455) -------------------------------------------------------------------
+# -- WebSocket (RFC 6455) --------------------------------------------------------------------------
 
 TEXT_FRAME, BINARY_FRAME, CLOSE_FRAME, PING_FRAME, PONG_FRAME = 1, 2, 8, 9, 10
 GOING_AWAY, PROTOCOL_ERROR, NOT_UTF8, OVER_LIMIT, MESSAGE_TOO_BIG = 1001, 1002, 1007, 1008, 1009
@@ -10461,76 +10539,76 @@ LARGEST_MESSAGE = 64 * 2**10
 
 
 class BadFrame(Exception):
-    """A client breaks the protocol, or a limit: the code to close with."""
+    """A client breaks the protocol or exceeds a limit; `code` says how, in the close frame."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
         self.code = code
 
 
-def accept_key(key: str) -> str:
-    """What a server answers to a Sec-WebSocket-Key."""
+def websocket_accept(key: str) -> str:
+    """The value of Sec-WebSocket-Accept for a Sec-WebSocket-Key."""
     from hashlib import sha1
 
     magic = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
     return base64.b64encode(sha1((key + magic).encode("latin-1")).digest()).decode()
 
 
-def encode_frame(kind: int, payload: bytes) -> bytes:
-    """A whole frame as a server sends it."""
+def encode_frame(opcode: int, payload: bytes) -> bytes:
+    """A frame of a server, which is a whole message and has no mask."""
     size = len(payload)
     if size < 126:
-        head = bytes((0x80 | kind, size))
+        head = bytes((0x80 | opcode, size))
     elif size < 2**16:
-        head = bytes((0x80 | kind, 126)) + size.to_bytes(2, "big")
+        head = bytes((0x80 | opcode, 126)) + size.to_bytes(2, "big")
     else:
-        head = bytes((0x80 | kind, 127)) + size.to_bytes(8, "big")
+        head = bytes((0x80 | opcode, 127)) + size.to_bytes(8, "big")
     return head + payload
 
 
 class FrameDecoder:
-    """Makes messages of what a client sends, however it is cut into frames and packets."""
+    """Decodes the messages of a client, however they are divided into frames and packets."""
 
     def __init__(self) -> None:
         self._received = bytearray()
-        self._message = bytearray()
-        self._kind = 0  # of the message that goes on; 0: of none
+        self._message = bytearray()  # the frames so far of a message that is not complete
+        self._opcode = 0  # of that message; 0 if there is none
 
     def feed(self, data: bytes) -> list[tuple[int, bytes]]:
-        """The kinds and contents of the messages that are complete now; BadFrame."""
+        """The opcodes and payloads of the messages that are complete now; BadFrame."""
         self._received += data
         messages: list[tuple[int, bytes]] = []
         while True:
             frame = self._next_frame()
             if frame is None:
                 return messages
-            is_last, kind, payload = frame
-            if kind >= CLOSE_FRAME:
-                messages.append((kind, payload))
+            is_final, opcode, payload = frame
+            if opcode >= CLOSE_FRAME:
+                messages.append((opcode, payload))
                 continue
-            if (kind == 0) != (self._kind != 0):
+            if (opcode == 0) != (self._opcode != 0):
                 raise BadFrame(PROTOCOL_ERROR)  # a message within another, or the rest of none
-            self._kind = self._kind or kind
+            self._opcode = self._opcode or opcode
             if len(self._message) + len(payload) > LARGEST_MESSAGE:
                 raise BadFrame(MESSAGE_TOO_BIG)
             self._message += payload
-            if is_last:
-                messages.append((self._kind, bytes(self._message)))
+            if is_final:
+                messages.append((self._opcode, bytes(self._message)))
                 self._message.clear()
-                self._kind = 0
+                self._opcode = 0
 
     def _next_frame(self) -> tuple[bool, int, bytes] | None:
-        """The next frame (is it a message's last, its kind, its content), once it is all there."""
+        """The FIN bit, opcode and payload of the next frame, or None until it is complete."""
         received = self._received
         if len(received) < 2:
             return None
-        is_last, kind, size = bool(received[0] & 0x80), received[0] & 0x0F, received[1] & 0x7F
-        is_known = kind in (0, TEXT_FRAME, BINARY_FRAME, CLOSE_FRAME, PING_FRAME, PONG_FRAME)
+        is_final, opcode, size = bool(received[0] & 0x80), received[0] & 0x0F, received[1] & 0x7F
+        is_known = opcode in (0, TEXT_FRAME, BINARY_FRAME, CLOSE_FRAME, PING_FRAME, PONG_FRAME)
         if received[0] & 0x70 or not is_known or not received[1] & 0x80:
-            raise BadFrame(PROTOCOL_ERROR)  # extensions, unknown frames, frames without a mask
-        if kind >= CLOSE_FRAME and (size > 125 or not is_last):
+            raise BadFrame(PROTOCOL_ERROR)  # an extension, an unknown opcode, or no mask
+        if opcode >= CLOSE_FRAME and (size > 125 or not is_final):
             raise BadFrame(PROTOCOL_ERROR)
-        more = {126: 2, 127: 8}.get(size, 0)
+        more = {126: 2, 127: 8}.get(size, 0)  # bytes of a longer size
         at = 2 + more
         if len(received) < at:
             return None
@@ -10543,21 +10621,22 @@ class FrameDecoder:
             return None
         mask, masked = bytes(received[at : at + 4]), bytes(received[at + 4 : end])
         del received[:end]
-        return is_last, kind, unmask(mask, masked)
+        return is_final, opcode, unmask(mask, masked)
 
 
-def unmask(mask: bytes, content: bytes) -> bytes:
-    size = len(content)
+def unmask(mask: bytes, masked: bytes) -> bytes:
+    """A payload without its mask: one XOR of large integers, not a loop over its bytes."""
+    size = len(masked)
     key = (mask * (size // 4 + 1))[:size]
-    return (int.from_bytes(content, "big") ^ int.from_bytes(key, "big")).to_bytes(size, "big")
+    return (int.from_bytes(masked, "big") ^ int.from_bytes(key, "big")).to_bytes(size, "big")
 
 
 SEND_SECONDS = 10.0
-"""How long a browser may take to receive what it is sent."""
+"""How long a browser may take none of what it is sent."""
 
 
 class WebSocket:
-    """The server's end of a WebSocket, for one thread."""
+    """The server's end of a WebSocket. It must be used by one thread only."""
 
     def __init__(self, duplex: Duplex) -> None:
         self._duplex = duplex
@@ -10565,25 +10644,28 @@ class WebSocket:
         self._has_closed = False
 
     def send(self, message: object) -> None:
-        """Send an object as JSON, or text as it is; OSError where that takes too long."""
+        """Send a string as it is, or anything else as JSON; OSError if the browser takes none."""
         text = message if isinstance(message, str) else json.dumps(message)
         self._send(TEXT_FRAME, text.encode())
 
     def receive(self, seconds: float) -> list[str] | None:
-        """The messages that arrive within so long, at once if there are any; None at the end."""
+        """The text messages that arrive in time, or None after the last one; BadFrame, OSError.
+
+        It returns as soon as there is anything, which need not be a whole message.
+        """
         data = self._duplex.receive(seconds)
         if data is None:
             return []
         if not data:
             return None
         texts = []
-        for kind, payload in self._decoder.feed(data):
-            if kind == CLOSE_FRAME:
+        for opcode, payload in self._decoder.feed(data):
+            if opcode == CLOSE_FRAME:
                 self._close(payload[:2])
                 return None
-            if kind == PING_FRAME:
+            if opcode == PING_FRAME:
                 self._send(PONG_FRAME, payload)
-            elif kind == TEXT_FRAME:
+            elif opcode == TEXT_FRAME:
                 try:
                     texts.append(payload.decode())
                 except UnicodeDecodeError:
@@ -10591,7 +10673,7 @@ class WebSocket:
         return texts
 
     def close(self, code: int) -> None:
-        """Say goodbye, if it is still heard."""
+        """Send a close frame, unless one was sent already or nobody takes it."""
         if not self._has_closed:
             with contextlib.suppress(OSError):
                 self._close(code.to_bytes(2, "big"))
@@ -10600,218 +10682,216 @@ class WebSocket:
         self._has_closed = True
         self._send(CLOSE_FRAME, reason)
 
-    def _send(self, kind: int, payload: bytes) -> None:
-        self._duplex.send(encode_frame(kind, payload), SEND_SECONDS)
+    def _send(self, opcode: int, payload: bytes) -> None:
+        self._duplex.send(encode_frame(opcode, payload), SEND_SECONDS)
 
 
-def websocket(request: Request, run: Callable[[WebSocket], None]) -> Upgrade:
-    """Go on as a WebSocket; HttpError where the request is not for one."""
+def upgrade_to_websocket(request: Request, run: Callable[[WebSocket], None]) -> Upgrade:
+    """Switch to a WebSocket, which is closed when `run` returns; HttpError if none is asked for."""
     headers = request.headers
-    key, kind = headers.get("sec-websocket-key", ""), headers.get("upgrade", "")
-    if request.method != "GET" or kind.lower() != "websocket" or len(key) != 24:
+    key, protocol = headers.get("sec-websocket-key", ""), headers.get("upgrade", "")
+    if request.method != "GET" or protocol.lower() != "websocket" or len(key) != 24:
         raise HttpError(426, "This path is for WebSockets.", [("Upgrade", "websocket")])
     if headers.get("sec-websocket-version") != "13":
         raise HttpError(
             426, "The WebSocket has another version.", [("Sec-WebSocket-Version", "13")]
         )
 
-    def run_until_closed(duplex: Duplex) -> None:
-        end = WebSocket(duplex)
+    def run_and_close(duplex: Duplex) -> None:
+        websocket = WebSocket(duplex)
         code = GOING_AWAY
         try:
-            run(end)
+            run(websocket)
         except BadFrame as error:
             code = error.code
         except OSError:
-            return  # the browser has gone, or takes nothing any more
-        end.close(code)
+            return  # the browser is gone, or takes nothing any more
+        websocket.close(code)
 
     response = [
         ("Upgrade", "websocket"),
         ("Connection", "Upgrade"),
-        ("Sec-WebSocket-Accept", accept_key(key)),
+        ("Sec-WebSocket-Accept", websocket_accept(key)),
     ]
-    return Upgrade(response, run_until_closed)
+    return Upgrade(response, run_and_close)
 
 
-# -- subscriptions ---------------------------------------------------------------------------------
+# -- subscriptions, and the feed of a page ---------------------------------------------------------
 
-LOOK_SECONDS, IDLE_LOOK_SECONDS = 1.0, 3.0
-"""How often subscriptions are looked at; and when nothing has happened for IDLE_SECONDS."""
+POLL_SECONDS, IDLE_POLL_SECONDS = 1.0, 3.0
+"""How often subscriptions are polled, and how often if nothing was announced for IDLE_SECONDS."""
 
 IDLE_SECONDS = 60.0
 
-REST_LOOK_SECONDS = 10.0
-"""How often when no run goes on. Whether there is a new one is seen every LOOK_SECONDS then too."""
+REST_POLL_SECONDS = 10.0
+"""How often if no run is running. New and deleted runs are noticed every POLL_SECONDS even then."""
 
 SILENT_SECONDS = 180.0
-"""How long a page may be silent: it pings every 5 s, or in the background every minute."""
+"""How long a page may be silent. It pings every 5 s, or in the background every minute."""
 
-GAP_SECONDS = 10.0
-"""What may have changed between a page's request and its subscription is sent once more."""
+OVERLAP_SECONDS = 10.0
+"""A subscription begins so long before it is made: the page has fetched the rows a little earlier,
+and must not miss what has changed since."""
 
 VERDICT_LAG_SECONDS = RUN_HEARTBEAT_CUTOFF + 60
-"""How much later than at the time it bears a change may have shown, when a run or task died."""
+"""How much later than at its own time an end may be noticed, if a run or task died in silence."""
 
 FAR_FUTURE = 1e11
 """Epoch seconds that are not worth calculating with."""
 
 MOST_SUBSCRIPTIONS = 256
 
+Frame = Mapping[str, object]
+
 
 class Subscription:
-    """What a page wants to hear of, and what it has heard."""
+    """A view that a page follows, and what the page knows of it."""
 
     def __init__(
-        self, uuid: str, resource: str, since: float, hears_deletions: bool = False
+        self, uuid: str, resource: str, since: float, wants_deletions: bool = False
     ) -> None:
-        """`since`: epoch seconds; what has changed after that is sent at once. `hears_deletions`:
-        is told what is deleted, which the official UI would take for a change. HttpError where
-        there is no such resource."""
+        """`resource`: a path without /api, and a query; HttpError if there is no such resource.
+
+        `since`: epoch seconds; the first poll announces rows that have changed after that.
+        `wants_deletions`: whether deletions are announced as well.
+        """
         path, _, query = resource.partition("?")
-        self.uuid = uuid
-        self.resource = path
-        self._query: Query = urllib.parse.parse_qsl(query, keep_blank_values=True)
         segments = [urllib.parse.unquote(segment) for segment in path.split("/")[1:]]
-        self._handler, self._arguments = RESOURCES.handler("GET", segments)
-        self._since = since * 1000
-        self._stamp: object = None
-        self._known: dict[object, int] = {}
-        # By the keys of rows, where ends come late: when they were last seen going on.
-        self._going_on: dict[object, float] = {}
-        self._is_first_look = True
-        self._hears_deletions = hears_deletions
-        self._keys: set[tuple[str, ...]] = set()  # of all that was there, whether told or not
+        make_view, names = RESOURCES.handler("GET", segments)
+        self.uuid = uuid
+        self.path = path
+        self._view: View = make_view(urllib.parse.parse_qsl(query, keep_blank_values=True), *names)
+        self._since_ms = since * 1000
+        self._wants_deletions = wants_deletions
+        self._is_first_poll = True
+        self._version: object = None  # of the view when it was last polled
+        self._fingerprints: dict[Key, int] = {}  # of the rows as they were last announced, by key
+        self._existing: set[Key] = set()
 
-    def depth(self) -> tuple[int, bool]:
-        """What orders subscriptions: runs first, then steps, then tasks."""
-        return (self.resource.count("/"), self.resource.endswith("/tasks"))
+    def sort_key(self) -> tuple[int, bool]:
+        """Sorts runs before steps, and steps before tasks."""
+        return (self.path.count("/"), self.path.endswith("/tasks"))
 
-    def _with_late_end(self, key: object, row: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A row, but as it was before its end where that was seen only now."""
-        now = time.monotonic()
-        if row["finished_at"] is None:
-            self._going_on[key] = now
-        elif now - self._going_on.get(key, -math.inf) < LATE_SECONDS:
-            return going_on(row)
-        return row
+    def poll(self, snapshot: Snapshot) -> list[Frame]:
+        """The frames for what has changed since the last poll; BadQuery, StoreError, OSError.
 
-    def frames(self, look: Snapshot) -> list[Mapping[str, object]]:
-        """What is to be told now; after an exception it is to be told still."""
-        found: Resource = self._handler(look, self._query, *self._arguments)
-        stamp = found.stamp()
-        if stamp is not None and stamp == self._stamp:
+        After an exception, the next poll returns what this one would have returned.
+        """
+        version = self._view.version(snapshot)
+        if version is not None and version == self._version:
             return []
-        frames: list[Mapping[str, object]] = []
-        for row in list(map(found.told, found.rows())):  # all, before any counts as told
-            key = tuple(row[field] for field in found.key)
-            if found.is_late:
-                row = self._with_late_end(key, row)
-            state = hash(row_fingerprint(row))
-            known = self._known.get(key)
-            self._known[key] = state
-            if known == state or (self._is_first_look and last_change(row) < self._since):
-                continue
-            kind = "UPDATE" if found.is_one or known is not None else "INSERT"
-            frames.append(self._frame(kind, row))
-        if self._hears_deletions:
-            frames += self._deletions(found)
-        self._stamp = stamp
-        self._is_first_look = False
+        rows = self._view.rows(snapshot)
+        existing = self._view.existing_keys(snapshot) if self._wants_deletions else set()
+        # All is read now; only then may a row count as announced.
+        frames = [*filter(None, map(self._announce, rows)), *self._announce_deletions(existing)]
+        self._version = version
+        self._is_first_poll = False
         return frames
 
-    def _deletions(self, found: Resource) -> list[Mapping[str, object]]:
-        """What tells, by their keys, of the rows that are gone since the last look."""
-        keys = set(found.keys())
-        gone, self._keys = self._keys - keys, keys
-        for key in gone:
-            self._known.pop(key, None)
-        return [self._frame("DELETE", dict(zip(found.key, key))) for key in gone]
+    def _announce(self, row: Mapping[str, Any]) -> Frame | None:
+        """The frame for a row, if it is new or has changed."""
+        columns = self._view.resource.key
+        key = tuple(row[column] for column in columns)
+        before, now = self._fingerprints.get(key), hash(row_fingerprint(row))
+        self._fingerprints[key] = now
+        if now == before or (self._is_first_poll and last_change_ms(row) < self._since_ms):
+            return None
+        return self._frame("INSERT" if columns and before is None else "UPDATE", row)
 
-    def _frame(self, kind: str, row: Mapping[str, object]) -> Mapping[str, object]:
-        return {"type": kind, "uuid": self.uuid, "resource": self.resource, "data": row}
+    def _announce_deletions(self, existing: set[Key]) -> list[Frame]:
+        """The frames for the rows that existed at the last poll and do not exist now."""
+        deleted, self._existing = self._existing - existing, existing
+        for key in deleted:
+            self._fingerprints.pop(key, None)
+        columns = self._view.resource.key
+        return [self._frame("DELETE", dict(zip(columns, key))) for key in deleted]
+
+    def _frame(self, kind: str, row: Mapping[str, object]) -> Frame:
+        return {"type": kind, "uuid": self.uuid, "resource": self.path, "data": row}
 
 
 def row_fingerprint(row: Mapping[str, Any]) -> str:
-    """What of a row is worth telling when it changes: not the time, which browsers have too."""
-    moving = () if row.get("finished_at") else ("duration",)
-    return json.dumps({k: v for k, v in row.items() if k not in (*moving, "last_heartbeat_ts")})
+    """A row without what changes all the time: heartbeats, and durations that browsers count."""
+    moving = ("last_heartbeat_ts", *(() if row.get("finished_at") else ("duration",)))
+    return json.dumps({name: value for name, value in row.items() if name not in moving})
 
 
-def last_change(row: Mapping[str, Any]) -> float:
-    """When a row has changed last, in epoch milliseconds; infinite where it does not say.
+def last_change_ms(row: Mapping[str, Any]) -> float:
+    """When a row last changed, in epoch milliseconds, or infinity if it does not say.
 
-    Parameters of flows, which are fields of one row, may have the names of times.
+    The times need not be numbers: a row of parameters has the columns that a flow has chosen.
     """
     times = [row.get(name) for name in ("ts_epoch", "started_at", "finished_at")]
     return max((time for time in times if isinstance(time, int)), default=math.inf)
 
 
 class Feed:
-    """What one page is told over its socket: by one thread, so that nothing overtakes."""
+    """What a page is sent over its socket, all of it by one thread; see "Feed" above."""
 
-    def __init__(self, model: Model, page: WebSocket) -> None:
+    def __init__(self, model: Model, websocket: WebSocket) -> None:
         self._model = model
-        self._page = page
-        self._subscriptions: dict[str, Subscription] = {}
-        self._next_look = 0.0
-        self._looked_at = 0.0
-        self._runs_seen: object = None  # by that look: their version, if the root was at rest
-        self._last_told = time.monotonic()
-        self._waiting: list[Subscription] = []  # for their turn in this look
-        self._look = Snapshot(model, is_live=True)
+        self._websocket = websocket
+        self._subscriptions: dict[str, Subscription] = {}  # by uuid
+        self._last_running: dict[Ids, float] = {}  # see Snapshot
+        self._snapshot = Snapshot(model, self._last_running)
+        self._unpolled: list[Subscription] = []  # for the current snapshot; the last is the next
+        self._next_poll = 0.0
+        self._last_poll = 0.0
+        self._runs_version: object = None  # at the last poll, if no run was running then
+        self._last_announced = time.monotonic()
 
     def run(self) -> None:
-        """Serve the page until it goes, or is silent for too long; OSError, BadFrame."""
-        heard = time.monotonic()
+        """Serve the page until it leaves or is silent for too long; OSError, BadFrame."""
+        last_heard = time.monotonic()
         while True:
-            messages = self._page.receive(self._patience())
+            messages = self._websocket.receive(self._receive_seconds())
             if messages is None:
                 return
             for message in messages:
-                self._handle(message)
+                self._handle_message(message)
             now = time.monotonic()
             if messages:
-                heard = now
-            elif now - heard > SILENT_SECONDS:
+                last_heard = now
+            elif now - last_heard > SILENT_SECONDS:
                 return
-            if self._waiting:
-                self._tell(self._waiting.pop())
-            elif self._subscriptions and now >= self._next_look:
-                self._begin_look(now)
+            if self._unpolled:  # one at a time, so that pings are answered in between
+                self._announce_changes(self._unpolled.pop())
+            elif self._subscriptions and now >= self._next_poll:
+                self._begin_poll(now)
 
-    def _begin_look(self, now: float) -> None:
-        """Look at all subscriptions; at a root at rest only now and then, or if runs came or went.
+    def _begin_poll(self, now: float) -> None:
+        """Have all subscriptions polled, unless no run is running, or has come or gone of late.
 
-        To look at a hundred runs takes 6 ms, to see that none has come or gone 0.1 ms.
+        To poll a hundred runs takes 6 ms, and 0.1 ms to see that none has come or gone.
         """
-        runs = self._model.runs_version() if self._model.is_at_rest(STORING_SECONDS) else None
-        is_as_before = runs is not None and runs == self._runs_seen
-        if is_as_before and now - self._looked_at < REST_LOOK_SECONDS:
-            self._next_look = now + LOOK_SECONDS
+        is_at_rest = self._model.is_at_rest(STORING_SECONDS)
+        runs_version = self._model.runs_version() if is_at_rest else None
+        is_unchanged = runs_version is not None and runs_version == self._runs_version
+        if is_unchanged and now - self._last_poll < REST_POLL_SECONDS:
+            self._next_poll = now + POLL_SECONDS
             return
-        self._runs_seen, self._looked_at = runs, now
-        is_idle = runs is None and now - self._last_told > IDLE_SECONDS
-        self._next_look = now + (IDLE_LOOK_SECONDS if is_idle else LOOK_SECONDS)
-        self._look = Snapshot(self._model, is_live=True)
-        # Tasks are told of before steps, and these before runs: the last is popped first.
-        self._waiting = sorted(self._subscriptions.values(), key=Subscription.depth)
+        self._runs_version, self._last_poll = runs_version, now
+        is_idle = runs_version is None and now - self._last_announced > IDLE_SECONDS
+        self._next_poll = now + (IDLE_POLL_SECONDS if is_idle else POLL_SECONDS)
+        self._snapshot = Snapshot(self._model, self._last_running)
+        self._unpolled = sorted(self._subscriptions.values(), key=Subscription.sort_key)
 
-    def _patience(self) -> float:
-        """How long the next message may be waited for, in seconds."""
-        if self._waiting:
+    def _receive_seconds(self) -> float:
+        """How long to wait for messages."""
+        if self._unpolled:
             return 0.0
         if not self._subscriptions:
             return SILENT_SECONDS / 2
-        return max(0.0, self._next_look - time.monotonic())
+        return max(0.0, self._next_poll - time.monotonic())
 
-    def _handle(self, message: str) -> None:
-        if message == "__ping__":
-            self._page.send("__pong__")
+    def _handle_message(self, text: str) -> None:
+        """Answer a ping, subscribe or unsubscribe; messages that make no sense are ignored."""
+        if text == "__ping__":
+            self._websocket.send("__pong__")
             return
         try:
-            asked = json.loads(message)
-            kind, uuid = asked["type"], asked["uuid"]
+            message = json.loads(text)
+            kind, uuid = message["type"], message["uuid"]
         except (ValueError, LookupError, TypeError, RecursionError):
             return
         if not isinstance(uuid, str) or len(uuid) > 100:
@@ -10819,44 +10899,46 @@ class Feed:
         if kind == "UNSUBSCRIBE":
             self._subscriptions.pop(uuid, None)
         elif kind == "SUBSCRIBE":
-            self._subscribe(uuid, asked)
+            self._subscribe(uuid, message)
 
-    def _subscribe(self, uuid: str, asked: Mapping[str, object]) -> None:
-        resource, since = asked.get("resource"), asked.get("since")
-        begin = self._model.clock() - GAP_SECONDS
-        if isinstance(since, (int, float)) and abs(since) < FAR_FUTURE:
-            begin = min(begin, since - VERDICT_LAG_SECONDS)
+    def _subscribe(self, uuid: str, message: Mapping[str, object]) -> None:
         if len(self._subscriptions) >= MOST_SUBSCRIPTIONS:
             raise BadFrame(OVER_LIMIT)
-        if isinstance(resource, str):
-            try:
-                hears_deletions = asked.get("deletions") is True
-                self._subscriptions[uuid] = Subscription(uuid, resource, begin, hears_deletions)
-                self._next_look, self._runs_seen = 0.0, None
-            except HttpError:
-                log.debug("a page subscribes to %r, which there is not", resource)
+        resource, since = message.get("resource"), message.get("since")
+        if not isinstance(resource, str):
+            return
+        begin = self._model.clock() - OVERLAP_SECONDS
+        if isinstance(since, (int, float)) and abs(since) < FAR_FUTURE:
+            begin = min(begin, since - VERDICT_LAG_SECONDS)
+        try:
+            wants_deletions = message.get("deletions") is True
+            self._subscriptions[uuid] = Subscription(uuid, resource, begin, wants_deletions)
+            self._next_poll, self._runs_version = 0.0, None
+        except HttpError:
+            log.debug("a page subscribes to %r, which does not exist", resource)
 
-    def _tell(self, subscription: Subscription) -> None:
+    def _announce_changes(self, subscription: Subscription) -> None:
+        """Poll a subscription, unless it was ended or replaced meanwhile, and send the frames."""
         if self._subscriptions.get(subscription.uuid) is not subscription:
             return
         try:
-            frames = subscription.frames(self._look)
-        except (BadQuery, StoreError, HttpError) as error:
-            log.debug("%s cannot be watched: %s", subscription.resource, error)
+            frames = subscription.poll(self._snapshot)
+        except (BadQuery, StoreError, HttpError) as error:  # as it would be the next time
+            log.debug("%s cannot be followed: %s", subscription.path, error)
             del self._subscriptions[subscription.uuid]
             return
         except OSError as error:
-            log.warning("%s cannot be looked at: %s", subscription.resource, error)
+            log.warning("%s cannot be read: %s", subscription.path, error)
             return
         for frame in frames:
-            self._page.send(frame)
-            self._last_told = time.monotonic()
+            self._websocket.send(frame)
+            self._last_announced = time.monotonic()
 
 
 @ui_route("GET", "/api/ws")
 def ui_feed(model: Model, request: Request) -> Upgrade:
-    """The socket of a page, over which it hears of what changes."""
-    return websocket(request, lambda page: Feed(model, page).run())
+    """The socket over which a page subscribes to resources."""
+    return upgrade_to_websocket(request, lambda websocket: Feed(model, websocket).run())
 
 
 # -- search in a run -------------------------------------------------------------------------------
@@ -10864,24 +10946,23 @@ def ui_feed(model: Model, request: Request) -> Upgrade:
 
 @ui_route("GET", UI_RUN + "/search")
 @ui_route("GET", "/api/search" + RUN)
-def ui_search(model: Model, request: Request, flow: str, run: str) -> Upgrade:
-    """A socket that tells which tasks have an artifact or foreach variable, and closes."""
+def ui_search(model: Model, request: Request, *run: str) -> Upgrade:
+    """A socket with a single message: the tasks that have an artifact or a foreach variable."""
 
-    def tell(page: WebSocket) -> None:
+    def search(websocket: WebSocket) -> None:
+        event: Mapping[str, object]
         try:
-            found = list(search_tasks(model, run_ids(flow, run), request.query))
+            matches = [search_match(t) for t in find_tasks(model, object_ids(*run), request.query)]
+            event = {"type": "result", "matches": matches}
         except (StoreError, OSError) as error:
-            page.send({"event": {"type": "error", "message": str(error), "id": "search-failed"}})
-        else:
-            page.send(
-                {"event": {"type": "result", "matches": [search_match(task) for task in found]}}
-            )
+            event = {"type": "error", "message": str(error), "id": "search-failed"}
+        websocket.send({"event": event})
 
-    return websocket(request, tell)
+    return upgrade_to_websocket(request, search)
 
 
 def search_match(task: Task) -> Mapping[str, object]:
-    """A task as the official UI takes the results of a search."""
+    """A task in the form in which the official UI expects the results of a search."""
     return {
         "flow_id": task["flow_id"],
         "run_number": task["run_number"],
@@ -10893,122 +10974,101 @@ def search_match(task: Task) -> Mapping[str, object]:
 
 
 MOST_ENCODINGS = 3
-"""How many times over the official UI may have encoded what is searched for."""
+"""How many times the official UI may have percent-encoded the value that is searched for."""
 
 
-def search_tasks(model: Model, ids: Ids, query: Query) -> Iterator[Task]:
-    """The tasks of a run that a search finds, by `key`, `value` and `scope`."""
+def find_tasks(model: Model, ids: Ids, query: Query) -> Iterator[Task]:
+    """The tasks of a run that match `key` and `value` in one of the scopes of `scope`."""
     key, value = first_value(query, "key") or "", first_value(query, "value") or ""
     for _ in range(MOST_ENCODINGS):
         value = urllib.parse.unquote(value)
     scopes = (first_value(query, "scope") or "ARTIFACT").split(",")
     for step in model.store.steps(ids):
         for task in model.store.tasks((*ids, step["step_name"])):
-            where = (*ids, step["step_name"], str(task["task_id"]))
-            if ("ARTIFACT" in scopes and has_artifact(model, where, key, value)) or (
-                "FOREACH_VARIABLE" in scopes and has_variable(model, where, key, value)
+            place = (*ids, step["step_name"], str(task["task_id"]))
+            if ("ARTIFACT" in scopes and has_artifact(model, place, key, value)) or (
+                "FOREACH_VARIABLE" in scopes and has_foreach_variable(model, place, key, value)
             ):
                 yield task
 
 
-def has_artifact(model: Model, ids: Ids, key: str, value: str) -> bool:
-    """Whether the newest attempt of a task has an artifact of that name, and of that value if
-    any."""
-    artifact = model.store.artifact(ids, key)
-    if artifact is None or not value:
+def has_artifact(model: Model, ids: Ids, name: str, wanted: str) -> bool:
+    """Whether a task's newest attempt has an artifact of this name, and the wanted value if any."""
+    artifact = model.store.artifact(ids, name)
+    if artifact is None or not wanted:
         return artifact is not None
     content = model.with_value(artifact_row(artifact)).get("content")
-    return content is not None and is_value_like(content, value)
+    return content is not None and matches_value(content, wanted)
 
 
-def has_variable(model: Model, ids: Ids, key: str, value: str) -> bool:
-    """Whether a task is within a foreach over `key`, and at that value if any."""
-    pairs = (frame.partition("=") for frame in model.foreach_frames(ids))
-    return any(name == key and (not value or is_value_like(at, value)) for name, _, at in pairs)
+def has_foreach_variable(model: Model, ids: Ids, name: str, wanted: str) -> bool:
+    """Whether a task is in a foreach over this variable, and at the wanted value if any."""
+    variables = (frame.partition("=") for frame in model.foreach_frames(ids))
+    return any(n == name and (not wanted or matches_value(v, wanted)) for n, _, v in variables)
 
 
-def is_value_like(content: str, wanted: str) -> bool:
-    """Whether a value has a part as wanted, in whatever case; where that is in quotes, is it."""
+def matches_value(value: str, wanted: str) -> bool:
+    """Whether a value contains a text, in upper or lower case, or is equal to a quoted one."""
     if len(wanted) > 1 and wanted[0] == wanted[-1] == '"':
-        return content == wanted[1:-1]
-    return wanted.lower() in content.lower()
+        return value == wanted[1:-1]
+    return wanted.lower() in value.lower()
 
 
-# -- the page, and the files of the official UI ----------------------------------------------------
-
-PAGE_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "connect-src 'self'; img-src data:; frame-src 'self'; base-uri 'none'; form-action 'self'; "
-    "frame-ancestors 'none'"
-)
-CARD_POLICY = "sandbox allow-scripts allow-popups"
-"""A card is written by a flow: its scripts are not to act as our page, also in a tab of its own."""
-
-FRAMED_CARD_POLICY = (
-    "connect-src 'none'; form-action 'none'; frame-src 'none'; worker-src 'none'; "
-    "object-src 'none'; base-uri 'none'; frame-ancestors 'self'"
-)
-"""A card in a frame of the official UI, which is of the same origin. Its scripts can still make the
-page around it read what that page can read."""
-
-LARGEST_STATIC_FILE = 64 * 2**20
-FOR_EVER = "public, max-age=31536000, immutable"
-SERVICE_PATHS = frozenset(("api", "flows", "auth", "metadata"))
-"""Beginnings of paths at which there is no page of the official UI, whatever is asked for."""
-
-
-GUESSES_A_SECOND = 5
-"""How many wrong keys are told so, of all clients together. Who has the key never waits: only what
-is sent to the login counts before it is looked at."""
+# -- the key of the service, and the login ---------------------------------------------------------
 
 SHORTEST_KEY = 16
 
+GUESSES_A_SECOND = 5
+"""How many wrong keys are answered, from all clients together. Clients that have the key never
+wait: except at the login, only wrong keys count."""
+
 
 class GuessLimit:
-    """Lets so many guesses a second through; time makes up for what was taken."""
+    """A token bucket: it allows so many guesses a second, and as many at once."""
 
     def __init__(self, rate: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._rate = rate
         self._clock = clock
-        self._left = rate
-        self._counted_at = clock()
+        self._tokens = rate
+        self._filled_at = clock()
         self._lock = threading.Lock()  # guards both
 
     def allow(self) -> bool:
+        """Whether one more guess is allowed now; if so, it counts."""
         with self._lock:
             now = self._clock()
-            self._left = min(self._rate, self._left + (now - self._counted_at) * self._rate)
-            self._counted_at = now
-            if self._left < 1:
+            self._tokens = min(self._rate, self._tokens + (now - self._filled_at) * self._rate)
+            self._filled_at = now
+            if self._tokens < 1:
                 return False
-            self._left -= 1
+            self._tokens -= 1
             return True
 
 
 class Credentials:
-    """The key of a service, and the cookie by which a browser shows that it was given it.
+    """The key of a service, and the cookie that a browser gets for it.
 
-    The cookie holds a digest that only this process can have made, and its name has the port:
-    browsers send a cookie to all ports of a host, and the key must not travel to the others.
+    The value of the cookie can only have been made by this process, and its name contains the port:
+    browsers send cookies to all ports of a host, and other services there must not learn the key.
     """
 
     def __init__(self, key: str) -> None:
-        import hmac  # takes 3 ms to load, which commands can do without
+        import hmac  # takes 3 ms, which commands do not need to spend
 
         self.key = key
         self._session = hmac.digest(os.urandom(32), key.encode(), "sha256").hex()
         self._guesses = GuessLimit(GUESSES_A_SECOND)
 
     def check(self, headers: Mapping[str, str], port: int) -> None:
-        """Refuse a request that brings neither the key nor the cookie; `port`: the service's."""
-        if self.are_in(headers, port):
+        """Refuse, with HttpError, a request with neither the key nor the service's cookie."""
+        if self.accepts(headers, port):
             return
         if "x-api-key" in headers and not self._guesses.allow():
             raise self._too_many_guesses()
         raise HttpError(401, "The request needs the service's key as its x-api-key header.")
 
-    def are_in(self, headers: Mapping[str, str], port: int) -> bool:
-        """Whether a request brings the key as its header, or the cookie that the login has set."""
+    def accepts(self, headers: Mapping[str, str], port: int) -> bool:
+        """Whether a request has the key in its header, or if it has no such header, the cookie."""
         given = headers.get("x-api-key")
         if given is not None:
             return is_same_secret(given, self.key)
@@ -11017,7 +11077,7 @@ class Credentials:
         return any(n == name and is_same_secret(value, self._session) for n, _, value in cookies)
 
     def log_in(self, given: object, port: int) -> str:
-        """The cookie for who gives the key; HttpError where it is wrong or too many have tried."""
+        """A Set-Cookie header in exchange for the key; HttpError if it is not the key."""
         if not self._guesses.allow():
             raise self._too_many_guesses()
         if not isinstance(given, str) or not is_same_secret(given, self.key):
@@ -11033,22 +11093,61 @@ class Credentials:
 
 
 def is_same_secret(given: str, secret: str) -> bool:
-    """Whether what is given is the secret, in a time that does not tell where they differ."""
+    """Compare secrets, in a time that does not depend on where they differ."""
     import hmac
 
     return hmac.compare_digest(given.encode("utf-8", "replace"), secret.encode())
 
 
-def mounted_path(path: Sequence[str]) -> Sequence[str]:
-    """The path of the metadata API that is read at this one, as the reference's backend mounts it;
-    empty where it is none of those."""
+# -- the service: both APIs, the page, and the files of the official UI ----------------------------
+
+PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; frame-src 'self'; base-uri 'none'; form-action 'self'; "
+    "frame-ancestors 'none'"
+)
+CARD_POLICY = "sandbox allow-scripts allow-popups"
+"""Cards are written by flows. Their scripts must not act as our page, not even in their own tab."""
+
+FRAMED_CARD_POLICY = (
+    "connect-src 'none'; form-action 'none'; frame-src 'none'; worker-src 'none'; "
+    "object-src 'none'; base-uri 'none'; frame-ancestors 'self'"
+)
+"""The official UI reads and updates the cards in its frames, for which these must be of the same
+origin. Their scripts can then make the page around them read what that page can read."""
+
+LARGEST_STATIC_FILE = 64 * 2**20
+FOR_EVER = "public, max-age=31536000, immutable"
+SERVICE_PATHS = frozenset(("api", "flows", "auth", "metadata"))
+"""The first segments of paths that never belong to the official UI."""
+
+READING_METHODS = ("GET", "HEAD")
+ROOT_PATH, LOGIN_PATH, SERVICES_PATH = [""], ["api", "login"], ["api", "services"]
+
+
+class ServiceRow(TypedDict):
+    """A running service of this user."""
+
+    root: str
+    url: str
+    is_this: bool
+
+
+ListServices = Callable[[], "list[ServiceRow]"]
+
+
+def metadata_path(path: Sequence[str]) -> Sequence[str]:
+    """The path of the metadata API below /metadata or /api/metadata, or an empty one.
+
+    The backend of the official UI offers the metadata API there too.
+    """
     if path[0] == "metadata":
         return path[1:]
     return path[2:] if list(path[:2]) == ["api", "metadata"] else ()
 
 
 class UiService(MetadataService):
-    """Answers requests of the metadata API, those of the UI, and those for the UI itself."""
+    """Answers the requests of both APIs, and those for our page and the official UI."""
 
     def __init__(
         self,
@@ -11058,22 +11157,22 @@ class UiService(MetadataService):
         search: Search = search_in_place,
         list_services: ListServices = list,
     ) -> None:
-        """`ui_folder`: a build of the official UI; `credentials`: what requests have to bring;
-        `list_services`: finds all running services of this user."""
+        """`ui_folder`: a build of the official UI, to be served in place of our page;
+        `credentials`: if requests need the key; `list_services`: lists this user's services."""
         super().__init__(store, search)
         self._list_services = list_services
         self._ui_folder = None if ui_folder is None else os.path.realpath(ui_folder)
         self._credentials = credentials
 
     def is_public(self, method: str, path: Sequence[str]) -> bool:
-        """Whether a request is answered without the key: the page, which asks for it, and what
-        tells it."""
+        """Whether a request is answered without the key: pages, which ask for it, and the login."""
         if method == "POST":
-            return list(path) == ["api", "login"]
-        return method in ("GET", "HEAD") and self._is_page(path)
+            return list(path) == LOGIN_PATH
+        return method in READING_METHODS and self._is_page(path)
 
     def _is_page(self, path: Sequence[str]) -> bool:
-        if list(path) == [""]:
+        """Whether a path belongs to our page or to the official UI, and not to an API."""
+        if list(path) == ROOT_PATH:
             return True
         if self._ui_folder is None or path[0] in SERVICE_PATHS:
             return False
@@ -11083,40 +11182,41 @@ class UiService(MetadataService):
         return True
 
     def dispatch(self, request: Request) -> Response | Upgrade:
-        if request.method in ("GET", "HEAD") and self._is_page(request.path):
-            return self._page(request)
-        if request.path == ["api", "login"]:
-            return self._login(request)
-        self._refuse_writing_page(request)
-        if request.path == ["api", "services"] and request.method in ("GET", "HEAD"):
-            return envelope_page(request, self._list_services())
-        mounted = mounted_path(request.path)
-        if mounted and request.method not in ("GET", "HEAD"):
+        """Answer a request, or let the API that it is for do so; raises what handlers may raise."""
+        is_reading, path = request.method in READING_METHODS, list(request.path)
+        if is_reading and self._is_page(path):
+            return self._page_response(request)
+        if path == LOGIN_PATH:
+            return self._log_in(request)
+        if not is_reading:
+            self._refuse_page_of_browser(request)
+        if is_reading and path == SERVICES_PATH:
+            return page_response(request, ListPage(self._list_services()))
+        below_mount = metadata_path(path)
+        if below_mount and not is_reading:
             allowed = [("Allow", "GET, HEAD")]
             raise HttpError(405, "Records are only read below this path.", allowed)
-        if mounted or request.path[0] != "api":
-            return super().dispatch(request._replace(path=mounted or request.path))
-        handler, arguments = UI_API.handler(request.method, request.path)
+        if below_mount or path[0] != "api":
+            return super().dispatch(request._replace(path=below_mount or path))
+        handler, arguments = UI_API.handler(request.method, path)
         response: Response | Upgrade = handler(self._model, request, *arguments)
-        if isinstance(response, Response) and response.kind == HTML:
+        if isinstance(response, Response) and response.kind == HTML:  # which is a card
             return response._replace(headers=(*response.headers, self._card_policy(request)))
         return response
 
     def _card_policy(self, request: Request) -> tuple[str, str]:
-        """What a card may do: the official UI looks into its frames of cards, and could not if
-        these were of another origin."""
+        """The header that says what the scripts of a card may do."""
         is_framed = request.headers.get("sec-fetch-dest") == "iframe"
         policy = FRAMED_CARD_POLICY if self._ui_folder and is_framed else CARD_POLICY
         return ("Content-Security-Policy", policy)
 
-    def _refuse_writing_page(self, request: Request) -> None:
-        """Refuse what a card could send from within the official UI, which itself only reads."""
-        is_browser = "origin" in request.headers or "sec-fetch-site" in request.headers
-        if self._ui_folder and is_browser and request.method not in ("GET", "HEAD"):
+    def _refuse_page_of_browser(self, request: Request) -> None:
+        """Refuse a write that a card in the official UI may have sent; that UI only reads."""
+        if self._ui_folder and not {"origin", "sec-fetch-site"}.isdisjoint(request.headers):
             raise HttpError(403, "Beside the official UI, pages in a browser may only read.")
 
-    def _login(self, request: Request) -> Response:
-        """Put the key into a cookie, since a browser cannot send it as a header."""
+    def _log_in(self, request: Request) -> Response:
+        """Set the cookie for the key in the body, since browsers cannot send it as a header."""
         if request.method != "POST":
             raise HttpError(405, "The method is not for this path.", [("Allow", "POST")])
         given = request.json_object().get("key")
@@ -11125,18 +11225,18 @@ class UiService(MetadataService):
         cookie = self._credentials.log_in(given, request.port)
         return Response(b"", 204, headers=[("Set-Cookie", cookie)])
 
-    def _page(self, request: Request) -> Response:
-        """Our own page, or the official UI; which cannot ask for a key, so that ours does."""
+    def _page_response(self, request: Request) -> Response:
+        """Our page or a file of the official UI. That cannot ask for the key, so ours does."""
         credentials = self._credentials
-        needs_key = credentials and not credentials.are_in(request.headers, request.port)
+        needs_key = credentials and not credentials.accepts(request.headers, request.port)
         if self._ui_folder is None or (needs_key and request.path[0] != "static"):
             headers = [("Content-Security-Policy", PAGE_POLICY), ("Cache-Control", "no-cache")]
             return Response(PAGE.encode(), kind=HTML, headers=headers)
-        return static_file(self._ui_folder, request.path)
+        return static_file_response(self._ui_folder, request.path)
 
 
 def read_static_file(folder: str, names: Sequence[str]) -> bytes | None:
-    """What is in a file of a build of the UI, None where there is none."""
+    """The content of a file in a build of the official UI, or None if there is no such file."""
     if not names:
         return None
     with contextlib.suppress(OSError, TooLarge):
@@ -11146,15 +11246,16 @@ def read_static_file(folder: str, names: Sequence[str]) -> bytes | None:
     return None
 
 
-def static_file(folder: str, path: Sequence[str]) -> Response:
-    """A file of a build of the official UI; its index.html for what is a page of its own."""
+def static_file_response(folder: str, path: Sequence[str]) -> Response:
+    """A file of the official UI, or its index.html, whose scripts know what to show at a path."""
     import mimetypes
 
+    is_static = path[0] == "static"  # where names contain a hash of the content
     names = [name for name in path if name]
     content = read_static_file(folder, names)
+    if content is None and is_static:
+        raise HttpError(404, "There is no such file.")
     if content is None:
-        if path[0] == "static":
-            raise HttpError(404, "There is no such file.")
         names = ["index.html"]
         content = read_static_file(folder, names)
     if content is None:
@@ -11162,7 +11263,7 @@ def static_file(folder: str, path: Sequence[str]) -> Response:
     kind = mimetypes.guess_type(names[-1])[0] or "application/octet-stream"
     if kind.startswith("text/") or kind in ("application/javascript", "application/json"):
         kind += "; charset=utf-8"
-    caching = FOR_EVER if path[0] == "static" else "no-cache"
+    caching = FOR_EVER if is_static else "no-cache"
     headers = [("Cache-Control", caching), ("X-Content-Type-Options", "nosniff")]
     return Response(content, kind=kind, headers=headers)
 

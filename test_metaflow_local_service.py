@@ -5515,7 +5515,7 @@ def test_metadata_and_parameters_appear_once_each(ui: Api) -> None:
 def test_pages_hear_of_an_end_when_the_log_is_there_and_of_the_runs_last(
     store: mls.Store, ui: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mls, "LATE_SECONDS", 1.5)
+    monkeypatch.setattr(mls, "RUN_END_DELAY_SECONDS", 1.5)
     run = ui.new_run(ui.new_flow())
     task = ui.new_task(ui.new_step(run, "end"))
     with Page(ui) as page:
@@ -5542,7 +5542,7 @@ def test_pages_hear_of_an_end_when_the_log_is_there_and_of_the_runs_last(
 def test_pages_hear_of_an_end_after_a_minute_also_without_a_log(
     ui: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mls, "TOLD_SECONDS", 0.0)
+    monkeypatch.setattr(mls, "LOG_WAIT_SECONDS", 0.0)
     run = ui.new_run(ui.new_flow())
     task = ui.new_task(ui.new_step(run, "end"))
     with Page(ui) as page:
@@ -5556,7 +5556,7 @@ def test_pages_hear_of_an_end_after_a_minute_also_without_a_log(
 def test_a_log_that_comes_after_the_end_of_its_run_is_told_of(
     store: mls.Store, ui: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mls, "TOLD_SECONDS", 0.0)
+    monkeypatch.setattr(mls, "LOG_WAIT_SECONDS", 0.0)
     run = ui.new_run(ui.new_flow())
     task = ui.new_task(ui.new_step(run, "end"))
     end_task(ui, task)
@@ -5974,10 +5974,10 @@ def test_what_could_not_be_looked_at_is_told_the_next_time(
 
     monkeypatch.setattr(model, "metadata", fail)
     with pytest.raises(OSError):
-        list(subscription.frames(mls.Snapshot(model)))
+        subscription.poll(mls.Snapshot(model))
     monkeypatch.setattr(model, "metadata", read)
-    assert len(list(subscription.frames(mls.Snapshot(model)))) == 1
-    assert len(list(subscription.frames(mls.Snapshot(model)))) == 0
+    assert len(subscription.poll(mls.Snapshot(model))) == 1
+    assert len(subscription.poll(mls.Snapshot(model))) == 0
 
 
 def test_a_search_where_nothing_can_be_says_so(empty: Api) -> None:
