@@ -6157,12 +6157,9 @@ def path_id(segment: str) -> str:
     return segment
 
 
-def run_ids(flow: str, run: str) -> Ids:
-    return (flow, path_id(run))
-
-
-def task_ids(flow: str, run: str, step: str, task: str) -> Ids:
-    return (flow, path_id(run), step, path_id(task))
+def object_ids(*segments: str) -> Ids:
+    """The ids of the object that a path names, by its segments from the flow down to the task."""
+    return tuple(path_id(s) if depth in (1, 3) else s for depth, s in enumerate(segments))
 
 
 # -- serializing of answers ------------------------------------------------------------------------
@@ -6287,13 +6284,13 @@ def with_status(model: Model, run: Run) -> Run:
 @route("GET", RUN)
 def get_run(model: Model, request: Request, flow: str, run: str) -> Response:
     """One run."""
-    return json_or_404(model.store.run(run_ids(flow, run)), "run")
+    return json_or_404(model.store.run(object_ids(flow, run)), "run")
 
 
 @route("DELETE", RUN)
 def delete_run(model: Model, request: Request, flow: str, run: str) -> Response:
     """Delete a run with its cards, and say what that took; the blobs go with the next `gc`."""
-    for _, usage in Retention(model).delete_runs([run_ids(flow, run)]):
+    for _, usage in Retention(model).delete_runs([object_ids(flow, run)]):
         return json_response({"runs": 1, **usage._asdict()})
     raise NotFound(f"There is no run {flow}/{run}.")
 
@@ -6316,7 +6313,7 @@ HEARTBEAT_RESPONSE = json_response(json.dumps({"wait_time_in_seconds": HEARTBEAT
 @route("POST", RUN + "/heartbeat")
 def run_heartbeat(model: Model, request: Request, flow: str, run: str) -> Response:
     """Record that a run is alive."""
-    return record_heartbeat(model, run_ids(flow, run))
+    return record_heartbeat(model, object_ids(flow, run))
 
 
 @route("PATCH", RUN + "/tag/mutate")
@@ -6332,7 +6329,7 @@ def mutate_tags(model: Model, request: Request, flow: str, run: str) -> Response
             raise HttpError(400, "All tag values must be strings")
         changes[key] = tags
     tags = model.store.change_tags(
-        run_ids(flow, run), add=changes["tags_to_add"], remove=changes["tags_to_remove"]
+        object_ids(flow, run), add=changes["tags_to_add"], remove=changes["tags_to_remove"]
     )
     return json_response({"tags": tags})
 
@@ -6340,41 +6337,41 @@ def mutate_tags(model: Model, request: Request, flow: str, run: str) -> Response
 @route("GET", RUN + "/metadata")
 def list_run_metadata(model: Model, request: Request, flow: str, run: str) -> Response:
     """The metadata of all tasks of a run."""
-    metadata = partial(model.store.metadata_below, run_ids(flow, run))
+    metadata = partial(model.store.metadata_below, object_ids(flow, run))
     return paginate(model, request, METADATA_ORDER, metadata)
 
 
 @route("GET", RUN + "/artifacts")
 def list_run_artifacts(model: Model, request: Request, flow: str, run: str) -> Response:
     """The artifacts of the latest attempt of each task of a run."""
-    artifacts = partial(model.store.artifacts_below, run_ids(flow, run))
+    artifacts = partial(model.store.artifacts_below, object_ids(flow, run))
     return paginate(model, request, ARTIFACT_ORDER, artifacts)
 
 
 @route("GET", RUN + "/steps")
 def list_steps(model: Model, request: Request, flow: str, run: str) -> Response:
     """The steps of a run."""
-    steps = partial(model.store.steps, run_ids(flow, run))
+    steps = partial(model.store.steps, object_ids(flow, run))
     return paginate(model, request, STEP_ORDER, steps)
 
 
 @route("GET", STEP)
 def get_step(model: Model, request: Request, flow: str, run: str, step: str) -> Response:
     """One step."""
-    return json_or_404(model.store.step((*run_ids(flow, run), step)), "step")
+    return json_or_404(model.store.step(object_ids(flow, run, step)), "step")
 
 
 @route("POST", STEP + "/step")
 def create_step(model: Model, request: Request, flow: str, run: str, step: str) -> Response:
     """Make a step."""
     labels = parse_labels(request.json_object(), default_user="")
-    return json_response(model.store.create_step((*run_ids(flow, run), step), labels))
+    return json_response(model.store.create_step(object_ids(flow, run, step), labels))
 
 
 @route("GET", STEP + "/artifacts")
 def list_step_artifacts(model: Model, request: Request, flow: str, run: str, step: str) -> Response:
     """The artifacts of the latest attempt of each task of a step."""
-    artifacts = partial(model.store.artifacts_below, (*run_ids(flow, run), step))
+    artifacts = partial(model.store.artifacts_below, object_ids(flow, run, step))
     return paginate(model, request, ARTIFACT_ORDER, artifacts)
 
 
@@ -6384,7 +6381,7 @@ def list_tasks(model: Model, request: Request, flow: str, run: str, step: str) -
     tests = [test for _, test in parse_filters(request.query, TASK_FIELDS)]
 
     def tasks(before: SortKey | None) -> Iterable[Task]:
-        return filter_records(model.store.tasks((*run_ids(flow, run), step), before), tests)
+        return filter_records(model.store.tasks(object_ids(flow, run, step), before), tests)
 
     return paginate(model, request, TASK_ORDER, tasks, filtered=bool(tests))
 
@@ -6394,7 +6391,7 @@ def filter_tasks(model: Model, request: Request, flow: str, run: str, step: str)
     """The pathspecs of the tasks of a step with a metadatum of that name whose value matches."""
     field = first_value(request.query, "metadata_field_name")
     pattern = first_value(request.query, "pattern") or ""
-    ids = (*run_ids(flow, run), step)
+    ids = object_ids(flow, run, step)
     with model.store.long_reads:
         values = model.store.values_of_tasks(ids, field or None, value_text)
     texts = {text for of_task in values.values() for text in of_task.texts}
@@ -6408,7 +6405,7 @@ def filter_tasks(model: Model, request: Request, flow: str, run: str, step: str)
 @route("GET", TASK)
 def get_task(model: Model, request: Request, *task: str) -> Response:
     """One task."""
-    return json_or_404(model.store.task(task_ids(*task)), "task")
+    return json_or_404(model.store.task(object_ids(*task)), "task")
 
 
 @route("POST", STEP + "/task")
@@ -6417,7 +6414,7 @@ def create_task(model: Model, request: Request, flow: str, run: str, step: str) 
     body = request.json_object()
     labels = parse_labels(body)
     beats = sends_heartbeats(labels.system_tags)
-    ids = (*run_ids(flow, run), step)
+    ids = object_ids(flow, run, step)
     task_id = optional_text(body, "task_id", None)
     return json_response(model.store.create_task(ids, task_id, labels, beats))
 
@@ -6425,7 +6422,7 @@ def create_task(model: Model, request: Request, flow: str, run: str, step: str) 
 @route("POST", TASK + "/heartbeat")
 def task_heartbeat(model: Model, request: Request, *task: str) -> Response:
     """Record that a task is alive, and so its run."""
-    return record_heartbeat(model, task_ids(*task))
+    return record_heartbeat(model, object_ids(*task))
 
 
 def record_heartbeat(model: Model, ids: Ids) -> Response:
@@ -6437,7 +6434,8 @@ def record_heartbeat(model: Model, ids: Ids) -> Response:
 @route("GET", TASK + "/metadata")
 def list_metadata(model: Model, request: Request, *task: str) -> Response:
     """The metadata of all attempts of a task."""
-    return paginate(model, request, METADATA_ORDER, partial(model.store.metadata, task_ids(*task)))
+    metadata = partial(model.store.metadata, object_ids(*task))
+    return paginate(model, request, METADATA_ORDER, metadata)
 
 
 @route("POST", TASK + "/metadata")
@@ -6445,14 +6443,14 @@ def create_metadata(model: Model, request: Request, *task: str) -> Response:
     """Add metadata to a task, all or none."""
     rows = [parse_metadatum(item) for item in request.json_objects()]
     return json_response(
-        {"metadata_created": create_rows(model.store.create_metadata, task_ids(*task), rows)}
+        {"metadata_created": create_rows(model.store.create_metadata, object_ids(*task), rows)}
     )
 
 
 @route("GET", TASK + "/artifacts")
 def list_artifacts(model: Model, request: Request, *task: str) -> Response:
     """The artifacts of the latest attempt of a task."""
-    artifacts = partial(model.store.artifacts_below, task_ids(*task))
+    artifacts = partial(model.store.artifacts_below, object_ids(*task))
     return paginate(model, request, ARTIFACT_ORDER, artifacts)
 
 
@@ -6461,7 +6459,7 @@ def create_artifacts(model: Model, request: Request, *task: str) -> Response:
     """Add artifacts to a task, all or none. Those that it has already stay as they are."""
     rows = [parse_artifact(item) for item in request.json_objects()]
     return json_response(
-        {"artifacts_created": create_rows(model.store.create_artifacts, task_ids(*task), rows)}
+        {"artifacts_created": create_rows(model.store.create_artifacts, object_ids(*task), rows)}
     )
 
 
@@ -6478,7 +6476,7 @@ def get_artifact(
     model: Model, request: Request, flow: str, run: str, step: str, task: str, name: str
 ) -> Response:
     """One artifact of the latest attempt of a task."""
-    return json_or_404(model.store.artifact(task_ids(flow, run, step, task), name), "artifact")
+    return json_or_404(model.store.artifact(object_ids(flow, run, step, task), name), "artifact")
 
 
 @route("GET", TASK + "/artifacts/{name}/attempt/{attempt}")
@@ -6486,7 +6484,7 @@ def get_artifact_of_attempt(
     model: Model, request: Request, flow: str, run: str, step: str, task: str, name: str, n: str
 ) -> Response:
     """One artifact of an attempt of a task."""
-    ids = task_ids(flow, run, step, task)
+    ids = object_ids(flow, run, step, task)
     return json_or_404(model.store.artifact(ids, name, parse_attempt_segment(n)), "artifact")
 
 
@@ -6495,7 +6493,7 @@ def list_artifacts_of_attempt(
     model: Model, request: Request, flow: str, run: str, step: str, task: str, n: str
 ) -> Response:
     """The artifacts of an attempt of a task."""
-    artifacts = model.store.artifacts(task_ids(flow, run, step, task), parse_attempt_segment(n))
+    artifacts = model.store.artifacts(object_ids(flow, run, step, task), parse_attempt_segment(n))
 
     def older(before: SortKey | None) -> Iterable[Artifact]:
         return (a for a in artifacts if before is None or artifact_sort_key(a) < before)
@@ -9707,15 +9705,15 @@ showServices();
 #   in Queries. As in the layer API, handlers raise what MetadataService.answer turns into a status.
 # - A page is an open page of a browser; a page of a list is a ListPage.
 #
-# How it works. A Resource is a list or a single object. It can be fetched at its path below /api,
-# and followed over the socket /api/ws, where the path stands without /api. A View is a resource
-# with the ids of a path and with a query: what is fetched, and what is followed, are its rows.
+# How it works. A Resource is a list or a single object: a function that reads its rows, with the
+# columns by which they are filtered and sorted. It can be fetched at its path below /api, and
+# followed over the socket /api/ws, where the path stands without /api but has the same query.
 #
 # Feed. Other processes write the files too, and so changes have to be polled for. The thread of a
 # socket has a Feed, which polls every POLL_SECONDS, and less often while nothing happens. It takes
 # a Snapshot of the model, in which what several resources need is computed once, and each
-# Subscription compares its view with what it has announced before. As long as the version of a view
-# is the same, its rows are not even read.
+# Subscription compares its rows with what it has announced before. As long as the version of a
+# resource is the same, its rows are not even read.
 # Otherwise a row with a new key is announced as INSERT, one whose fingerprint differs as UPDATE.
 # A frame holds the whole row, so nothing depends on the frames before it: a subscription may be
 # forgotten at any time, and the page makes it anew, with `since` as the time up to which it knows
@@ -9971,47 +9969,29 @@ UI_RUN = "/api" + RUN
 UI_TASK = "/api" + TASK
 
 RESOURCES = Router()
-"""The views that a page can subscribe to, by their paths without /api."""
+"""What a page can subscribe to: functions that return a Resource, by its path without /api."""
 
 Rows = Iterable[Mapping[str, Any]]
 RowReader = Callable[[Snapshot, Query, Ids], Rows]
-Key = tuple[str, ...]
+VersionReader = Callable[[Snapshot, Query, Ids], object]
+KeyReader = Callable[[Snapshot, Query, Ids], Iterable[tuple[str, ...]]]
 
 
 class Resource(NamedTuple):
-    """A list or a single object, and how its rows are read."""
+    """A list or a single object that can be fetched and followed.
+
+    Its functions have a query and the ids in the path as arguments.
+    """
 
     read_rows: RowReader
     columns: Mapping[str, Field]  # by which a query filters and sorts the rows
-    key: Key  # the columns that identify a row; empty for a single object
-    version: Callable[[Snapshot, Query, Ids], object]  # equal as long as rows are; None if unknown
-    existing_keys: Callable[[Snapshot, Ids], Iterable[Key]]  # whatever the filters; see Deletions
+    key: Sequence[str]  # the columns that identify a row; none for a single object
+    version: VersionReader  # equal as long as the rows are the same; None if that is not known
+    existing_keys: KeyReader  # of all rows, whatever the filters; none if no deletion is announced
 
-
-class View(NamedTuple):
-    """A resource with the ids of a path and a query."""
-
-    resource: Resource
-    query: Query
-    ids: Ids
-
-    def rows(self, snapshot: Snapshot) -> list[Mapping[str, Any]]:
-        """The rows that pass the filters, in the order that the query asks for."""
-        found = self.resource.read_rows(snapshot, self.query, self.ids)
-        return select_rows(found, self.query, self.resource.columns)
-
-    def version(self, snapshot: Snapshot) -> object:
-        """An object that is equal as long as the rows are the same; None if that is not known."""
-        return self.resource.version(snapshot, self.query, self.ids)
-
-    def existing_keys(self, snapshot: Snapshot) -> set[Key]:
-        """The keys of all rows that exist, if the resource is one whose deletions are announced."""
-        return set(self.resource.existing_keys(snapshot, self.ids))
-
-
-def object_ids(*names: str) -> Ids:
-    """The ids of the object that a path names, from the flow down to the task."""
-    return tuple(path_id(name) if depth in (1, 3) else name for depth, name in enumerate(names))
+    def select_rows(self, snapshot: Snapshot, query: Query, ids: Ids) -> list[Mapping[str, Any]]:
+        """The rows that pass the filters of a query, in its order."""
+        return select_rows(self.read_rows(snapshot, query, ids), query, self.columns)
 
 
 def version_of_run(snapshot: Snapshot, query: Query, ids: Ids) -> object:
@@ -10027,9 +10007,9 @@ def version_of_task(snapshot: Snapshot, query: Query, ids: Ids) -> object:
 def ui_resource(
     template: str,
     columns: Mapping[str, Field] = MappingProxyType({}),
-    key: Key = (),
-    version: Callable[[Snapshot, Query, Ids], object] = lambda snapshot, query, ids: None,
-    existing_keys: Callable[[Snapshot, Ids], Iterable[Key]] = lambda snapshot, ids: (),
+    key: Sequence[str] = (),
+    version: VersionReader = lambda snapshot, query, ids: None,
+    existing_keys: KeyReader = lambda snapshot, query, ids: (),
     is_paged: bool = False,
     is_fetched: bool = True,
 ) -> Callable[[RowReader], RowReader]:
@@ -10042,11 +10022,8 @@ def ui_resource(
     def declare(read_rows: RowReader) -> RowReader:
         resource = Resource(read_rows, columns, key, version, existing_keys)
 
-        def view(query: Query, *names: str) -> View:
-            return View(resource, query, object_ids(*names))
-
         def fetch(model: Model, request: Request, *names: str) -> Response:
-            found = view(request.query, *names).rows(Snapshot(model))
+            found = resource.select_rows(Snapshot(model), request.query, object_ids(*names))
             if not key:
                 return object_response(request, found[0] if found else None)
             page = paginate_rows(request.query, found, columns) if is_paged else ListPage(found)
@@ -10054,7 +10031,7 @@ def ui_resource(
 
         if is_fetched:
             ui_route("GET", "/api" + template)(fetch)
-        RESOURCES.route("GET", template)(view)
+        RESOURCES.route("GET", template)(lambda: resource)
         return read_rows
 
     return declare
@@ -10213,7 +10190,7 @@ def filter_runs(model: Model, query: Query, runs: Iterable[RunRow]) -> Iterable[
 @ui_resource(
     "/runs",
     key=("flow_id", "run"),
-    existing_keys=lambda snapshot, ids: snapshot.model.store.run_ids(),
+    existing_keys=lambda snapshot, query, ids: snapshot.model.store.run_ids(),
     is_fetched=False,  # but by ui_list_runs, which does not read all runs for a page of them
 )
 def read_watched_runs(snapshot: Snapshot, query: Query, ids: Ids) -> Rows:
@@ -10234,7 +10211,7 @@ def read_flow(snapshot: Snapshot, query: Query, ids: Ids) -> Rows:
     return [found] if found else []
 
 
-@ui_resource(RUN, existing_keys=lambda snapshot, ids: [()] if snapshot.run(ids) else [])
+@ui_resource(RUN, existing_keys=lambda snapshot, query, ids: [()] if snapshot.run(ids) else [])
 def read_run(snapshot: Snapshot, query: Query, ids: Ids) -> Rows:
     """One run."""
     found = snapshot.run(ids)
@@ -10745,7 +10722,7 @@ Frame = Mapping[str, object]
 
 
 class Subscription:
-    """A view that a page follows, and what the page knows of it."""
+    """A resource that a page follows, and what the page knows of it."""
 
     def __init__(
         self, uuid: str, resource: str, since: float, wants_deletions: bool = False
@@ -10757,16 +10734,18 @@ class Subscription:
         """
         path, _, query = resource.partition("?")
         segments = [urllib.parse.unquote(segment) for segment in path.split("/")[1:]]
-        make_view, names = RESOURCES.handler("GET", segments)
+        find_resource, names = RESOURCES.handler("GET", segments)
         self.uuid = uuid
         self.path = path
-        self._view: View = make_view(urllib.parse.parse_qsl(query, keep_blank_values=True), *names)
+        self._resource: Resource = find_resource()
+        self._query: Query = urllib.parse.parse_qsl(query, keep_blank_values=True)
+        self._ids = object_ids(*names)
         self._since_ms = since * 1000
         self._wants_deletions = wants_deletions
         self._is_first_poll = True
-        self._version: object = None  # of the view when it was last polled
-        self._fingerprints: dict[Key, int] = {}  # of the rows as they were last announced, by key
-        self._existing: set[Key] = set()
+        self._version: object = None  # of the resource at the last poll
+        self._fingerprints: dict[tuple[Any, ...], int] = {}  # of rows as last announced, by key
+        self._existing: set[tuple[str, ...]] = set()  # keys at the last poll
 
     def sort_key(self) -> tuple[int, bool]:
         """Sorts runs before steps, and steps before tasks."""
@@ -10777,11 +10756,12 @@ class Subscription:
 
         After an exception, the next poll returns what this one would have returned.
         """
-        version = self._view.version(snapshot)
+        resource, arguments = self._resource, (snapshot, self._query, self._ids)
+        version = resource.version(*arguments)
         if version is not None and version == self._version:
             return []
-        rows = self._view.rows(snapshot)
-        existing = self._view.existing_keys(snapshot) if self._wants_deletions else set()
+        rows = resource.select_rows(*arguments)
+        existing = set(resource.existing_keys(*arguments) if self._wants_deletions else ())
         # All is read now; only then may a row count as announced.
         frames = [*filter(None, map(self._announce, rows)), *self._announce_deletions(existing)]
         self._version = version
@@ -10790,21 +10770,20 @@ class Subscription:
 
     def _announce(self, row: Mapping[str, Any]) -> Frame | None:
         """The frame for a row, if it is new or has changed."""
-        columns = self._view.resource.key
-        key = tuple(row[column] for column in columns)
+        key = tuple(row[column] for column in self._resource.key)
         before, now = self._fingerprints.get(key), hash(row_fingerprint(row))
         self._fingerprints[key] = now
         if now == before or (self._is_first_poll and last_change_ms(row) < self._since_ms):
             return None
-        return self._frame("INSERT" if columns and before is None else "UPDATE", row)
+        is_new = before is None and key != ()  # a single object only changes
+        return self._frame("INSERT" if is_new else "UPDATE", row)
 
-    def _announce_deletions(self, existing: set[Key]) -> list[Frame]:
+    def _announce_deletions(self, existing: set[tuple[str, ...]]) -> list[Frame]:
         """The frames for the rows that existed at the last poll and do not exist now."""
         deleted, self._existing = self._existing - existing, existing
         for key in deleted:
             self._fingerprints.pop(key, None)
-        columns = self._view.resource.key
-        return [self._frame("DELETE", dict(zip(columns, key))) for key in deleted]
+        return [self._frame("DELETE", dict(zip(self._resource.key, key))) for key in deleted]
 
     def _frame(self, kind: str, row: Mapping[str, object]) -> Frame:
         return {"type": kind, "uuid": self.uuid, "resource": self.path, "data": row}
