@@ -12452,7 +12452,8 @@ def registry_lock(root: str, how: int) -> Iterator[None]:
     """Hold the LOCK_FILE of a root: exclusively to start a service, shared to look for one.
 
     It is held for milliseconds, or for as long as a service takes to stop. The folder itself is not
-    locked, because every user who can read it could do that too.
+    locked, because every user who can read it could do that too. Whoever has held it exclusively
+    removes the file if there is no service.
     """
     access = os.O_RDWR if how & fcntl.LOCK_EX else os.O_RDONLY
     try:
@@ -12462,6 +12463,8 @@ def registry_lock(root: str, how: int) -> Iterator[None]:
     try:
         yield
     finally:
+        if how & fcntl.LOCK_EX and not os.path.lexists(root_file(root, PIDFILE)):
+            remove_file(lock.path)
         lock.release()
 
 
@@ -13464,6 +13467,17 @@ class Daemon:
                 self._options.service_index.remove(self._options.root)
             with contextlib.suppress(OSError):
                 os.unlink(PIDFILE, dir_fd=self._folder)
+        if owns_root:
+            self._remove_lock_file()
+
+    def _remove_lock_file(self) -> None:
+        """Remove the file of `registry_lock`, unless a command holds it: it waits for our end."""
+        how = fcntl.LOCK_EX | fcntl.LOCK_NB
+        with contextlib.suppress(OSError, ServiceError):
+            lock = LockedFile.acquire(root_file(self._options.root, LOCK_FILE), how)
+            if lock is not None:
+                remove_file(lock.path)
+                lock.release()
 
 
 def is_process_alive(pid: int, descriptor: int) -> bool:
