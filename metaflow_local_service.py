@@ -12452,8 +12452,8 @@ def registry_lock(root: str, how: int) -> Iterator[None]:
     """Hold the LOCK_FILE of a root: exclusively to start a service, shared to look for one.
 
     It is held for milliseconds, or for as long as a service takes to stop. The folder itself is not
-    locked, because every user who can read it could do that too. Whoever has held it exclusively
-    removes the file if there is no service.
+    locked, because every user who can read it could do that too. The file is removed by the last
+    exclusive holder, if there is no service then.
     """
     access = os.O_RDWR if how & fcntl.LOCK_EX else os.O_RDONLY
     try:
@@ -13455,26 +13455,27 @@ class Daemon:
             self._pidfile.write(json.dumps(service._replace(is_stopping=True)._asdict()))
 
     def _unregister(self) -> None:
-        """Remove the lease, the link and the pidfile, as far as they are this service's own.
+        """Remove the files of this service and its link, as far as they are its own.
 
-        Its locks are released when the process ends.
+        The pidfile is the last, since commands take its removal for the end of the service. The
+        locks are released when the process ends.
         """
         owns_root = self._owns_root()
-        if owns_root and self._acquire_lease() and self._lease is not None:
-            remove_file(self._lease.path)
+        if owns_root:
+            if self._acquire_lease() and self._lease is not None:
+                remove_file(self._lease.path)
+            self._remove_lock_file()
         if self._owns_pidfile():
             if owns_root or not os.path.exists(root_file(self._options.root, PIDFILE)):
                 self._options.service_index.remove(self._options.root)
             with contextlib.suppress(OSError):
                 os.unlink(PIDFILE, dir_fd=self._folder)
-        if owns_root:
-            self._remove_lock_file()
 
     def _remove_lock_file(self) -> None:
-        """Remove the file of `registry_lock`, unless a command holds it: it waits for our end."""
-        how = fcntl.LOCK_EX | fcntl.LOCK_NB
+        """Remove the LOCK_FILE, unless a command holds it while it waits for our end."""
+        path = root_file(self._options.root, LOCK_FILE)
         with contextlib.suppress(OSError, ServiceError):
-            lock = LockedFile.acquire(root_file(self._options.root, LOCK_FILE), how)
+            lock = LockedFile.try_acquire(path, fcntl.LOCK_EX)
             if lock is not None:
                 remove_file(lock.path)
                 lock.release()
