@@ -6581,6 +6581,22 @@ class BrokenService:
 # ==================================================================================================
 # Page: the page of our own, one document that needs nothing but the UI API
 # ==================================================================================================
+#
+# Rules of this layer:
+#
+# - The document is complete: styles, scripts and icons are in it, and its Content-Security-Policy
+#   (see UI API) lets it load nothing else. It only talks to the service that it came from.
+# - Whatever flows have recorded is text. Elements are only made by h() and draw(), which turn
+#   strings into text nodes; no markup is ever parsed.
+# - The address says all about what is shown: #/FLOW/RUN/STEP/TASK/ATTEMPT, or the filter, order and
+#   columns of the list. A reload and a link show the same.
+#
+# How it works. When the address changes, route() replaces the view. A view is an AbortController:
+# its requests and subscriptions end when it is aborted. It fetches what it shows, then subscribes
+# to it, and keeps the rows that come over the page's only socket. After a frame, but at most five
+# times a second, draw() makes new elements and patches what differs into those that are shown, so
+# that focus, selection and scroll position stay. Logs and cards are not subscribed to: they are
+# fetched again and again while the task may still write something.
 
 PAGE = r"""<!doctype html>
 <html lang="en">
@@ -6589,7 +6605,7 @@ PAGE = r"""<!doctype html>
 <title>Metaflow runs</title>
 <link id="icon" rel="icon" href="data:,">
 <style>
-/* Colours and measures. A status gives its colour to --c of whatever bears its class. */
+/* Colours and measures. The class of a status sets --c to its colour. */
 :root {
   color-scheme: light dark;
   --bg: #f6f6f4;
@@ -6689,7 +6705,7 @@ tbody tr:last-child > * { border-bottom: 0; }
 .primary:hover { background: color-mix(in srgb, var(--accent) 85%, var(--ink)); }
 .danger { color: var(--failed); }
 
-/* The header: where one is, the filter, other projects, whether the page is live. */
+/* The header: breadcrumbs, the filter, other projects, whether the page is live. */
 header {
   position: sticky;
   top: 0;
@@ -6895,7 +6911,7 @@ summary h2 { display: inline; }
 .cause .facts { margin: 0; padding: 11px 18px; }
 .cause pre {
   display: flex;
-  flex-direction: column-reverse; /* Stays at its end. */
+  flex-direction: column-reverse; /* Stays scrolled to its end. */
   max-height: 300px;
   overflow: auto;
   padding: 11px 18px;
@@ -6956,7 +6972,7 @@ summary h2 { display: inline; }
   box-shadow: var(--shadow);
 }
 
-/* The graph: steps over a drawing of their edges. */
+/* The graph: the steps are elements, laid over a drawing of the edges. */
 .graph { position: relative; overflow-x: auto; }
 .graph > div { position: relative; margin: 0 auto; }
 .graph svg { position: absolute; inset: 0; overflow: visible; pointer-events: none; }
@@ -6997,7 +7013,8 @@ summary h2 { display: inline; }
   background: repeating-linear-gradient(-45deg, var(--card) 0 5px, var(--bg) 5px 10px);
 }
 
-/* The timeline: a row a task, a bar an attempt. Places are seconds since the run's start. */
+/* The timeline: a row for each task, with a bar for each attempt. --from and --to are seconds since
+   the start of the run. */
 .timeline { position: relative; padding: 0 0 8px; --name: 280px; --time: 150px; }
 .row {
   display: grid;
@@ -7185,12 +7202,12 @@ const SVG = "http://www.w3.org/2000/svg";
 const API = location.pathname.endsWith("/") ? location.pathname.slice(0, -1) : "";
 const SOCKETS = location.origin.replace(/^http/, "ws") + API;
 
-/** An element. Text from flows passes through here alone: strings become text nodes, no markup. */
+/** Makes an element. Strings among its children become text nodes, and never markup. */
 function h(tag, props, ...children) {
   return furnish(document.createElement(tag), props, children);
 }
 
-/** The same for what a drawing is made of. */
+/** Makes an element of a drawing. */
 function draw(tag, props, ...children) {
   return furnish(document.createElementNS(SVG, tag), props, children);
 }
@@ -7205,7 +7222,7 @@ function furnish(node, props, children) {
   return node;
 }
 
-/** Makes a parent's children these nodes; moves only what must, so that focus and scroll stay. */
+/** Gives a parent these children. Nodes that are in place are not moved: they would lose focus. */
 function sync(parent, nodes) {
   const wanted = new Set(nodes);
   for (const child of [...parent.childNodes]) {
@@ -7220,7 +7237,7 @@ function sync(parent, nodes) {
 
 const HANDLERS = ["onclick", "onchange", "oninput", "onkeydown", "onsubmit"];
 
-/** Makes an element like another by changing only what differs: focus, selection, scroll stay. */
+/** Makes a node like a fresh one by changing only what differs; returns the node that is shown. */
 function patch(node, fresh) {
   if (node.nodeName !== fresh.nodeName) {
     node.replaceWith(fresh);
@@ -7248,7 +7265,7 @@ function patch(node, fresh) {
   return node;
 }
 
-/** Replaces what an element holds, by changing only what differs. */
+/** Replaces the children of an element by changing only what differs. */
 function fill(node, ...children) {
   const fresh = node.cloneNode(false);
   for (const handler of HANDLERS) fresh[handler] = node[handler];
@@ -7277,11 +7294,11 @@ const tableOf = (className, heads, rows) => h("table", {class: className},
 const wrapTable = (title, table) =>
   h("div", {class: "scrolled", tabindex: 0, role: "group", "aria-label": title}, table);
 
-/** What is empty takes one line. */
+/** A section that has nothing to show, in one line. */
 const emptyLine = (id, title, text) =>
   h("section", {class: "one-line", id, "aria-label": title}, h("h2", null, title), text);
 
-/** Lets what scrolls be reached by the keyboard. */
+/** Makes blocks that can be scrolled focusable, for the keyboard. */
 function reachScrolled(root) {
   for (const node of root.querySelectorAll("pre")) {
     if (node.scrollHeight > node.clientHeight) node.tabIndex = 0;
@@ -7314,7 +7331,7 @@ const day = (ms) => new Date(ms).toLocaleDateString("en", DATE);
 const fullTime = (ms) =>
   new Date(ms).toLocaleString("en", {...DATE, ...CLOCK, timeZoneName: "short"});
 
-/** A time in few words; its date, zone and distance are in the tooltip. */
+/** A time, in short. The tooltip has its date and zone, and how long ago it was. */
 function time(ms) {
   if (!ms) return h("span", {class: "dim"}, "\u2013");
   const isToday = day(ms) === day(Date.now());
@@ -7323,11 +7340,11 @@ function time(ms) {
   return h("time", {class: "number", datetime: iso, "data-ms": ms}, text);
 }
 
-/** A time with its date and zone in place. */
+/** A time with its date and zone, and how long ago it was. */
 const longTime = (ms) => ms && h("time", {class: "number", "data-ms": ms}, fullTime(ms), " ",
   h("span", {class: "dim", "data-ago": ms}, ago(ms)));
 
-/** How long something takes; of what runs the page counts itself. */
+/** The duration of a run or an attempt. While it is running, the page counts on. */
 function elapsed(row) {
   const from = row.started_at || row.ts_epoch;
   const isRunning = row.status === "running";
@@ -7338,7 +7355,7 @@ function elapsed(row) {
     isKnown ? duration(ms) : "\u2013");
 }
 
-/** Copies text; where the page is not served securely, the old way. */
+/** Copies text. Pages that are not served securely have no clipboard, but execCommand. */
 async function copy(text) {
   try {
     await navigator.clipboard.writeText(text);
@@ -7364,14 +7381,14 @@ function copyButton(text, name) {
 const shellQuote = (text) =>
   /^[\w./:=@%+-]+$/.test(text) ? text : `'${text.replace(/'/g, "'\\''")}'`;
 
-/** The ways from the page to code: names, and lines to copy. */
+/** A panel with lines of code to copy; `snippets`: pairs of a name and the lines. */
 function codePanel(snippets) {
   const lines = snippets.filter(Boolean).map(([name, text]) =>
     [h("span", {class: "dim"}, name), h("pre", null, text), copyButton(text, name)]);
   return folded("code", "Use it in code", h("div", {class: "snippets"}, lines));
 }
 
-/** Opens a dialog; gives the value of the button that closes it, nothing where none does. */
+/** Opens a dialog; resolves to the value of the button that closes it, or "" if none does. */
 function openDialog(title, content, buttons) {
   const dialog = h("dialog", {"aria-label": title}, h("h2", null, title), content);
   const newButton = ([text, value, className]) =>
@@ -7401,7 +7418,7 @@ function listLink(query, choices = {}) {
   return "#/" + (pairs.length ? "?" + new URLSearchParams(pairs) : "");
 }
 
-/** The answer to a request; an error with a sentence where there is none, or a refusal. */
+/** Sends a request; throws an error with a sentence if it is refused or not answered. */
 async function request(url, options) {
   const answer = await fetch(API + url, options).catch((problem) => {
     throw problem.name === "AbortError" ? problem : new Error("The service does not answer.");
@@ -7410,7 +7427,7 @@ async function request(url, options) {
   return answer;
 }
 
-/** Asks the service; what is asked belongs to the view that is shown, and is given up with it. */
+/** Fetches JSON for the view that is shown; the request is aborted along with the view. */
 async function get(url) {
   try {
     return (await request("/api" + url, {signal: view.signal})).json();
@@ -7426,7 +7443,7 @@ async function refusal(answer) {
   return Object.assign(new Error(text), {status: answer.status});
 }
 
-/** Asks for what may not be there. */
+/** Fetches JSON; if there is none at the URL, the data are `none`. */
 async function getIfAny(url, none) {
   try {
     return await get(url);
@@ -7436,7 +7453,7 @@ async function getIfAny(url, none) {
   }
 }
 
-/** All pages of a list. The next is asked for without host and prefix: a proxy may hide them. */
+/** Fetches all pages of a list. The host and prefix of links are ignored: proxies change them. */
 async function getAll(url) {
   const rows = [];
   for (let next = url; next;) {
@@ -7477,7 +7494,7 @@ const live = {
   socket: null,
   subscriptions: new Map(),
   made: 0,
-  delay: 1000, // until it is tried again
+  delay: 1000, // before it is opened again
   isLost: false,
   heard: 0,
   redraw: 0,
@@ -7491,7 +7508,7 @@ function showLive(state) {
   byId("live").dataset.state = byId("live").textContent = state;
 }
 
-/** Draws once for many frames; at once where nobody looks, since browsers then slow timers. */
+/** Draws once for many frames, or at once in a hidden tab, where browsers delay timers. */
 function drawSoon() {
   if (document.hidden) view.draw();
   else if (!live.redraw) live.redraw = setTimeout(drawNow, 200);
@@ -7507,7 +7524,7 @@ function connect() {
   let isAnswered = true;
   let pinging = 0;
   live.socket = socket;
-  /** A silent peer is given up without waiting for the close, which would take a minute. */
+  /** Does not wait for the close of a socket that is silent, which can take a minute. */
   function lose() {
     clearInterval(pinging);
     socket.onclose = null;
@@ -7534,7 +7551,7 @@ function connect() {
       announce(Math.max(opened, live.heard));
     }
     if (byId("problem")) route();
-    else if (live.isLost) view.catchUp().catch(() => {}); // lost again: then again
+    else if (live.isLost) view.catchUp().catch(() => {}); // if it is lost again, this is done again
     live.isLost = false;
   };
   socket.onmessage = ({data}) => {
@@ -7549,7 +7566,7 @@ function connect() {
   };
 }
 
-/** Hears of a resource. What changed since the view opened is sent again: it may be missed. */
+/** Follows a resource. What has changed since the view was opened is sent again. */
 function subscribe(owner, resource, keep, drop) {
   const uuid = "page-" + (live.made += 1);
   const deletions = Boolean(drop);
@@ -7564,7 +7581,7 @@ function subscribe(owner, resource, keep, drop) {
   else connect();
 }
 
-// The tab: an icon in the colour of what is shown, and the status in the title.
+// The tab: an icon in the colour of the status, and the status in the title.
 
 const SIGNS = {failed: "\u2715", running: "\u25b6", completed: "\u2713"};
 
@@ -7578,7 +7595,7 @@ function showInTab(status, title) {
   if (byId("icon").href !== href) byId("icon").href = href;
 }
 
-// ---- List: all runs that were seen, and those of them that the filter shows ----
+// ---- List: of all runs that are known, those that pass the filter ----
 
 const runs = new Map(); // by flow and number: {run, row, parameters}
 const runId = (run) => String(run.run || run.run_id || run.run_number);
@@ -7602,7 +7619,7 @@ function forgetRun(key) {
   marked.delete(key);
 }
 
-/** A run that ends while nobody looks is told of by the tab. */
+/** A run that has ended while the tab was hidden; its title says so. */
 const unseen = {run: null};
 
 function noticeEnd(before, run) {
@@ -7617,7 +7634,7 @@ document.addEventListener("visibilitychange", () => {
   showServices();
 });
 
-// The filter: parts match, case does not matter, - excludes, commas are alternatives.
+// The filter: a term matches parts of values in any case, - excludes, commas mean alternatives.
 
 const FIELDS = {
   status: (run) => [run.status],
@@ -7637,7 +7654,7 @@ const MOMENTS = {
 const FIELD_NAMES = [...Object.keys(FIELDS), ...Object.keys(MOMENTS)];
 const UNITS = {m: 6e4, min: 6e4, h: 36e5, d: 864e5, w: 6048e5};
 
-/** The time that words like 2h, yesterday or 2026-11-25 mean; NaN where they mean none. */
+/** Parses a time like 2h, yesterday or 2026-11-25; NaN if it is none. */
 function parseMoment(text) {
   const midnight = new Date().setHours(0, 0, 0, 0);
   const [, count, unit] = /^(\d+(?:\.\d+)?)\s*(min|[mhdw])$/i.exec(text) || [];
@@ -7647,7 +7664,7 @@ function parseMoment(text) {
   return /^\d{4}-/.test(text) ? new Date(text.length === 10 ? text + "T00:00" : text) - 0 : NaN;
 }
 
-/** The terms of a filter, and a sentence on what is not understood. */
+/** Parses a filter into terms, and a sentence about the part that makes no sense, if any. */
 function parseFilter(text) {
   const terms = [];
   let problem = "";
@@ -7678,7 +7695,7 @@ function matches(run, {field, values, isExcluded}) {
   return found !== isExcluded;
 }
 
-/** What the service can leave out: it knows fewer rules, so that only some terms are for it. */
+/** The parameters that have the service filter too, for those terms that it has rules for. */
 function serverFilter(terms) {
   const asked = {};
   for (const {field, values: [value, other], isExcluded} of terms) {
@@ -7777,7 +7794,7 @@ function takeSuggestion(option) {
   suggest();
 }
 
-// Columns: what a run shows, and by what it is sorted.
+// Columns: what the list shows of a run, and can be sorted by.
 
 const COLUMNS = [
   {name: "status", title: "Status", of: (run) => run.status},
@@ -7795,7 +7812,7 @@ const runningTime = (run) =>
 const projectOf = (run) =>
   [systemTag(run, "project"), systemTag(run, "project_branch")].filter(Boolean).join(" / ");
 
-/** The choices that the address of the list holds. */
+/** The order, grouping and columns in the address of the list. */
 function listChoices() {
   const choices = addressQuery();
   return {
@@ -7813,7 +7830,7 @@ const filterByTag = (name) => {
   location.hash = listLink(`tag:"${name}"`);
 };
 
-/** A run's first tags, and how many more there are. */
+/** The first tags of a run, and the number of others. */
 function shortTags(tags) {
   const shown = tags.slice(0, 3).map((name) => h("span", {class: "tag"},
     h("button", {title: "Only runs tagged " + name, onclick: () => filterByTag(name)}, name)));
@@ -7919,7 +7936,7 @@ function flowHead(flow, entries, width) {
     h("b", null, flow), h("span", {class: "dim"}, told.join(", "))));
 }
 
-/** A menu with the parameters that can be columns. */
+/** The menu that makes columns of parameters. */
 function columnsMenu(chosen, known) {
   const choose = (name) => {
     const others = chosen.filter((other) => other !== name);
@@ -7933,7 +7950,7 @@ function columnsMenu(chosen, known) {
     : h("span", {class: "dim"}, "No parameters are known yet."))];
 }
 
-/** Fetches the parameters of runs that do not have them yet, some at a time. */
+/** Fetches the parameters of runs that do not have them yet, four at a time. */
 async function fetchParameters(entries) {
   const waiting = entries.filter((entry) => !entry.parameters);
   const work = async () => {
@@ -7946,7 +7963,7 @@ async function fetchParameters(entries) {
   await Promise.all([work(), work(), work(), work()]);
 }
 
-/** Entries by flow, in the order of the flows' names. */
+/** Groups entries by flow, and sorts the flows by name. */
 function groupByFlow(entries) {
   const flows = new Map();
   for (const entry of entries) {
@@ -7956,7 +7973,7 @@ function groupByFlow(entries) {
   return [...flows].sort(([one], [other]) => one.localeCompare(other));
 }
 
-/** The list as its address asks for it. */
+/** The list of runs with the order, grouping and columns of its address. */
 class RunList {
   constructor(query) {
     const {terms, problem} = parseFilter(query);
@@ -7964,13 +7981,13 @@ class RunList {
     const sort = parseSort(choices.sort);
     Object.assign(this, {query, terms, problem, choices, sort});
     this.columns = choices.columns.split(",").filter(Boolean);
-    this.page = 0; // the last that was loaded
+    this.page = 0; // the last page that was loaded
     this.asked = {
       _limit: terms.length || choices.group ? 1000 : 100,
       _order: (sort.isDescending ? "-" : "+") + sort.name,
       ...serverFilter(terms),
     };
-    this.heads = new Map(); // of the flows, where runs are grouped
+    this.heads = new Map(); // the rows above the runs of each flow, if they are grouped
     this.running = 0;
     this.newest = null;
     this.body = h("tbody");
@@ -8007,7 +8024,7 @@ class RunList {
       this.menu);
   }
 
-  /** A button that filters by a status, or does not any more. */
+  /** The button that turns a filter by a status on and off. */
   statusChip(status) {
     const isOnly = this.terms.some(({field, values, isExcluded}) =>
       field === "status" && !isExcluded && values.length === 1 && values[0] === status);
@@ -8063,7 +8080,7 @@ class RunList {
   }
 
   async load() {
-    this.more.hidden = true; // so that it comes in sight anew
+    this.more.hidden = true; // so that the observer sees it again when it is shown
     this.page += 1;
     const {data, pages} = await this.fetchPage(this.page);
     this.draw();
@@ -8080,7 +8097,7 @@ class RunList {
     return fetched;
   }
 
-  /** After a time without the service, nobody has told which runs are gone. */
+  /** After a lost connection, finds the runs that were deleted meanwhile. */
   async catchUp() {
     const there = new Set();
     for (let page = 1; page <= this.page; page += 1) {
@@ -8090,7 +8107,7 @@ class RunList {
     this.draw();
   }
 
-  /** Which parameters there are is found out from the newest run of each flow. */
+  /** Finds the names of parameters, from the newest run of each flow. */
   async findColumns() {
     if (!this.menu.open) return;
     const flows = groupByFlow([...runs.values()].sort(compareRuns(parseSort(""))));
@@ -8136,7 +8153,7 @@ const taskId = (row) => String(row.task_name || row.task_id);
 const isHidden = (row) => row.step_name.startsWith("_");
 const pathspecLink = (pathspec) => link(...pathspec.split("/"));
 
-/** Why a run or an attempt failed: which task, what was raised where, and its last words. */
+/** Why a run or an attempt failed: the task, what was raised where, and the end of stderr. */
 function causePanel(cause, isCaught) {
   if (!cause) return [];
   const headline = cause.type ? [cause.type, cause.message].filter(Boolean).join(": ")
@@ -8160,7 +8177,7 @@ function causePanel(cause, isCaught) {
 
 const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 
-/** The tags of a run; each filters the list, and can be removed; a field adds one. */
+/** The tags of a run. A click filters the list by one; they can be removed, and added. */
 function tagEditor(flow, id, changed) {
   const list = h("div", {class: "tags"});
   const field = h("input", {"aria-label": "New tag", placeholder: "New tag", size: 14});
@@ -8205,7 +8222,7 @@ function tagEditor(flow, id, changed) {
 async function deleteRun(flow, id, menu) {
   const text = `${flow}/${id} is deleted with its records, logs and cards, and at the next "gc" ` +
     "the artifacts that no other run has. This cannot be undone.";
-  closeMenu(menu); // the focus comes back to it
+  closeMenu(menu); // the focus returns there after the dialog
   const choices = [["Cancel", ""], ["Delete", "delete", "danger"]];
   if (!await openDialog("Delete this run?", h("p", null, text), choices)) return;
   try {
@@ -8217,7 +8234,7 @@ async function deleteRun(flow, id, menu) {
   }
 }
 
-/** Takes the place of a view of a run that was deleted, here or elsewhere. */
+/** Replaces the view of a run that was deleted, from this page or elsewhere. */
 function showDeleted(flow, id) {
   view.abort();
   view = newView();
@@ -8227,7 +8244,7 @@ function showDeleted(flow, id) {
     "This run was deleted. ", h("a", {class: "link", href: listHash}, "All runs"))));
 }
 
-/** Hears of a run; also whether it was deleted while the service was not heard. */
+/** Follows a run, and finds out if it was deleted while the connection was lost. */
 function followRun(mine, flow, id, keep) {
   const drop = () => showDeleted(flow, id);
   subscribe(mine, runPath(flow, id), keep, drop);
@@ -8237,9 +8254,9 @@ function followRun(mine, flow, id, keep) {
   };
 }
 
-// The graph. Steps stand in layers, by the longest way to them; edges that go back are loops.
+// The graph. The layer of a step is the length of the longest path to it, without back edges.
 
-/** The steps in order, and the edges that go back in it. */
+/** Sorts the steps topologically, and tells which edges go back. */
 function orderSteps(steps, start) {
   const states = new Map();
   const back = new Set();
@@ -8260,7 +8277,7 @@ function orderSteps(steps, start) {
   return {order, isBack: (from, to) => back.has(from + ">" + to)};
 }
 
-/** How many foreach splits each step is within. */
+/** The number of foreach splits around each step. */
 function foreachDepths(steps) {
   const depths = new Map();
   const enter = (name, end, seen) => {
@@ -8277,7 +8294,7 @@ function foreachDepths(steps) {
   return depths;
 }
 
-/** What a graph is drawn of: nodes in layers, and edges as chains of them. */
+/** Lays out a graph: nodes in layers, and edges as chains with a node in each layer. */
 function layOut(graph) {
   const {steps} = graph;
   const start = [].concat(graph.graph_structure || []).find((item) => steps[item]) || "start";
@@ -8306,7 +8323,7 @@ function layOut(graph) {
   return {nodes, layers, edges, loops, order};
 }
 
-/** Gives the nodes of a layer their rows: in the order of what they come from, around zero. */
+/** Gives the nodes of a layer rows around 0, in the order of the nodes that lead to them. */
 function placeInLayer(layer) {
   const middle = ({before}) => before.reduce((sum, {row}) => sum + row, 0) / (before.length || 1);
   const middles = new Map(layer.map((node) => [node, middle(node)]));
@@ -8314,7 +8331,7 @@ function placeInLayer(layer) {
   layer.forEach((node, at) => { node.row = at - (layer.length - 1) / 2; });
 }
 
-/** The case in which a switch goes to a step. */
+/** The values for which a switch goes to a step. */
 function caseOf(from, to) {
   const cases = Object.entries(from.info.switch_cases || {});
   return cases.filter(([, step]) => step === to.name).map(([value]) => value).join(", ");
@@ -8400,7 +8417,7 @@ function drawLoop(from, to, width, label) {
   return [line, edgeLabel(label, end - 8, to.y + below + 16)];
 }
 
-/** Whether a switch went elsewhere than to a step, or to what leads to it. */
+/** Whether switches have gone past a step, or past all steps that lead to it. */
 function wasNotTaken(name, nodes, steps, known = new Map()) {
   if (known.has(name)) return known.get(name);
   known.set(name, false);
@@ -8434,7 +8451,7 @@ function stepTime({all}) {
   return {from: Math.min(...starts), to: Math.max(...ends)};
 }
 
-/** What a step shows in the graph. */
+/** The status and text of a step that has tasks. */
 function nodeContent(name, step) {
   const told = summary(step);
   const {from, to} = stepTime(told);
@@ -8445,7 +8462,7 @@ function nodeContent(name, step) {
   return {status: told.status, isCloned: told.isCloned, text: text.join(" \u00b7 ")};
 }
 
-/** What a step that has no tasks is. */
+/** The text of a step that has no tasks. */
 function absence(name, run, nodes, steps) {
   if (run.status === "completed" || wasNotTaken(name, nodes, steps)) return "not taken";
   return run.status === "failed" ? "not reached" : "not started";
@@ -8518,7 +8535,7 @@ function taskTime(task) {
   return (status === "running" ? Date.now() : to || made) - (from || made);
 }
 
-/** What the timeline shows of tasks, and its controls. */
+/** The controls of the timeline, and the state that they set. */
 function timelineControls(flow, id, changed) {
   const state = {text: "", order: "begin", onlyFailed: false, found: null};
   const said = h("span", {class: "dim", role: "status"});
@@ -8566,7 +8583,7 @@ function timelineControls(flow, id, changed) {
   return {state, nodes: [said, box, order, failed]};
 }
 
-/** Asks which tasks have an artifact, or a foreach variable, of a value. */
+/** Searches the tasks that have an artifact or a foreach variable of this name and value. */
 function searchArtifacts(flow, id, key, value, answer) {
   const query = new URLSearchParams({key, value, scope: "ARTIFACT,FOREACH_VARIABLE"});
   const socket = new WebSocket(`${SOCKETS}/api/search${runPath(flow, id)}?${query}`);
@@ -8577,7 +8594,7 @@ function searchArtifacts(flow, id, key, value, answer) {
   return socket;
 }
 
-/** Whether the controls of the timeline let a task be shown. */
+/** Whether a task is shown, by the state of the controls. */
 function isShownTask(task, {text, onlyFailed, found}) {
   const last = newest(task);
   if (onlyFailed && !task.attempts.some((row) => row && row.status === "failed")) return false;
@@ -8587,7 +8604,7 @@ function isShownTask(task, {text, onlyFailed, found}) {
   return isNamed || (found !== null && found.has(`${last.step_name}/${last.task_id}`));
 }
 
-/** The rows of a step. A long foreach shows its first tasks, and the first that failed. */
+/** The rows of a step; of a long foreach, those of its first tasks and of the first failed ones. */
 function stepRows(run, step, state, redraw) {
   const all = [...step.tasks.values()];
   const isSingle = all.length === 1;
@@ -8623,7 +8640,7 @@ function newStep(name) {
   };
 }
 
-/** The lines that load a run and go on from it; its script may not be known yet. */
+/** The code that loads or resumes a run; `script`: the file of its flow, if it is known. */
 function runSnippets(flow, id, script) {
   return [
     ["Pathspec", `${flow}/${id}`],
@@ -8646,7 +8663,7 @@ function parametersPanel(parameters) {
     : panel("parameters", "Parameters", titled("Parameters"), table)];
 }
 
-/** A run as it is shown: what is known of it, and the parts of its page. */
+/** The page of a run. */
 class RunPage {
   constructor(flow, id) {
     Object.assign(this, {flow, id});
@@ -8654,8 +8671,8 @@ class RunPage {
     this.run = {};
     this.steps = new Map();
     this.graph = null;
-    this.end = 0; // of the tasks, as far as they have ended
-    this.details = null; // what is asked for once
+    this.end = 0; // of the tasks that have ended
+    this.details = null; // set when they have been requested, which is done once
     this.script = null; // the file of the flow
     this.head = h("div", {id: "head"});
     this.why = h("div");
@@ -8698,7 +8715,7 @@ class RunPage {
     this.end = Math.max(this.end, row.finished_at || row.started_at || 0);
   }
 
-  /** Asked for when the run has begun: before, the service knows neither graph nor parameters. */
+  /** Fetches the graph and the parameters, which are there when the first task has begun. */
   async showDetails() {
     const [{data: graph}, {data: parameters}] = await Promise.all(
       [getIfAny(this.base + "/dag", {}), getIfAny(this.base + "/parameters", {})]);
@@ -8761,7 +8778,7 @@ class RunPage {
     showInTab(this.run.status, `${this.flow}/${this.id}`);
   }
 
-  /** A step that failed, or has one task, leads there; others to their rows in the timeline. */
+  /** Draws a step. It links to its failed or only task, or else scrolls to its tasks below. */
   drawNode(name, node) {
     const step = this.steps.get(name);
     const {info, depth} = this.graph.nodes.get(name);
@@ -8791,7 +8808,7 @@ class RunPage {
     }
   }
 
-  /** The rows of the timeline, steps in the graph's order. */
+  /** Draws the rows of the timeline, with the steps in the order of the graph. */
   drawRows() {
     const order = this.graph ? this.graph.order : [];
     const place = ({name}) => (order.includes(name) ? order.indexOf(name) : order.length);
@@ -8805,7 +8822,7 @@ class RunPage {
     sync(this.rows, shown.length ? shown.map(({node}) => node) : [empty]);
   }
 
-  /** Places along the timeline: a running run grows by ticks, so that bars rarely move. */
+  /** Draws the axis. If the run is running, it ends at the next tick, so that bars rarely move. */
   tick() {
     const {run} = this;
     const isRunning = run.status === "running";
@@ -8841,13 +8858,13 @@ async function runView(mine, flow, id) {
 
 // ---- Task: the logs, cards, artifacts and metadata of an attempt ----
 
-const SETTLING = 10000; // where the service does not say whether the log is stored
+const SETTLING = 10000; // if the service does not say whether the log is stored
 const LONGEST_SETTLING = 600000;
 const POLL = {first: 500, longest: 5000};
 const LOG_PAGE = 1000;
 const FEW_LINES = 200;
 
-/** Whether an attempt goes on, has ended but may store something still, or is settled. */
+/** Whether an attempt is going on, has ended but may still store something, or is settled. */
 function phase(row) {
   const {status, finished_at: end, is_log_stored: isStored} = row;
   if (!end && ["running", "pending"].includes(status)) return "going";
@@ -8864,7 +8881,7 @@ const NOT_YET = {
   settled: "Nothing was written.",
 };
 
-/** A part of the page of a task; its load gives the node that is shown. */
+/** A part of the page of a task; `load` fetches its data and returns the node to show. */
 function newPart(id, title, load) {
   const node = h("div", null, emptyLine(id, title, "Loading \u2026"));
   const show = (shown) => sync(node, [shown].flat());
@@ -8872,7 +8889,7 @@ function newPart(id, title, load) {
   return {node, load: () => load().then(show, unread)};
 }
 
-/** What a terminal shows of a line: \r and \b move back, colours are classes. */
+/** A line as a terminal shows it: \r and \b move back, and colours become classes. */
 function terminalNodes(line) {
   if (!/[\x1b\r\b]/.test(line)) return [line];
   const cells = [];
@@ -8900,7 +8917,7 @@ function terminalNodes(line) {
 const TERMINAL_TOKENS = /\x1b\[([\d;?]*)([A-Za-z])|\x1b\][^\x07]*\x07?|\x1b.?|[^]/gu;
 const cellStyle = (one) => (one ? one[1] : "");
 
-/** The classes of text after the codes of a colour sequence. */
+/** The classes of the text that follows a colour sequence with these codes. */
 function nextStyle(style, codes) {
   let classes = new Set(style.split(" ").filter(Boolean));
   for (const number of codes.split(";").map(Number)) {
@@ -8917,15 +8934,15 @@ function nextStyle(style, codes) {
   return [...classes].join(" ");
 }
 
-/** One of an attempt's two logs. Pages come from its end backwards, each is kept. */
+/** A log of an attempt. Its pages are loaded from the last one backwards, and kept. */
 class Log {
   constructor(stream, title, attempt) {
     const {base, number} = attempt;
     Object.assign(this, {stream, title, attempt});
     this.id = "log-" + stream;
     this.url = `${base}/logs/${stream}?attempt_id=${number}&_limit=${LOG_PAGE}`;
-    this.lines = new Map(); // by row: the node, and what it says
-    this.lowest = 0; // the first page that is loaded
+    this.lines = new Map(); // by row: {text, node}
+    this.lowest = 0; // the first page that was loaded
     this.highest = 0;
     this.hits = [];
     this.hit = -1;
@@ -8953,7 +8970,7 @@ class Log {
     this.node = panel(this.id, title, titled(title, this.count, this.field, download), this.box);
   }
 
-  /** The row that the address names, if it is of this log. */
+  /** The row that the address names, if it is one of this log. */
   target() {
     const {line} = this.attempt;
     return line && line.stream === this.stream ? line.row : null;
@@ -8989,7 +9006,7 @@ class Log {
     this.box.scrollTop = this.box.scrollHeight - below;
   }
 
-  /** Loads what has come, and at first as many pages as the few lines or the target need. */
+  /** Loads new lines, and at first as many pages as FEW_LINES or the target need. */
   async load() {
     const {data, pages} = await getIfAny(`${this.url}&_order=-row&_page=1`, []);
     const last = (pages && pages.last) || 1;
@@ -9018,7 +9035,7 @@ class Log {
     this.showHits();
   }
 
-  /** At first the line that the address names is in sight, else the end, if it was before. */
+  /** Scrolls at first to the line that the address names; later on to the end, if it was there. */
   settleScroll(isAtEnd) {
     const line = this.inner.querySelector(".target");
     if (this.isFirstLook && line) {
@@ -9046,7 +9063,7 @@ class Log {
     this.count.textContent = text ? plural(this.hits.length, "line") + where : "";
   }
 
-  /** Goes to the next line that was found, or with Shift to the one before. */
+  /** Scrolls to the next hit, or with Shift to the one before. */
   nextHit(event) {
     const {length} = this.hits;
     if (event.key !== "Enter" || !length) return;
@@ -9064,13 +9081,13 @@ function logPart(stream, title, attempt) {
   return newPart(shown.id, title, () => shown.load());
 }
 
-// Cards. Their scripts run, but without allow-same-origin not as this page: the API is out of
-// reach. Each tells its height, and when it has to be loaded anew to show what it is told.
+// Cards. Without allow-same-origin their scripts do not run as this page, and cannot use the API.
+// CARD_FOLLOWER, see UI API, sends the height of a card, and whether new data need a new frame.
 
-const cards = new Set(); // those that are shown
+const cards = new Set(); // all that are shown
 const TALLEST_CARD = 20000;
-const FRESH_CARD = 2000; // for so long a card is not loaded anew: what it shows may come yet
-const SILENT_CARD = {height: 480, after: 3000}; // of one that does not tell its height
+const FRESH_CARD = 2000; // for so long a frame is not replaced: its data may still arrive
+const SILENT_CARD = {height: 480, after: 3000}; // for a frame that does not send its height
 
 addEventListener("message", ({data, source}) => {
   for (const card of cards) {
@@ -9084,8 +9101,8 @@ class Card {
     this.url = `${API}/api${base}/cards/${encodeURIComponent(hash)}`;
     this.title = "Card " + [`${number}: ${type}`, id].filter(Boolean).join(" \u00b7 ");
     this.box = h("div", {class: "card"});
-    this.frame = null; // what is shown
-    this.next = null; // what takes its place when it is drawn, so that nothing flashes
+    this.frame = null; // that is shown
+    this.next = null; // that replaces it once it is drawn, so that nothing flickers
     this.data = null;
     this.opened = 0;
     const opened = h("a", {class: "link", href: this.url, target: "_blank", rel: "noopener"},
@@ -9147,14 +9164,14 @@ function cardPart(attempt, owner) {
       const isGone = missing && attempt.phase() === "settled";
       return emptyLine("cards", "Cards", isGone ? gone : noneOf(attempt));
     }
-    sync(box, [...known.values()].map(({node}) => node)); // moved, a frame would be loaded anew
+    sync(box, [...known.values()].map(({node}) => node)); // a frame that is moved is loaded anew
     return box;
   });
 }
 
-// Artifacts: those that a task has made apart from those that a task before had already.
+// Artifacts: those of the task itself, apart from those that it has inherited.
 
-/** An image that an artifact holds; read here, since the page may show nothing but data. */
+/** Shows the image in an artifact, as a data URL: the policy of the page allows no others. */
 async function showImage(url, into) {
   const answer = await fetch(url, {signal: view.signal});
   if (!answer.ok) return;
@@ -9202,7 +9219,7 @@ function metadataPart({base, number}) {
     const url = `${base}/metadata?_limit=100&attempt_id`;
     const urls = [`${url}=${number}`, `${url}:is=null`];
     const rows = (await Promise.all(urls.map(getAll))).flat();
-    const once = new Map(rows // Metaflow records some twice, and cards as many
+    const once = new Map(rows // Metaflow records some twice, and cards have many
       .filter(({type, field_name: name}) => !/^card-/.test(type) && !/^(_|card-)/.test(name))
       .map((row) => [`${row.field_name}=${row.value}`, row]));
     const shown = [...once.values()].map(({field_name: name, value}) =>
@@ -9223,7 +9240,7 @@ function taskSnippets(pathspec, number) {
   ];
 }
 
-/** A task as it is shown: one of its attempts, and the parts of its page. */
+/** The page of a task, or rather of one of its attempts. */
 class TaskPage {
   constructor(owner, ids, rows, chosen) {
     const [flow, id, step, task] = ids;
@@ -9239,7 +9256,7 @@ class TaskPage {
     this.line = lineInAddress();
     this.head = h("div", {id: "head"});
     this.why = h("div");
-    this.moving = []; // the parts that are worth asking for again and again
+    this.moving = []; // the parts that are loaded again and again until the attempt is settled
     this.still = [];
     if (this.isThere) this.makeParts();
   }
@@ -9256,7 +9273,7 @@ class TaskPage {
     this.rows[row.attempt_id || 0] = row;
   }
 
-  /** What it failed with comes first, and cards, which may be high, after the logs. */
+  /** Puts stderr first if it failed, and the cards, which may be tall, after the logs. */
   makeParts() {
     const logs = [logPart("out", "Standard output", this), logPart("err", "Standard error", this)];
     if (this.row().status === "failed") logs.reverse();
@@ -9316,7 +9333,7 @@ class TaskPage {
     return h("nav", {class: "attempts", "aria-label": "Attempts"}, choices);
   }
 
-  /** Loads what is shown: what moves again and again, the rest when the phase changes. */
+  /** Loads the parts until the attempt is settled; the still ones only when its phase changes. */
   async follow() {
     let wait = POLL.first;
     for (let before = ""; this.isThere && !this.owner.signal.aborted;) {
@@ -9348,7 +9365,7 @@ async function taskView(mine, ids, chosen) {
   subscribe(mine, attempts, (row) => shown.keep(row));
 }
 
-/** On the page of the task itself a cause leads nowhere, and its log is just below. */
+/** The cause without what the page of the task itself shows anyway: a link to it, and stderr. */
 function causeAlone(node) {
   node.querySelectorAll(".title a, pre").forEach((part) => part.remove());
   return node;
@@ -9380,7 +9397,7 @@ function differenceValue(section, value) {
   return h("pre", null, typeof value === "string" ? value : JSON.stringify(value));
 }
 
-/** A table of what differs, with a column a run. */
+/** A table of differences, with a column for each run. */
 function differencesTable(compared, differences, title) {
   const heads = compared.map((run) => h("th", {scope: "col"},
     h("a", {class: "link", href: link(run.flow_id, runId(run))}, runKey(run)), " ",
@@ -9397,7 +9414,7 @@ function differencesTable(compared, differences, title) {
     h("tbody", null, groups)));
 }
 
-/** What has changed since the last run of a flow that succeeded. */
+/** The differences from the last run of the flow that succeeded. */
 function changesPanel({runs: compared, differences}) {
   const [before] = compared;
   const count = differences.length ? plural(differences.length, "difference") : "no difference";
@@ -9435,10 +9452,10 @@ async function compareView(mine, keys) {
 let view = newView();
 let here = "";
 let listed = ""; // the filter of the list
-let listHash = listLink(""); // the address of the list, to go back to
+let listHash = listLink(""); // the address of the list that was shown last
 let typing = 0;
 
-// How far views were scrolled, by their entries in the history: back and forward lead there.
+// The scroll positions of the entries in the history, for when one goes back or forward.
 const scrolls = new Map();
 let entry = 0;
 history.scrollRestoration = "manual";
@@ -9449,7 +9466,7 @@ function enterHistory() {
   entry = history.state;
 }
 
-/** What is shown: it is given up by aborting it. */
+/** A view, whose requests and subscriptions end when it is aborted. */
 function newView() {
   const nothing = () => {};
   return Object.assign(new AbortController(),
@@ -9471,7 +9488,7 @@ const isList = () => names().length < 2 && !addressQuery().has("compare");
 
 function fail(problem) {
   if (view.signal.aborted || problem.name === "AbortError") return;
-  const again = h("button", {onclick: route}, "Try again"); // a socket that is live again tries too
+  const again = h("button", {onclick: route}, "Try again"); // so does a new connection
   main.replaceChildren(h("h1", null, "This cannot be shown"),
     panel("problem", "Problem", titled("Problem", again), note(problem.message)));
 }
@@ -9513,7 +9530,7 @@ async function route() {
   if (mine === view && !mine.signal.aborted) focusAfter(from);
 }
 
-/** Puts the focus on what leads to where one comes from, or at the top. */
+/** Focuses the link to the view that was shown before, or else the top. */
 function focusAfter(from) {
   if (document.activeElement === filter || main.querySelector(":focus")) return;
   const back = [...main.querySelectorAll("a.nav")]
@@ -9525,7 +9542,7 @@ function focusAfter(from) {
   main.focus({preventScroll: true});
 }
 
-/** Shows a view from its top, or as it was; not later, when somebody may have scrolled it. */
+/** Shows a view, and scrolls to where it was, or to its top. */
 function showNodes(...nodes) {
   main.replaceChildren(...nodes);
   if (lineInAddress() || document.activeElement === filter) return;
@@ -9554,7 +9571,7 @@ filter.oninput = () => {
 filter.onfocus = suggest;
 filter.onblur = () => showSuggestions(false);
 
-/** The other projects of this user whose services run. */
+/** Lists the other projects of this user that have a running service. */
 async function showServices() {
   const answer = await fetch(API + "/api/services").catch(() => ({}));
   if (!answer.ok) return;
@@ -9622,7 +9639,7 @@ const KEYS = {
   c: compareMarked,
 };
 
-/** In the filter the arrows choose a suggestion, if there are any. */
+/** Handles a key in the filter; true if the browser is to do so. */
 function filterKey(key) {
   const chosen = chosenSuggestion();
   if (key === "ArrowDown" || key === "ArrowUp") {
@@ -9646,7 +9663,7 @@ function leaveFilter() {
   move(1);
 }
 
-addEventListener("keydown", (event) => { // what has nothing to do leaves the key to the browser
+addEventListener("keydown", (event) => { // actions return true if the browser is to handle the key
   const {key, target} = event;
   const isScrolling = key.startsWith("Arrow") && target.matches(".log, pre, .scrolled, .graph");
   const isTyping = target.matches("input:not([type=checkbox]), select");
@@ -9664,13 +9681,13 @@ addEventListener("keydown", (event) => { // what has nothing to do leaves the ke
   }
 });
 
-addEventListener("click", ({target}) => { // elsewhere closes a menu
+addEventListener("click", ({target}) => { // a click elsewhere closes a menu
   for (const menu of document.querySelectorAll(".menu[open]")) {
     if (!menu.contains(target)) menu.open = false;
   }
 });
 
-addEventListener("mouseover", ({target}) => { // how long ago is told when somebody wants to know
+addEventListener("mouseover", ({target}) => { // tooltips are made when they are needed
   const node = target.closest("[data-ms]");
   if (node) node.title = `${fullTime(Number(node.dataset.ms))}, ${ago(node.dataset.ms)}`;
 });
