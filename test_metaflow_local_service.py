@@ -10513,7 +10513,7 @@ def test_a_run_appears_and_finishes_on_a_page_that_is_open(
     run_row(page, "SeenFlow").locator("a").click()
     task_rows(page, "start").click()
     expect(page.locator("#head")).to_have_attribute("data-status", "running")
-    card = page.frame_locator("#cards iframe")
+    card = page.frame_locator("#cards iframe.ready")  # its successor is loading beside it
     expect(card.get_by_role("heading", name="Begun")).to_be_visible()
     (cli.folder / "go on").touch()
     expect(card.get_by_role("heading", name="Halfway")).to_be_visible()
