@@ -9716,40 +9716,43 @@ showServices();
 #
 # Rules of this layer:
 #
-# - It only reads. Paths and names of fields are those of the official UI's backend; what only our
-#   own page uses has been added to them.
-# - What has become of runs and tasks is for the model to say, and filters, orders and columns stand
-#   in Queries. As in the layer API, handlers raise what MetadataService.answer turns into a status.
-# - A page is an open page of a browser; a page of a list is a ListPage.
+# - Its routes only read. Paths and names of fields are those of the official UI's backend; what
+#   only our own page uses has been added to them.
+# - What has become of runs and tasks is for the model to say; columns, filters and orders stand in
+#   Queries. As in the layer API, handlers raise what MetadataService.answer turns into a status.
+# - In names and comments, a page is one that a browser shows; a page of a list is a ListPage.
 #
-# How it works. A Resource is a list or a single object: a function that reads its rows, with the
-# columns by which they are filtered and sorted. It can be fetched at its path below /api, and
-# followed over the socket /api/ws, where the path stands without /api but has the same query.
+# How it works. A Resource is a list or a single object. It is declared by @ui_resource above the
+# function that reads its rows, and can then be fetched at its path below /api, and be followed over
+# the socket /api/ws, with the same path without /api and the same query. What can only be fetched
+# has a handler of its own, declared by @ui_route.
 #
-# Feed. Other processes write the files too, and so changes have to be polled for. The thread of a
+# Feed. Other processes write the files too, so changes have to be polled for. The thread of a
 # socket has a Feed, which polls every POLL_SECONDS, and less often while nothing happens. It takes
-# a Snapshot of the model, in which what several resources need is computed once, and each
-# Subscription compares its rows with what it has announced before. As long as the version of a
-# resource is the same, its rows are not even read.
-# Otherwise a row with a new key is announced as INSERT, one whose fingerprint differs as UPDATE.
-# A frame holds the whole row, so nothing depends on the frames before it: a subscription may be
-# forgotten at any time, and the page makes it anew, with `since` as the time up to which it knows
-# everything. A poll that fails changes nothing in a subscription; the next one finds the same.
+# a Snapshot of the model, in which what several resources need is computed once, and asks one
+# Subscription after the other what has changed. As long as the version of its resource is the same,
+# no row is read. Otherwise a row with a new key is announced as INSERT, and one whose fingerprint
+# differs from the one announced last as UPDATE. A poll that fails leaves a subscription as it was.
+# A frame holds a whole row, so that no frame depends on another, and a subscription may be
+# forgotten at any time: the page makes it anew, with the time up to which it knows everything as
+# `since`.
 #
 # Order of ends. The official UI looks for a log only when it hears that the attempt has ended, and
-# shows no more changes when it has heard that the run has. A snapshot for subscribers is therefore
-# live: there an attempt has not ended until its log is stored, for LOG_WAIT_SECONDS at most, and a
-# run has not ended until RUN_END_DELAY_SECONDS after its last attempt. In each poll, subscriptions
-# to tasks come before those to steps, and these before those to runs. Fetching delays no end.
+# shows no more changes when it has heard that the run has. In the live snapshots of a feed, an
+# attempt has therefore not ended before its log is stored, which is waited for LOG_WAIT_SECONDS at
+# most, and a run not before RUN_END_DELAY_SECONDS after its attempts. In each poll, subscriptions
+# to tasks come before those to steps, and these before those to runs. What is fetched is never
+# delayed.
 #
 # Deletions. A row that is gone is not announced, since the official UI takes every frame for a
-# change. A page that subscribes with `"deletions": true` gets a DELETE with the key; what counts is
-# whether the run exists, not whether it passes the filters or is still among the newest.
+# change. A page that subscribes with `"deletions": true` gets a DELETE with the key of a run that
+# does not exist any more, whatever the filters; one that is only too old to be polled is kept.
 #
-# Sockets. The thread of the connection (see Server) is the only one that reads from and writes to a
-# socket; between polls it waits for messages. It closes the socket when the page says so or breaks
-# the protocol, when it has been silent for SILENT_SECONDS, when it takes nothing for SEND_SECONDS,
-# and when the service stops, which the thread sees as the end of the stream.
+# Sockets. Only the thread of the connection (see Server) reads from and writes to a socket. Feeds
+# share nothing but the model, and have no locks. Between polls the thread waits for messages. It
+# closes the socket when the page does or breaks the protocol, when the page has been silent for
+# SILENT_SECONDS or takes nothing for SEND_SECONDS, and when the service stops, which looks like the
+# end of the stream. Then nothing remains: all that is known of a page is in its Feed.
 
 # -- answers: envelopes, and pages of lists --------------------------------------------------------
 
@@ -9880,8 +9883,8 @@ LOG_WAIT_SECONDS = 60.0
 """How long the end of an attempt is kept from subscribers because its log is not stored yet."""
 
 RUN_END_DELAY_SECONDS = 3.0
-"""How long the end of a run is announced after those of its attempts. The official UI draws once a
-second what it has heard, and draws nothing more after the end of the run."""
+"""How much later than those of its attempts the end of a run is announced. The official UI draws
+once a second what it has heard, and nothing more after the end of the run."""
 
 Row = TypeVar("Row", RunRow, AttemptRow)
 
@@ -9898,8 +9901,8 @@ class Snapshot:
     """
 
     def __init__(self, model: Model, last_running: dict[Ids, float] | None = None) -> None:
-        """`last_running`: if it is to be live, when runs were last shown as running, which it keeps
-        up to date, in seconds of the monotonic clock."""
+        """`last_running`: makes it live; when runs were last shown as running, by the monotonic
+        clock, which is updated here and handed on to the next snapshot."""
         self.model = model
         self.now = model.clock()
         self.is_live = last_running is not None
@@ -9965,7 +9968,7 @@ class Snapshot:
             return row
         ids, now = run_row_ids(row), time.monotonic()
         if row["finished_at"] is None or (
-            self._has_ended_within(LOG_WAIT_SECONDS, row)
+            self._has_ended_within(LOG_WAIT_SECONDS, row)  # else there is no need to read its tasks
             and any(map(self._lacks_log, self._judge_tasks(ids)))
         ):
             self._last_running[ids] = now
@@ -9986,7 +9989,7 @@ UI_RUN = "/api" + RUN
 UI_TASK = "/api" + TASK
 
 RESOURCES = Router()
-"""What a page can subscribe to: functions that return a Resource, by its path without /api."""
+"""The paths, without /api, that a page can subscribe to; their handlers return the Resource."""
 
 Rows = Iterable[Mapping[str, Any]]
 RowReader = Callable[[Snapshot, Query, Ids], Rows]
@@ -9995,10 +9998,7 @@ KeyReader = Callable[[Snapshot, Query, Ids], Iterable[tuple[str, ...]]]
 
 
 class Resource(NamedTuple):
-    """A list or a single object that can be fetched and followed.
-
-    Its functions have a query and the ids in the path as arguments.
-    """
+    """A list or a single object. The functions take a snapshot, a query and the ids in the path."""
 
     read_rows: RowReader
     columns: Mapping[str, Field]  # by which a query filters and sorts the rows
@@ -10006,7 +10006,7 @@ class Resource(NamedTuple):
     version: VersionReader  # equal as long as the rows are the same; None if that is not known
     existing_keys: KeyReader  # of all rows, whatever the filters; none if no deletion is announced
 
-    def select_rows(self, snapshot: Snapshot, query: Query, ids: Ids) -> list[Mapping[str, Any]]:
+    def rows(self, snapshot: Snapshot, query: Query, ids: Ids) -> list[Mapping[str, Any]]:
         """The rows that pass the filters of a query, in its order."""
         return select_rows(self.read_rows(snapshot, query, ids), query, self.columns)
 
@@ -10040,7 +10040,7 @@ def ui_resource(
         resource = Resource(read_rows, columns, key, version, existing_keys)
 
         def fetch(model: Model, request: Request, *names: str) -> Response:
-            found = resource.select_rows(Snapshot(model), request.query, object_ids(*names))
+            found = resource.rows(Snapshot(model), request.query, object_ids(*names))
             if not key:
                 return object_response(request, found[0] if found else None)
             page = paginate_rows(request.query, found, columns) if is_paged else ListPage(found)
@@ -10777,7 +10777,7 @@ class Subscription:
         version = resource.version(*arguments)
         if version is not None and version == self._version:
             return []
-        rows = resource.select_rows(*arguments)
+        rows = resource.rows(*arguments)
         existing = set(resource.existing_keys(*arguments) if self._wants_deletions else ())
         # All is read now; only then may a row count as announced.
         frames = [*filter(None, map(self._announce, rows)), *self._announce_deletions(existing)]
