@@ -1021,8 +1021,25 @@ class Store:
 
     def task_ids(self, step: Ids) -> list[Ids]:
         """The ids of the tasks of a step, oldest first."""
-        moments = self._listing(self._folder_of(step), step, _task).sort_keys
-        return [(*step, str(moment[1][1])) for moment in moments]
+        return self.list_below(step)[1]
+
+    def list_below(self, ids: Ids) -> tuple[Version | None, list[Ids]]:
+        """The ids of the steps of a run or the tasks of a step, oldest first; and before them the
+        version that vouches for these, as in `version`."""
+        make = _step if len(ids) == RUN_DEPTH else _task
+        listing = self._listing(self._folder_of(ids), ids, make)
+        return listing.version, [(*ids, str(key[1][1])) for key in listing.sort_keys]
+
+    def read_tasks(self, run: Ids, tasks: Collection[Ids]) -> Iterator[Task]:
+        """Those of some tasks of one run that there are."""
+        record = self._record(run, _run) if tasks else None
+        if record is not None:
+            tags = run_tags(record)
+            for ids in tasks:
+                path = f"{self._meta_of(ids)}/{SELF_FILE}"
+                task = self._read(path, ids, _task)
+                if task is not None:
+                    yield self._tagged(path, task, tags)
 
     def run_ids(self) -> Iterator[Ids]:
         """The ids of all runs, in no order."""
@@ -1105,12 +1122,14 @@ class Store:
 
     def artifact(self, ids: Ids, name: str, attempt: int | None = None) -> Artifact | None:
         """One artifact of an attempt of a task; of the latest that has any artifact, if None."""
-        run, files = self._record(ids[:2], _run), self._files_of(ids)
+        files = self._files_of(ids)
         if attempt is None:
             attempt = max(files.artifacts, default=0)
-        if run is None:
+        file = artifact_file(attempt, name)
+        if file not in files.artifacts.get(attempt, ()):
             return None
-        return self._read_in(files, artifact_file(attempt, name), ids, _artifact, run_tags(run))
+        run = self._record(ids[:2], _run)
+        return None if run is None else self._read_in(files, file, ids, _artifact, run_tags(run))
 
     def _folder_of(self, ids: Ids) -> str:
         for name in ids:
@@ -3693,10 +3712,42 @@ class History(NamedTuple):
     foreach_label: str | None
     origin_run_id: str | None  # of the run that its own was resumed from
     origin_pathspec: str | None  # of the task that it was cloned from
+    end_step: str | None  # of the flow, as a task of PARAMETERS_STEP says
+    graph: Artifact | None  # that holds the flow's graph, likewise
+
+
+class RunFolders:
+    """The steps and tasks of one run, for one verdict, which looks at each of them once.
+
+    What is not in the run's own folder need not be looked for: a verdict on a run without any step
+    takes 2 calls of stat(2) and 22 us like this, 20 and 104 us without.
+    """
+
+    def __init__(self, store: Store, ids: Ids) -> None:
+        self.ids = ids
+        self.versions: dict[Ids, Version | None] = {}  # of the folders that were looked at
+        self.histories: dict[Ids, History] = {}  # of the tasks that were looked at
+        self._store = store
+        self.versions[ids], self.steps = store.list_below(ids)
+        self._tasks: dict[Ids, list[Ids]] = {}
+
+    def tasks(self, step: str) -> list[Ids]:
+        """The ids of the tasks of a step, oldest first."""
+        ids = (*self.ids, step)
+        if ids not in self._tasks:
+            if ids in self.steps:
+                self.versions[ids], self._tasks[ids] = self._store.list_below(ids)
+            else:
+                self._tasks[ids] = []
+        return self._tasks[ids]
+
+    def all_tasks(self) -> list[Ids]:
+        """The ids of all tasks, by their steps, the oldest first."""
+        return [task for step in self.steps for task in self.tasks(step[2])]
 
 
 ATTEMPT_FIELDS = ("attempt", "attempt-done", "attempt_ok")
-HISTORY_FIELDS = (*ATTEMPT_FIELDS, "foreach-stack", "origin-run-id", "origin-task-id")
+HISTORY_FIELDS = (*ATTEMPT_FIELDS, "foreach-stack", "origin-run-id", "origin-task-id", "end_step")
 
 STORING_SECONDS = 300
 """How long after an attempt's end its log is still expected."""
@@ -3882,6 +3933,15 @@ def cannot_go_on(
         for task in newest
         if task["status"] == FAILED
     )
+
+
+def has_failed_end(tasks: Iterable[AttemptRow], end_step: str) -> bool:
+    """Whether the end step has failed, by which a run is judged whose graph is unknown.
+
+    Clients other than Metaflow store no graph. The reference judges all runs like this.
+    """
+    end = [task for task in tasks if task["step_name"] == end_step]
+    return bool(end) and end[-1]["status"] == FAILED
 
 
 def is_silent(run: RunRow, tasks: Iterable[AttemptRow]) -> bool:
@@ -4251,17 +4311,21 @@ class Model:
         known = self._known_verdict(ids, heartbeat)
         if known is not None:
             return known
-        completed, cause = self._completion(ids), None
+        folders = RunFolders(self.store, ids)
+        first = [self._history_in(folders, task) for task in folders.tasks(PARAMETERS_STEP)]
+        graph = self._graph_of(first) or {}
+        end_step = find_end_step(first, graph)
+        completed, cause = self._completion(folders, end_step), None
         if completed is not None:
             (finished_at, sources), status = completed, COMPLETED
-            seen = [(source, self.store.version(source)) for source in sources]
+            seen = [(source, folders.versions[source]) for source in sources]
         else:
-            seen = [(i, self.store.version(i)) for i in (ids, *self._objects_below(ids))]
-            tasks = self._tasks(ids, now)
-            status, finished_at = self._judge_incomplete(row, tasks, now)
-            cause = self._cause_of_run(row, tasks) if status == FAILED else None
+            tasks = self._tasks(folders, now)
+            seen = list(folders.versions.items())
+            status, finished_at = self._judge_incomplete(row, tasks, graph, end_step, now)
+            cause = self._cause_of_run(row, tasks, graph) if status == FAILED else None
         settled = [(source, version) for source, version in seen if version is not None]
-        origin = self._origin_run_id(ids)
+        origin = self._origin_run_id(folders, graph)
         verdict = Verdict(status, finished_at, cause, origin, heartbeat, settled)
         if status == RUNNING:
             self._unfinished[ids] = None
@@ -4272,25 +4336,21 @@ class Model:
                 self._verdicts.put("/".join(ids), verdict)
         return verdict
 
-    def _objects_below(self, ids: Ids) -> Iterator[Ids]:
-        """The steps and tasks of a run."""
-        for step in self.store.steps(ids):
-            yield (*ids, step["step_name"])
-            yield from self.store.task_ids((*ids, step["step_name"]))
-
-    def _completion(self, ids: Ids) -> tuple[int | None, Sequence[Ids]] | None:
+    def _completion(
+        self, folders: RunFolders, end_step: str
+    ) -> tuple[int | None, Sequence[Ids]] | None:
         """When a run was completed, and the objects that say so; None if it is not completed."""
-        end = (*ids, self._end_step(ids))
-        for task in self.store.task_ids(end)[-1:]:
-            attempts = self._history(task).attempts
+        for task in folders.tasks(end_step)[-1:]:
+            attempts = self._history_in(folders, task).attempts
             if attempts and attempts[-1].is_ok:
+                sources = (task[:-1], task)
                 # Without parameters the run is a teller too: they would say what the end step is.
-                has_parameters = bool(self.store.task_ids((*ids, PARAMETERS_STEP)))
-                return attempts[-1].done_at, (end, task) if has_parameters else (ids, end, task)
+                has_parameters = bool(folders.tasks(PARAMETERS_STEP))
+                return attempts[-1].done_at, sources if has_parameters else (folders.ids, *sources)
         return None
 
     def _judge_incomplete(
-        self, row: RunRow, tasks: Sequence[AttemptRow], now: float
+        self, row: RunRow, tasks: Sequence[AttemptRow], graph: Graph, end_step: str, now: float
     ) -> tuple[str, int | None]:
         """The status of a run that is not completed, and when it failed; `tasks`: all attempts."""
         ids = run_row_ids(row)
@@ -4302,21 +4362,13 @@ class Model:
         )
         if any(task["status"] == RUNNING for task in tasks):
             return RUNNING, None
-        if cannot_go_on(tasks, self.graph(ids) or {}, self._ended_with_scheduler):
+        if cannot_go_on(tasks, graph, self._ended_with_scheduler):
             return FAILED, max(task["finished_at"] or 0 for task in tasks)
-        if self._has_failed_end(ids, tasks) or is_silent(row, tasks):
+        if (not graph and has_failed_end(tasks, end_step)) or is_silent(row, tasks):
             return FAILED, last_sign
         if now * 1000 - last_sign > RUN_HEARTBEAT_CUTOFF * 1000:
             return FAILED, last_sign
         return RUNNING, None
-
-    def _has_failed_end(self, ids: Ids, tasks: Sequence[AttemptRow]) -> bool:
-        """Whether the end step has failed in a run whose graph is unknown.
-
-        Clients other than Metaflow store no graph. The reference judges all runs like this.
-        """
-        end = [task for task in tasks if task["step_name"] == self._end_step(ids)]
-        return bool(end) and end[-1]["status"] == FAILED and self.graph(ids) is None
 
     def _last_sign_of_life(self, ids: Ids, heartbeat: int | None, created: int) -> int:
         """When a run or task last gave a sign of life, in epoch milliseconds.
@@ -4355,24 +4407,23 @@ class Model:
 
     def tasks(self, ids: Ids, now: float) -> list[AttemptRow]:
         """The attempts of all tasks of a run, oldest task first, with causes."""
-        return self._add_causes(ids, self._tasks(ids, now))
+        rows = self._tasks(RunFolders(self.store, ids), now)
+        return self._add_details(ids, rows, now)
 
-    def _tasks(self, ids: Ids, now: float) -> list[AttemptRow]:
+    def _tasks(self, folders: RunFolders, now: float) -> list[AttemptRow]:
         rows: list[AttemptRow] = []
-        for step in list(self.store.steps(ids))[::-1]:
-            step_ids = (*ids, step["step_name"])
-            for task in list(self.store.tasks(step_ids))[::-1]:
-                rows += self._attempt_rows((*step_ids, str(task["task_id"])), task, now)
+        for task in self.store.read_tasks(folders.ids, folders.all_tasks()):
+            ids = (*folders.ids, task["step_name"], str(task["task_id"]))
+            rows += self._attempt_rows(ids, task, self._history_in(folders, ids), now)
         return rows
 
     def attempts(self, ids: Ids, now: float) -> list[AttemptRow]:
         """The attempts of a task, newest first, with causes."""
         task = self.store.task(ids)
-        rows = [] if task is None else self._attempt_rows(ids, task, now)
-        return self._add_causes(ids[:2], rows)[::-1]
+        rows = [] if task is None else self._attempt_rows(ids, task, self._history(ids), now)
+        return self._add_details(ids[:2], rows, now)[::-1]
 
-    def _attempt_rows(self, ids: Ids, task: Task, now: float) -> list[AttemptRow]:
-        history = self._history(ids)
+    def _attempt_rows(self, ids: Ids, task: Task, history: History, now: float) -> list[AttemptRow]:
         attempts = self._add_unrecorded(ids, history.attempts or [Attempt()])
         heartbeat, created = task["last_heartbeat_ts"], task["ts_epoch"]
         is_alive, last_sign = True, created
@@ -4400,7 +4451,6 @@ class Model:
                 "origin_pathspec": history.origin_pathspec,
                 "is_log_stored": False,
             }
-            row["is_log_stored"] = self._is_log_stored(ids, row, now)
             rows.append(row)
         return rows
 
@@ -4439,7 +4489,18 @@ class Model:
         return None
 
     def _history(self, ids: Ids) -> History:
-        key, version = "/".join(ids), self.store.version(ids)
+        return self._history_at(ids, self.store.version(ids))
+
+    def _history_in(self, folders: RunFolders, task: Ids) -> History:
+        """The history of a task of a run, which is looked at once for a verdict."""
+        if task not in folders.histories:
+            folders.versions[task] = self.store.version(task)
+            folders.histories[task] = self._history_at(task, folders.versions[task])
+        return folders.histories[task]
+
+    def _history_at(self, ids: Ids, version: Version | None) -> History:
+        """The history of a task whose records have this version."""
+        key = "/".join(ids)
         known = self._histories.get(key)
         if known is not None and known[0] == version:
             return known[1]
@@ -4458,6 +4519,8 @@ class Model:
             format_foreach_frames(frames),
             None if origin_run == "None" else origin_run,
             "/".join(origin) if origin else None,
+            next((value_text(m) for m in metadata if m["field_name"] == "end_step"), None),
+            self.store.artifact(ids, "_graph_info") if ids[2] == PARAMETERS_STEP else None,
         )
         if version is not None:
             self._histories.put(key, (version, history))
@@ -4476,12 +4539,12 @@ class Model:
         frames = [stack] if isinstance(stack, str) else stack or []
         return [frame for frame in frames if isinstance(frame, str)]
 
-    def _origin_run_id(self, ids: Ids) -> str | None:
+    def _origin_run_id(self, folders: RunFolders, graph: Graph) -> str | None:
         """The run that a run was resumed from, according to its first tasks."""
-        step = (self.graph(ids) or {}).get("start_step")
+        step = graph.get("start_step")
         for name in (PARAMETERS_STEP, step if isinstance(step, str) else DEFAULT_START_STEP):
-            for task in self.store.task_ids((*ids, name))[:1]:
-                origin = self._history(task).origin_run_id
+            for task in folders.tasks(name)[:1]:
+                origin = self._history_in(folders, task).origin_run_id
                 if origin is not None:
                     return origin
         return None
@@ -4494,7 +4557,7 @@ class Model:
         found: list[tuple[Ids, Ids]] = []
         for run in self.store.runs((flow,)):
             ids = (flow, str(run["run_number"]))
-            origin = self._origin_run_id(ids)
+            origin = self._origin_run_id(RunFolders(self.store, ids), self.graph(ids) or {})
             if origin is not None and (self._has_clones(ids) or self.status(run) == RUNNING):
                 found.append((ids, (flow, origin)))
         return found
@@ -4547,20 +4610,21 @@ class Model:
 
     # -- causes ------------------------------------------------------------------------------------
 
-    def _add_causes(self, ids: Ids, rows: list[AttemptRow]) -> list[AttemptRow]:
-        """Add the cause to the attempts of a run that failed or whose exception was caught."""
+    def _add_details(self, ids: Ids, rows: list[AttemptRow], now: float) -> list[AttemptRow]:
+        """Add what no verdict needs to attempts of a run: whether the log is stored, and the cause
+        to those that failed or whose exception was caught."""
         graph: Graph | None = None
         for row in rows:
+            row["is_log_stored"] = self._is_log_stored(attempt_row_ids(row), row, now)
             if row["status"] in (FAILED, COMPLETED):
                 graph = self.graph(ids) or {} if graph is None else graph
                 if row["status"] == FAILED or has_catch(graph, row["step_name"]):
                     row["cause"] = self._cause_of_attempt(row, graph)
         return rows
 
-    def _cause_of_run(self, row: RunRow, tasks: Sequence[AttemptRow]) -> Cause:
+    def _cause_of_run(self, row: RunRow, tasks: Sequence[AttemptRow], graph: Graph) -> Cause:
         """Why a run has failed; `tasks`: all attempts of the run's tasks."""
         ids = run_row_ids(row)
-        graph = self.graph(ids) or {}
         failure = first_failure(tasks, graph, self._ended_with_scheduler)
         if failure is not None and not self._is_abandoned(failure):
             cause = self._cause_of_attempt(failure, graph)
@@ -4668,7 +4732,8 @@ class Model:
 
     def _facts(self, ids: Ids, row: RunRow) -> Facts:
         parameters = {name: shown["value"] for name, shown in self.parameters(ids).items()}
-        steps = self.steps(ids, self._tasks(ids, self.clock()), self.clock())
+        tasks = self._tasks(RunFolders(self.store, ids), self.clock())
+        steps = self.steps(ids, tasks, self.clock())
         artifacts = self._last_artifacts(ids, [step["step_name"] for step in steps])
         return {
             "parameters": parameters,
@@ -4720,7 +4785,12 @@ class Model:
 
     def graph(self, ids: Ids) -> Graph | None:
         """The graph of the flow of a run, or None if the run has not stored it."""
-        artifact = next(self._stored_graphs(ids), None)
+        return self._graph_of(map(self._history, self.store.task_ids((*ids, PARAMETERS_STEP))))
+
+    def _graph_of(self, parameters: Iterable[History]) -> Graph | None:
+        """The graph of the flow of a run; `parameters`: the histories of its first tasks."""
+        found = (history.graph for history in parameters if history.graph is not None)
+        artifact = next(found, None)
         return None if artifact is None else self._graph_in(artifact)
 
     def _stored_graphs(self, ids: Ids) -> Iterator[Artifact]:
@@ -4744,13 +4814,6 @@ class Model:
             graph = cast(Graph, value) if is_graph else {}
             self._graphs.put(key, graph)
         return graph or None
-
-    def _end_step(self, ids: Ids) -> str:
-        """The name of the end step of a run's flow, as far as the run says which it is."""
-        for task in self.store.task_ids((*ids, PARAMETERS_STEP)):
-            for metadatum in self.store.metadata(task, fields=("end_step",)):
-                return end_step_name(value_text(metadatum))
-        return end_step_name((self.graph(ids) or {}).get("end_step"))
 
     def parameters(self, ids: Ids) -> dict[str, dict[str, object]]:
         """The parameters of a run whose values can be shown, each with its `value`."""
@@ -5051,6 +5114,12 @@ def artifact_row(artifact: Artifact) -> ArtifactRow:
     task_name = string_id(artifact["task_id"])
     row: _ArtifactRow = {**artifact, **shared_columns(artifact), "task_name": task_name}
     return cast(ArtifactRow, row)
+
+
+def find_end_step(parameters: Iterable[History], graph: Graph) -> str:
+    """The name of the end step of a run's flow, as far as the run says which it is."""
+    names = (history.end_step for history in parameters if history.end_step is not None)
+    return end_step_name(next(names, graph.get("end_step")))
 
 
 def end_step_name(name: object) -> str:

@@ -3415,12 +3415,35 @@ def test_a_finished_run_is_judged_once_until_its_files_change(
     assert model.judge(next(model.runs()))["status"] == "completed"
     judged: list[object] = []
     completion = model._completion
-    monkeypatch.setattr(model, "_completion", lambda ids: judged.append(ids) or completion(ids))
+    monkeypatch.setattr(model, "_completion", lambda *a: judged.append(a) or completion(*a))
     assert model.judge(next(model.runs()))["status"] == "completed"
     assert judged == []
     api.post(f"{task}/metadata", [metadatum("attempt_ok", "False", attempt=1)])
     assert model.judge(next(model.runs()))["status"] != "completed"
     assert judged != []
+
+
+def test_a_verdict_on_a_running_run_looks_at_each_folder_and_record_once(
+    store: mls.Store, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mls, "SETTLED_NS", -(10**12))
+    run = api.new_run(api.new_flow())
+    task = api.new_task(api.new_step(run, "start"))
+    api.post(f"{task}/metadata", [metadatum("attempt", "0"), metadatum("attempt_ok", "True")])
+    api.post(f"{task}/heartbeat")
+    model = mls.Model(store)
+    assert model.judge(next(model.runs()))["status"] == "running"
+    row, looked_at, stat = next(model.runs()), [], os.stat
+
+    def noted(path: str, **options: Any) -> os.stat_result:
+        looked_at.append(os.path.relpath(path, store.folder))
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", noted)
+    assert model.judge(row)["status"] == "running"
+    folder = "/".join(mls.run_row_ids(row))
+    below = ("", "/_meta/_self.json", "/start", "/start/1/_meta", "/start/1/_meta/_self.json")
+    assert sorted(looked_at) == [folder + path for path in below]
 
 
 # -- logs ------------------------------------------------------------------------------------------
