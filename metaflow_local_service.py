@@ -11727,9 +11727,10 @@ class Server(http.server.ThreadingHTTPServer):
             raise HttpError(503, refusal)
         return self.service
 
-    def count_connections(self) -> int:
+    def count_clients(self) -> int:
+        """The number of connections that have sent a request, and not only orders."""
         with self._lock:
-            return len(self._connections)
+            return sum(connection.has_asked for connection in self._connections)
 
     def _idle_seconds(self) -> float:
         with self._lock:
@@ -13381,10 +13382,10 @@ class Daemon:
         return {"serves": self._is_in_place(), "is_needed": self._is_needed()}
 
     def _is_needed(self) -> bool:
-        """Whether it never ends when idle, or has holders or connections but the sender's own."""
+        """Whether it never ends when idle, or has clients or holders."""
         return (
             not self._options.idle_timeout
-            or self._server.count_connections() > 1
+            or self._server.count_clients() > 0
             or any(is_process_alive(*holder) for holder in list(self._holders.items()))
         )
 
