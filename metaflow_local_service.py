@@ -331,12 +331,82 @@ def proxy_exceptions(host: str, environment: Environment) -> dict[str, str]:
 # ==================================================================================================
 # Store: records on disk, through LocalMetadataProvider; ids, tags, heartbeats
 # ==================================================================================================
+#
+# Rules of this layer:
+#
+# - The files are the only state, and they are those of local mode. Whatever is in memory is a
+#   cache: to lose it costs time and nothing else.
+# - Other processes change files at any moment: local mode, other tools, people. So every call looks
+#   at the disk before it believes a cache, except as said at PAGING_SECONDS.
+# - What goes into a record is decided by Metaflow's LocalMetadataProvider, and is completed here.
+#   Only writing imports Metaflow.
+# - A request that cannot be carried out is a StoreError with a sentence for the client. A failure
+#   of the machine is an OSError, after which nothing of the write is left.
+#
+# Where things are. The ids of an object are the path of its folder: FLOW/RUN/STEP/TASK. Beside the
+# folders of its children it has a folder _meta, in which are
+#
+#     _self.json                      the record of the object
+#     _heartbeat                      of a run or task: its mtime is the time of the last heartbeat
+#     sysmeta_NAME_TIMESTAMP.json     of a task: a metadatum
+#     ATTEMPT_artifact_NAME.json      of a task: an artifact
+#
+# Versions. The version of a file or folder consists of its mtime, inode and size. A file is read
+# again if its version has changed. That is enough for files, since both modes replace them by a
+# rename, which brings a new inode. A folder keeps its inode, and it may change twice within one
+# tick of the file system's clock. So its version only counts once it is settled, that is, once the
+# last change is longer ago than any tick takes (SETTLED_NS). Until then None stands in its place,
+# which is equal to no version, and so the folder is listed again at every call.
+#
+# What the version of a folder vouches for. That of an object's folder vouches for the names of its
+# children and no more: the record of each child is still looked at, one stat for each. That of the
+# _meta of a task also vouches for the contents of its metadata and artifacts, which neither mode
+# changes in place; these are not looked at again while the version stays the same.
+#
+# What is cached, each up to a limit beyond which the oldest entries are forgotten:
+#
+#     _records         records, by the path of their file         RECORDS_IN_MEMORY
+#     _listings        the children of an object, sorted          NAMES_IN_MEMORY
+#     _task_files      the names of a task's files, sorted        TASK_FILES_IN_MEMORY
+#     _task_values     what tasks say in one metadata field       VALUES_IN_MEMORY
+#     _indexes         lists over all tasks of a run or step      INDEX_ENTRIES_IN_MEMORY
+#     _last_task_ids   the last number given to a task of a run   RECORDS_IN_MEMORY
+#     _step_folders    the names of a run's steps                 RECORDS_IN_MEMORY
+#     _newest_runs     the newest run of a flow at first sight    none: one number for each flow
+#
+# Locks. `_writing` is held by whoever creates an object, adds metadata or artifacts, or changes
+# tags, and so these happen one after another. Other processes do not take it. Against them new ids
+# and files are safe because mkdir and link fail if the name is taken; of two changes of tags at the
+# same time, one in each process, one may be lost. A heartbeat only sets a time and takes no lock.
+# Reading takes none either; `long_reads` is for callers that read long lists. The locks in Cache
+# and TimestampGenerator are held for a few operations in memory, never while the disk is used.
+#
+# How files are written. A new record is written to a file without a name, which is then linked into
+# its place, so that nobody ever sees half a record. Where the system has no such files, it gets a
+# temporary name (TEMPORARY) and is renamed. As in local mode, it is left to the kernel when a new
+# record reaches the disk itself. A record that replaces another is synced before it is renamed, and
+# its folder is synced afterwards.
+#
+# Symbolic links are followed for reading, and those that lead nowhere or in a circle are left out.
+# Nothing is written where one leads: not through a linked folder, and not through a linked file.
+#
+# What a crash leaves, by what has crashed:
+#
+#     the service   every record that was acknowledged. Of a write that was not: folders without a
+#                   record, which are in no list and whose numbers are not given again; some of the
+#                   metadata or artifacts that came together; perhaps a file with a temporary name,
+#                   which nobody reads or removes
+#     the machine   the same, but the new records of the last seconds may be lost, or be files that
+#                   cannot be read. Such a file counts as none, and a record can take its place.
+#                   A record whose tags were being changed has either the old or the new ones
+
+# -- records ---------------------------------------------------------------------------------------
 
 Ids = tuple[str, ...]
 Id = Union[int, str]
 Tags = Optional[list[str]]
-Raw = dict[str, Any]
-"""A record as its file has it: what Metaflow's versions and other clients made of it."""
+RawRecord = dict[str, Any]
+"""A record as it is in its file, by whatever version of Metaflow or other client it was made."""
 
 
 class Flow(TypedDict):
@@ -347,7 +417,9 @@ class Flow(TypedDict):
     system_tags: Tags
 
 
-class _Run(TypedDict):
+class BaseRun(TypedDict):
+    """The columns that every run has."""
+
     flow_id: str
     run_number: Id
     user_name: str | None
@@ -357,7 +429,7 @@ class _Run(TypedDict):
     last_heartbeat_ts: int | None
 
 
-class Run(_Run, total=False):
+class Run(BaseRun, total=False):
     status: str
     user: str
 
@@ -385,8 +457,8 @@ class Task(TypedDict):
 
 
 MetadatumValue = Union[str, list[str], None]
-"""Text, but Metaflow gives the place in a foreach (`foreach-stack`) as a list, and local mode
-keeps it as one; and it keeps nothing as null."""
+"""A text, as a rule. Metaflow gives the position in a foreach (`foreach-stack`) as a list, and null
+where a value is missing; local mode stores both as they are."""
 
 
 class Metadatum(TypedDict):
@@ -422,19 +494,19 @@ class Artifact(TypedDict):
     system_tags: Tags
 
 
-class TagsOfRun(TypedDict):
-    """What steps, tasks and artifacts show as their own."""
+class RunTags(TypedDict):
+    """The tags of a run, which its steps, tasks and artifacts show as their own."""
 
     tags: Tags
     system_tags: Tags
 
 
 class Record(dict[str, Any]):
-    """A record in memory. It is never changed, so its JSON needs to be made only once: of all that
-    a list of records takes, that would be a third."""
+    """A cached record. It is never changed, and so its JSON is made only once: making it would be a
+    third of what a list of records takes."""
 
     __slots__ = ("_json",)
-    _json: str  # missing until somebody asks for it
+    _json: str  # set by the first call of json()
 
     def json(self) -> str:
         try:
@@ -450,21 +522,25 @@ def serialize(row: Mapping[str, Any]) -> str:
 
 
 class Labels(NamedTuple):
-    """Who made an object, and how it is tagged; None where the client said nothing."""
+    """The user and the tags that a client gives for an object; None for what it does not give."""
 
     user_name: str | None
     tags: Tags
     system_tags: Tags
 
 
-class MetadatumToStore(NamedTuple):
+class NewMetadatum(NamedTuple):
+    """A metadatum as a client brings it."""
+
     field_name: str
     value: MetadatumValue
     type: str
     labels: Labels
 
 
-class ArtifactToStore(NamedTuple):
+class NewArtifact(NamedTuple):
+    """An artifact as a client brings it."""
+
     name: str
     location: str
     ds_type: str
@@ -476,30 +552,31 @@ class ArtifactToStore(NamedTuple):
 
 
 class StoreError(Exception):
-    """What a client asked of the store cannot be: one sentence for it."""
+    """A request to the store that cannot be carried out; its text is one sentence for the
+    client."""
 
 
 class NotFound(StoreError):
-    """There is no such record, or no parent to put one under."""
+    """The record does not exist, or an object above it does not."""
 
 
 class AlreadyExists(StoreError):
-    """There is such a record already."""
+    """There already is a record with these ids."""
 
 
 class NotStorable(StoreError):
-    """The name or the value cannot be stored."""
+    """A name or value cannot be stored."""
 
 
-class SystemTagKept(StoreError):
+class SystemTagRemoval(StoreError):
     """System tags cannot be removed."""
 
 
 def local_metadata_provider(root: str) -> Any:
     """Metaflow's LocalMetadataProvider, set to the .metaflow in `root`.
 
-    The only place that knows Metaflow's versions: the class has moved in 2.12.29. Importing it
-    takes most of a second, which is why nothing else imports Metaflow.
+    This is the only place that knows Metaflow's versions: the class was moved in 2.12.29. The
+    import takes most of a second, and so nothing else imports Metaflow.
     """
     try:
         from metaflow.plugins.metadata_providers.local import LocalMetadataProvider
@@ -509,68 +586,106 @@ def local_metadata_provider(root: str) -> Any:
     return LocalMetadataProvider
 
 
+# -- ids and sort keys -----------------------------------------------------------------------------
+
+RUN_DEPTH, TASK_DEPTH = 2, 4
+"""How many parts the ids of a run and of a task have."""
+
+KINDS = ("flow", "run", "step", "task")
+"""What Metaflow calls an object whose ids have one, two, three or four parts."""
+
+MIN_TIMESTAMP_ID = 10**15
+"""Numeric ids from here on (16 digits) are timestamps in microseconds: of runs in both modes, and
+of our metadata."""
+
+FUTURE_ID_STEP = 1000
+"""A run gets an id in the future if an earlier run of its flow, made while the clock was wrong, has
+one. Such an id is a multiple of this, which shows that it does not say when the run was created."""
+
+IdSortKey = tuple[bool, Id]
+SortKey = tuple[int, Any]
+"""The position of a record among its siblings, oldest first: its ts_epoch, and then something that
+is unique among them, so that the order is total."""
+
+
 def wire_id(name: str) -> Id:
-    """A run or task id as the API shows it: an integer where the file name is one."""
+    """A run or task id as it is sent to clients: a number if its folder's name is one."""
     if name.isascii() and name.isdigit() and (name[0] != "0" or name == "0"):
         return int(name)
     return name
 
 
-IdOrder = tuple[bool, Id]
-SortKey = tuple[int, Any]
-"""A record's place among its siblings, oldest first: its ts_epoch, then what makes it unique."""
+def numeric_ids(names: Iterable[str]) -> Iterator[int]:
+    """Those names that are numeric ids, as the service and local mode give them."""
+    return (int(name) for name in names if wire_id(name) != name)
 
 
-def id_order(identifier: Id) -> IdOrder:
-    """Ids in a total order: numbers by value, then names by code point."""
+def validate_client_id(identifier: str, kind: str) -> str:
+    """An id that a client brings, which may be any name that is not a number: the service gives
+    those. NotStorable if it is one, or cannot be a name."""
+    if identifier.isnumeric():
+        raise NotStorable(f"A {kind} id that the client brings must not be a number.")
+    try:
+        identifier.encode()  # a file name may have surrogates in it, a path of a request may not
+    except UnicodeEncodeError:
+        raise NotStorable(f"{identifier!r} cannot be a name: it is not valid Unicode.") from None
+    check_name(identifier)
+    return identifier
+
+
+def id_sort_key(identifier: Id) -> IdSortKey:
+    """Sorts numbers by value, and names after them by code point."""
     return (isinstance(identifier, str), identifier)
 
 
-STAMP = 10**15
-"""Numbers from here on (16 digits) are microseconds: local mode's run ids, our metadata ids."""
-
-AHEAD = 1000
-"""A run whose id has to be ahead of the clock, since an earlier one of its flow was made when the
-clock was wrong, gets a multiple of this: so it is known that its id does not say when it was made.
-"""
-
-
 def run_sort_key(run: Run) -> SortKey:
-    """Where a run stands in its flow: when it was made, and its id.
+    """Sorts the runs of a flow by when they were created, and then by id.
 
-    A run of local mode's was made when its id says: this costs no look at the file, and holds when
-    local mode changes the run's tags, and with them its ts_epoch. Of an id that may be ahead of the
-    clock the record knows better.
+    A timestamp as id says when that was. To rely on it saves looking at the file, and also holds
+    when local mode changes the tags of the run, which overwrites its ts_epoch. If the id may be in
+    the future, the ts_epoch counts if it is earlier.
     """
     number = run["run_number"]
-    if not isinstance(number, int) or number < STAMP:
-        return (run["ts_epoch"], id_order(number))
-    made = number // 1000
-    return (made if number % AHEAD else min(made, run["ts_epoch"]), id_order(number))
+    if not isinstance(number, int) or number < MIN_TIMESTAMP_ID:
+        return (run["ts_epoch"], id_sort_key(number))
+    created = number // 1000
+    if not is_certain_timestamp(number):
+        created = min(created, run["ts_epoch"])
+    return (created, id_sort_key(number))
 
 
-def is_dated_by_id(key: SortKey) -> bool:
-    """Whether the sort key of a run follows from its id alone."""
+def is_certain_timestamp(number: int) -> bool:
+    """Whether a numeric run id is certain to say when the run was created."""
+    return number >= MIN_TIMESTAMP_ID and number % FUTURE_ID_STEP != 0
+
+
+def follows_from_id(key: SortKey) -> bool:
+    """Whether the sort key of a run depends on its id alone, so that it never changes."""
     number = key[1][1]
-    return isinstance(number, int) and number >= STAMP and key[0] == number // 1000
+    return isinstance(number, int) and number >= MIN_TIMESTAMP_ID and key[0] == number // 1000
+
+
+def name_in_key(key: SortKey) -> str:
+    """The name of the flow, run, step or task that has this sort key."""
+    return str(key[1][1])
 
 
 def flow_sort_key(flow: Flow) -> SortKey:
-    return (flow["ts_epoch"], id_order(flow["flow_id"]))
+    return (flow["ts_epoch"], id_sort_key(flow["flow_id"]))
 
 
 def task_sort_key(task: Task) -> SortKey:
-    return (task["ts_epoch"], id_order(task["task_id"]))
+    return (task["ts_epoch"], id_sort_key(task["task_id"]))
 
 
 def step_sort_key(step: Step) -> SortKey:
-    return (step["ts_epoch"], id_order(step["step_name"]))
+    return (step["ts_epoch"], id_sort_key(step["step_name"]))
 
 
 def artifact_sort_key(artifact: Artifact) -> SortKey:
     return (
         artifact["ts_epoch"],
-        (id_order(artifact["task_id"]), artifact["name"], artifact["step_name"]),
+        (id_sort_key(artifact["task_id"]), artifact["name"], artifact["step_name"]),
     )
 
 
@@ -578,33 +693,144 @@ def metadatum_sort_key(metadatum: Metadatum) -> SortKey:
     return (metadatum["ts_epoch"], metadatum["id"])
 
 
-def run_tags(run: Run) -> TagsOfRun:
-    return {"tags": run["tags"], "system_tags": run["system_tags"]}
+EntryT = TypeVar("EntryT", bound="tuple[Any, ...]")
 
 
-def epoch(raw: Raw) -> int:
-    """A record's ts_epoch; ValueError where it has none that can be ordered."""
+def entries_before(entries: Sequence[EntryT], before: SortKey | None) -> Iterator[EntryT]:
+    """The entries of a sorted list from the newest on, or from the first that is older than
+    `before`."""
+    end = len(entries) if before is None else bisect.bisect_left(entries, before)
+    return map(entries.__getitem__, range(end - 1, -1, -1))
+
+
+class TimestampGenerator:
+    """Gives timestamps in microseconds that increase even if the machine's clock does not."""
+
+    def __init__(self, step: int = 1) -> None:
+        """`step`: a timestamp that is not the current time is a multiple of this."""
+        self._step = step
+        self._lock = threading.Lock()
+        self._last = 0  # guarded by _lock
+
+    def next(self, after: int = 0) -> int:
+        """The current time, or a later one if that is not above `after` and all that were given."""
+        with self._lock:
+            now, last = time.time_ns() // 1000, max(self._last, after)
+            self._last = now if now > last else (last // self._step + 1) * self._step
+            return self._last
+
+
+# -- names of files --------------------------------------------------------------------------------
+
+SELF_FILE = "_self.json"
+HEARTBEAT_FILE = "_heartbeat"
+"""Beside the record of a run or task. Its mtime is the time of the last heartbeat; that of the
+first is in the record itself."""
+
+METADATUM_FILE_NAME = re.compile(r"sysmeta_.*_([0-9]+)\.json", re.DOTALL)
+ARTIFACT_FILE_NAME = re.compile(r"([0-9]+)_artifact_.*\.json", re.DOTALL)
+
+NAME_BYTES = 255
+DIGEST_NAME = re.compile(r".*~[0-9a-f]{32}", re.DOTALL)
+"""What a file name has in place of a field's or artifact's name that cannot be part of it."""
+
+
+@lru_cache(maxsize=4096)
+def check_name(name: str) -> None:
+    """Raise NotStorable if a flow, run, step or task cannot have this name, as a folder cannot."""
+    if name in ("", ".", "..", META_DIR) or "/" in name or "\0" in name:
+        raise NotStorable(f"{name!r} cannot be a name: it cannot name a folder.")
+    try:
+        if len(os.fsencode(name)) > NAME_BYTES:
+            raise NotStorable(f"A name has at most {NAME_BYTES} bytes.")
+    except UnicodeEncodeError:
+        raise NotStorable(f"{name!r} cannot be a name: it is not valid Unicode.") from None
+
+
+def metadatum_file_name(field_name: str, timestamp: int) -> str:
+    return encode_file_name("sysmeta_", field_name, f"_{timestamp}.json")
+
+
+def artifact_file_name(attempt: int, name: str) -> str:
+    return encode_file_name(f"{attempt}_artifact_", name, ".json")
+
+
+def encode_file_name(prefix: str, name: str, suffix: str) -> str:
+    """A file name that contains the name of a field or artifact, which may be any text.
+
+    The name stands there unchanged wherever local mode could have written it, so that each mode
+    finds the other's files. Otherwise its beginning stands there, quoted, and a digest of it, so
+    that no two names have the same file.
+    """
+    encoded = name.encode("utf-8", "surrogatepass")
+    is_short = len(prefix) + len(encoded) + len(suffix) <= NAME_BYTES
+    if is_short and "/" not in name and "\0" not in name and not DIGEST_NAME.fullmatch(name):
+        try:
+            name.encode()  # fails if there are surrogates, which not every file system takes
+            return prefix + name + suffix
+        except UnicodeEncodeError:
+            pass
+    return f"{prefix}{urllib.parse.quote(encoded, safe='')[:80]}~{digest(encoded, 16)}{suffix}"
+
+
+@lru_cache(maxsize=256)
+def metadatum_prefixes(field_names: tuple[str, ...]) -> frozenset[str]:
+    """What precedes the timestamp in the file names of these fields, both ours and local mode's."""
+    ours = (metadatum_file_name(name, MIN_TIMESTAMP_ID).rpartition("_")[0] for name in field_names)
+    return frozenset(itertools.chain(ours, (f"sysmeta_{name}" for name in field_names)))
+
+
+def digest(content: bytes, size: int) -> str:
+    """A digest of `size` bytes, in hexadecimal digits."""
+    from hashlib import blake2b
+
+    return blake2b(content, digest_size=size).hexdigest()
+
+
+def metadatum_id(ids: Ids) -> int:
+    """The id of the metadatum in the file `ids[4]` of a task, a number unique in the root.
+
+    It is the timestamp in the file's name if that is in microseconds, as ours are. Local mode's are
+    in milliseconds, and several files may have the same; their id is a digest of the path, which is
+    always smaller than a timestamp.
+    """
+    match = METADATUM_FILE_NAME.fullmatch(ids[4])
+    if match and len(match.group(1)) >= 16:
+        return int(match.group(1))
+    return int(digest("/".join(ids).encode("utf-8", "surrogatepass"), 6), 16)
+
+
+# -- parsing records -------------------------------------------------------------------------------
+
+RecordParser = Callable[[Ids, RawRecord], T]
+"""Makes a record of its ids and of what its file contains. It raises whatever Python raises for
+data of the wrong shape; `Store._load_record` takes that as the sign that the file contains no
+record."""
+
+
+def parse_ts_epoch(raw: RawRecord) -> int:
+    """The ts_epoch of a record. ValueError if it is not a number, and so cannot be sorted by."""
     if not isinstance(raw["ts_epoch"], int):
         raise ValueError("its ts_epoch is not a number of milliseconds")
     return raw["ts_epoch"]
 
 
-def _flow(ids: Ids, raw: Raw) -> Flow:
+def parse_flow_record(ids: Ids, raw: RawRecord) -> Flow:
     return {
         "flow_id": ids[0],
         "user_name": raw.get("user_name"),
-        "ts_epoch": epoch(raw),
+        "ts_epoch": parse_ts_epoch(raw),
         "tags": raw.get("tags"),
         "system_tags": raw.get("system_tags"),
     }
 
 
-def _run(ids: Ids, raw: Raw) -> Run:
+def parse_run_record(ids: Ids, raw: RawRecord) -> Run:
     run: Run = {
         "flow_id": sys.intern(ids[0]),
         "run_number": wire_id(ids[1]),
         "user_name": raw.get("user_name"),
-        "ts_epoch": epoch(raw),
+        "ts_epoch": parse_ts_epoch(raw),
         "tags": raw.get("tags"),
         "system_tags": raw.get("system_tags"),
         "last_heartbeat_ts": raw.get("last_heartbeat_ts"),
@@ -614,33 +840,33 @@ def _run(ids: Ids, raw: Raw) -> Run:
     return run
 
 
-def _step(ids: Ids, raw: Raw) -> Step:
+def parse_step_record(ids: Ids, raw: RawRecord) -> Step:
     return {
         "flow_id": ids[0],
         "run_number": ids[1],
         "step_name": ids[2],
         "user_name": raw.get("user_name"),
-        "ts_epoch": epoch(raw),
+        "ts_epoch": parse_ts_epoch(raw),
         "tags": None,
         "system_tags": None,
     }
 
 
-def _task(ids: Ids, raw: Raw) -> Task:
+def parse_task_record(ids: Ids, raw: RawRecord) -> Task:
     return {
         "flow_id": sys.intern(ids[0]),
         "run_number": wire_id(ids[1]),
         "step_name": sys.intern(ids[2]),
         "task_id": wire_id(ids[3]),
         "user_name": raw.get("user_name"),
-        "ts_epoch": epoch(raw),
+        "ts_epoch": parse_ts_epoch(raw),
         "tags": None,
         "system_tags": None,
         "last_heartbeat_ts": raw.get("last_heartbeat_ts"),
     }
 
 
-def _metadatum(ids: Ids, raw: Raw) -> Metadatum:
+def parse_metadatum_record(ids: Ids, raw: RawRecord) -> Metadatum:
     return {
         "id": metadatum_id(ids),
         "flow_id": ids[0],
@@ -651,13 +877,13 @@ def _metadatum(ids: Ids, raw: Raw) -> Metadatum:
         "value": raw["value"],
         "type": raw["type"],
         "user_name": raw.get("user_name"),
-        "ts_epoch": epoch(raw),
+        "ts_epoch": parse_ts_epoch(raw),
         "tags": raw.get("tags"),
         "system_tags": raw.get("system_tags"),
     }
 
 
-def _artifact(ids: Ids, raw: Raw) -> Artifact:
+def parse_artifact_record(ids: Ids, raw: RawRecord) -> Artifact:
     return {
         "flow_id": ids[0],
         "run_number": wire_id(ids[1]),
@@ -671,1056 +897,20 @@ def _artifact(ids: Ids, raw: Raw) -> Artifact:
         "content_type": raw.get("content_type"),
         "user_name": raw.get("user_name"),
         "attempt_id": int(raw["attempt_id"]),
-        "ts_epoch": epoch(raw),
+        "ts_epoch": parse_ts_epoch(raw),
         "tags": None,
         "system_tags": None,
     }
 
 
-SELF_FILE = "_self.json"
-HEARTBEAT_FILE = "_heartbeat"
-"""Beside a run's or task's record; its time of modification is the last heartbeat, the first of
-which is in the record itself."""
+def run_tags(run: Run) -> RunTags:
+    return {"tags": run["tags"], "system_tags": run["system_tags"]}
 
-METADATUM_FILE = re.compile(r"sysmeta_.*_([0-9]+)\.json", re.DOTALL)
-ARTIFACT_FILE = re.compile(r"([0-9]+)_artifact_.*\.json", re.DOTALL)
 
-RUN_DEPTH, TASK_DEPTH = 2, 4
-"""How many parts the ids of a run and of a task have."""
+def add_labels(raw: RawRecord, labels: Labels, ts_epoch: int) -> RawRecord:
+    """Set what a client gave in a record that local mode's code has made, and return it.
 
-RECORDS_IN_MEMORY = 30_000  # as many as small ones; see Known.weight
-NAMES_IN_MEMORY = 200_000
-TASK_FILES_IN_MEMORY = 50_000
-
-NAME_BYTES = 255
-DIGESTED = re.compile(r".*~[0-9a-f]{32}", re.DOTALL)
-"""What stands in a file name for a field or artifact name that cannot stand there itself."""
-
-
-@lru_cache(maxsize=4096)
-def check_name(name: str) -> None:
-    """Refuse a flow, run, step or task name that cannot be a folder of its own."""
-    if name in ("", ".", "..", META_DIR) or "/" in name or "\0" in name:
-        raise NotStorable(f"{name!r} cannot be a name: it cannot name a folder.")
-    try:
-        if len(os.fsencode(name)) > NAME_BYTES:
-            raise NotStorable(f"A name has at most {NAME_BYTES} bytes.")
-    except UnicodeEncodeError:
-        raise NotStorable(f"{name!r} cannot be a name: it is not valid Unicode.") from None
-
-
-def metadatum_file(field_name: str, stamp: int) -> str:
-    return file_name("sysmeta_", field_name, f"_{stamp}.json")
-
-
-@lru_cache(maxsize=256)
-def metadatum_prefixes(field_names: tuple[str, ...]) -> frozenset[str]:
-    """How the names of files begin that have metadata of these names: ours, and local mode's."""
-    ours = (metadatum_file(name, STAMP).rpartition("_")[0] for name in field_names)
-    return frozenset(itertools.chain(ours, (f"sysmeta_{name}" for name in field_names)))
-
-
-def artifact_file(attempt: int, name: str) -> str:
-    return file_name(f"{attempt}_artifact_", name, ".json")
-
-
-def file_name(start: str, name: str, end: str) -> str:
-    """A file name with a field or artifact name, which may be any text, between two parts.
-
-    Itself wherever local mode could have written it, so that both find each other's files; else
-    a readable beginning and a digest, so that no two names share a file.
-    """
-    encoded = name.encode("utf-8", "surrogatepass")
-    is_short = len(start) + len(encoded) + len(end) <= NAME_BYTES
-    if is_short and "/" not in name and "\0" not in name and not DIGESTED.fullmatch(name):
-        try:
-            name.encode()  # without surrogates, which not every file system takes
-            return start + name + end
-        except UnicodeEncodeError:
-            pass
-    return f"{start}{urllib.parse.quote(encoded, safe='')[:80]}~{digest(encoded, 16)}{end}"
-
-
-def digest(content: bytes, size: int) -> str:
-    """A name for the content, of twice `size` hexadecimal digits."""
-    from hashlib import blake2b
-
-    return blake2b(content, digest_size=size).hexdigest()
-
-
-def metadatum_id(ids: Ids) -> int:
-    """The API's id of the metadatum in the file `ids[4]`, a number unique in the root.
-
-    A file of ours is named after it, the microsecond of its making; that of a file of local mode's
-    (named after a millisecond that several may share) is made of its path, and always smaller.
-    """
-    match = METADATUM_FILE.fullmatch(ids[4])
-    if match and len(match.group(1)) >= 16:
-        return int(match.group(1))
-    return int(digest("/".join(ids).encode("utf-8", "surrogatepass"), 6), 16)
-
-
-class Listing(NamedTuple):
-    """The objects below another, oldest first."""
-
-    version: Version | None  # of the folder; None while it may change unnoticed
-    sort_keys: list[SortKey]
-    unborn: list[str]  # folders without a record, so far
-
-    def weight(self) -> int:
-        return len(self.sort_keys) + len(self.unborn) + 1
-
-
-class TaskFiles(NamedTuple):
-    """The files that hold a task's record, metadata and artifacts."""
-
-    version: Version | None  # of their folder; None while it may change unnoticed
-    folder: str
-    has_record: bool
-    metadata: list[tuple[int, int, str]]  # ts_epoch, id, file name; oldest first
-    unsorted: list[str]  # file names of other metadata, which have to be read to know when
-    artifacts: dict[int, list[str]]  # file names, by attempt
-
-    def weight(self) -> int:
-        metadata = len(self.metadata) + len(self.unsorted)
-        return metadata + sum(map(len, self.artifacts.values())) + 1
-
-
-class RecordIndex(NamedTuple):
-    """The metadata or artifacts of several tasks in the order of their list, oldest first."""
-
-    verified_at: float  # monotonic seconds
-    folders: list[tuple[str, Version | None]]  # that it was made from
-    entries: list[tuple[Any, ...]]  # a sort key, the ids of the task, its files, a file's name
-
-    def weight(self) -> int:
-        return len(self.folders) + len(self.entries) + 1
-
-    def is_current(self) -> bool:
-        """Whether there is nothing else in the folders than there was."""
-        for path, version in self.folders:
-            status = stat_or_none(path)
-            if version is None or status is None or file_version(status) != version:
-                return False
-        return True
-
-
-class TaskValues(NamedTuple):
-    """What a task says in its metadata of some name."""
-
-    version: Version | None  # of its folder; None while it may change unnoticed
-    texts: tuple[str, ...]
-
-
-def values_weight(values: Mapping[str, TaskValues]) -> int:
-    """About as many as there are bytes."""
-    return sum(300 + sum(map(len, of_task.texts)) for of_task in values.values())
-
-
-VALUES_IN_MEMORY = 8 * 2**20
-
-INDEX_ENTRIES_IN_MEMORY = 200_000
-
-WALK_SECONDS = 30.0
-"""For so long the pages that follow a first one are pages of the same list, without a look at the
-folders of all its tasks: what is new comes before them anyway."""
-
-NO_CHILDREN = Listing(None, [], [])
-
-
-class Cache(dict[str, T]):
-    """A dict that forgets its oldest entries when together they weigh more than the limit."""
-
-    def __init__(self, limit: int, weigh: Callable[[T], int] = lambda value: 1) -> None:
-        super().__init__()
-        self._limit = limit
-        self._weigh = weigh
-        self._weight = 0
-        self._lock = threading.Lock()  # guards every change; readers need none
-
-    def put(self, key: str, value: T) -> None:
-        with self._lock:
-            self._forget(key)
-            self[key] = value
-            self._weight += self._weigh(value)
-            while self._weight > self._limit:
-                self._forget(next(iter(self)))
-
-    def change(self, key: str, change: Callable[[T], T]) -> T | None:
-        """Put what `change` makes of a value, of the same weight, in its place, and return it."""
-        with self._lock:
-            if key not in self:
-                return None
-            self[key] = change(self[key])
-            return self[key]
-
-    def _forget(self, key: str) -> None:
-        if key in self:
-            self._weight -= self._weigh(self.pop(key))
-
-
-class Clock:
-    """Microsecond time stamps that strictly increase, also when the machine's clock does not."""
-
-    def __init__(self, step: int = 1) -> None:
-        """`step`: what all stamps that are not the time now are multiples of."""
-        self._step = step
-        self._lock = threading.Lock()
-        self._last = 0  # guarded by _lock
-
-    def stamp(self, above: int = 0) -> int:
-        """The time now if that is later than at all calls before and than `above`, else later."""
-        with self._lock:
-            now, before = time.time_ns() // 1000, max(self._last, above)
-            self._last = now if now > before else (before // self._step + 1) * self._step
-            return self._last
-
-
-UNREADABLE = frozenset((errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP))
-"""What is wrong with a file alone, and not with the machine."""
-
-Version = tuple[int, int, int]
-
-
-def file_version(status: os.stat_result) -> Version:
-    """What tells a file or folder from its earlier and later states."""
-    return (status.st_mtime_ns, status.st_ino, status.st_size)
-
-
-class Known(NamedTuple):
-    """What is known of a file."""
-
-    version: Version
-    record: Any  # what was made of it, None if nothing could be
-    folder: Version | None = None  # of its folder, which vouches for it while it has this version
-
-    def weight(self) -> int:
-        """One, and one for every 4 KiB in the file."""
-        return 1 + self.version[2] // 4096
-
-    def updated(self, fields: Mapping[str, Any]) -> Known:
-        """The same with another record, in which these fields have other values."""
-        if self.record is None:
-            return self
-        return self._replace(record=Record({**self.record, **fields}))
-
-
-SETTLED_NS = 2_000_000_000
-"""A folder that changed less than this ago may change again without a new time stamp, since file
-systems keep those in steps of up to two seconds."""
-
-
-def settled_version(status: os.stat_result) -> Version | None:
-    """The version of a folder that is looked at now, None where a later one may look the same."""
-    settled = time.time_ns() - status.st_mtime_ns > SETTLED_NS
-    return file_version(status) if settled else None
-
-
-def stat_or_none(path: str, folder: int | None = None) -> os.stat_result | None:
-    """The status of a file or folder, None where there is none; `folder`: what a path begins at."""
-    try:
-        return os.stat(path, dir_fd=folder)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
-def list_folders(folder: str) -> list[str]:
-    """The names of the folders in a folder, but for the one that holds its own record."""
-    with os.scandir(folder) as entries:
-        return [e.name for e in entries if is_folder(e) and e.name != META_DIR]
-
-
-def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a folder, or a link to one; False for a link that leads to itself."""
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False
-
-
-class Store:
-    """The records of one root: what local mode would read there, and what it would write.
-
-    Files are looked at anew at every call, since local mode and other tools may change them at any
-    time; what was read is kept in memory with the version of its file. A write is on disk when its
-    method returns. Methods may be called from any thread.
-    """
-
-    def __init__(self, root: str) -> None:
-        """Open the .metaflow in `root`, which must exist."""
-        self._root = root
-        self.folder = os.path.realpath(os.path.join(root, DATASTORE_DIR))
-        self._provider: Any = None  # until something is to be written
-        self._records: Cache[Known] = Cache(RECORDS_IN_MEMORY, Known.weight)  # by path
-        self._listings: Cache[Listing] = Cache(NAMES_IN_MEMORY, Listing.weight)  # by folder
-        self._task_files: Cache[TaskFiles] = Cache(TASK_FILES_IN_MEMORY, TaskFiles.weight)
-        # By folder of a step and name of a field, and then by task.
-        self._task_values: Cache[dict[str, TaskValues]] = Cache(VALUES_IN_MEMORY, values_weight)
-        self._indexes: Cache[RecordIndex] = Cache(INDEX_ENTRIES_IN_MEMORY, RecordIndex.weight)
-        self._last_task_ids: Cache[int] = Cache(RECORDS_IN_MEMORY)  # by folder of the run
-        self._steps: Cache[tuple[Version | None, list[str]]] = Cache(RECORDS_IN_MEMORY)  # likewise
-        self._newest_runs: dict[str, int] = {}  # the newest run on disk at first sight, by flow
-        # Changes follow one another, and so do long reads; no read waits for a change. Threads that
-        # go into the kernel side by side hand Python's lock around at every call: 8 that list 1,000
-        # runs take 25 ms of the processor for each list, in turn 8.
-        self._writing = threading.Lock()
-        self.long_reads = threading.Lock()
-        self._run_clock = Clock(AHEAD)
-        self._record_clock = Clock()
-        self._temporary_names = itertools.count(time.time_ns())
-
-    def prepare_to_write(self) -> None:
-        """Import Metaflow, which says what goes into a record; else the first write does."""
-        self._provider = local_metadata_provider(self._root)
-
-    # -- reading ---------------------------------------------------------------------------------
-
-    def flow(self, ids: Ids) -> Flow | None:
-        return self._record(ids, _flow)
-
-    def run(self, ids: Ids) -> Run | None:
-        run = self._record(ids, _run)
-        return None if run is None else run.copy()
-
-    def step(self, ids: Ids) -> Step | None:
-        run, step = self._record(ids[:2], _run), self._record(ids, _step)
-        return {**step, **run_tags(run)} if run and step else None
-
-    def task(self, ids: Ids) -> Task | None:
-        run, task = self._record(ids[:2], _run), self._record(ids, _task)
-        return {**task, **run_tags(run)} if run and task else None
-
-    def flows(self, before: SortKey | None = None) -> Iterator[Flow]:
-        """All flows, newest first; only those older than `before` where it is given."""
-        return self._children((), _flow, before)
-
-    def runs(self, ids: Ids, before: SortKey | None = None) -> Iterator[Run]:
-        """The runs of a flow, newest first."""
-        return self._children(ids, _run, before)
-
-    def steps(self, ids: Ids, before: SortKey | None = None) -> Iterator[Step]:
-        """The steps of a run, newest first."""
-        run = self._record(ids, _run)
-        if run is not None:
-            tags = run_tags(run)
-            for step in self._children(ids, _step, before):
-                yield {**step, **tags}
-
-    def tasks(self, ids: Ids, before: SortKey | None = None) -> Iterator[Task]:
-        """The tasks of a step, newest first."""
-        run = self._record(ids[:2], _run)
-        if run is not None:
-            yield from self._children(ids, _task, before, run_tags(run))
-
-    def metadata(
-        self, ids: Ids, before: SortKey | None = None, fields: tuple[str, ...] | None = None
-    ) -> Iterator[Metadatum]:
-        """The metadata of a task, of all its attempts, newest first; only `fields`, if given."""
-        prefixes = None if fields is None else metadatum_prefixes(fields)
-        return self._metadata_in(self._files_of(ids), ids, before, prefixes)
-
-    def task_ids(self, step: Ids) -> list[Ids]:
-        """The ids of the tasks of a step, oldest first."""
-        return self.list_below(step)[1]
-
-    def list_below(self, ids: Ids) -> tuple[Version | None, list[Ids]]:
-        """The ids of the steps of a run or the tasks of a step, oldest first; and before them the
-        version that vouches for these, as in `version`."""
-        make = _step if len(ids) == RUN_DEPTH else _task
-        listing = self._listing(self._folder_of(ids), ids, make)
-        return listing.version, [(*ids, str(key[1][1])) for key in listing.sort_keys]
-
-    def read_tasks(self, run: Ids, tasks: Collection[Ids]) -> Iterator[Task]:
-        """Those of some tasks of one run that there are."""
-        record = self._record(run, _run) if tasks else None
-        if record is not None:
-            tags = run_tags(record)
-            for ids in tasks:
-                path = f"{self._meta_of(ids)}/{SELF_FILE}"
-                task = self._read(path, ids, _task)
-                if task is not None:
-                    yield self._tagged(path, task, tags)
-
-    def run_ids(self) -> Iterator[Ids]:
-        """The ids of all runs, in no order."""
-        for flow in self._listing(self.folder, (), _flow).sort_keys:
-            ids = (str(flow[1][1]),)
-            for run in self._listing(self._folder_of(ids), ids, _run).sort_keys:
-                yield (*ids, str(run[1][1]))
-
-    def attempts_with_artifacts(self, ids: Ids) -> list[int]:
-        """The attempts of a task of which there are artifacts, in no order."""
-        return list(self._files_of(ids).artifacts)
-
-    def version(self, ids: Ids) -> Version | None:
-        """What tells whether there are other objects below this one than there were; of a task,
-        other records. None while that may change unnoticed, and where there is no such object."""
-        status = stat_or_none(
-            self._meta_of(ids) if len(ids) == TASK_DEPTH else self._folder_of(ids)
-        )
-        return None if status is None else settled_version(status)
-
-    def is_unchanged(self, seen: Iterable[tuple[Ids, Version]]) -> bool:
-        """Whether objects still have the versions that they had."""
-        for ids, version in seen:
-            names = (*ids, META_DIR) if len(ids) == TASK_DEPTH else ids
-            status = stat_or_none("/".join((self.folder, *names)))
-            if status is None or file_version(status) != version:
-                return False
-        return True
-
-    def values_of_tasks(
-        self, step: Ids, field: str | None, read: Callable[[Metadatum], str]
-    ) -> dict[str, TaskValues]:
-        """What the tasks of a step say in their metadata of one name, or of any; oldest task first.
-
-        `read` makes a text of a metadatum. What a task says is not read again while its folder has
-        not changed: 1,000 tasks take 6 ms like this, 16 without.
-        """
-        folder = self._folder_of(step)
-        tasks = [str(sort_key[1][1]) for sort_key in self._listing(folder, step, _task).sort_keys]
-        if not tasks:
-            return {}
-        key = repr((folder, field))
-        known, found = self._task_values.get(key, {}), {}
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # paths from there are short
-        try:
-            for task in tasks:
-                of_task = known.get(task)
-                status = stat_or_none(f"{task}/{META_DIR}", descriptor)
-                if status is None or of_task is None or of_task.version != file_version(status):
-                    of_task = self._values_of((*step, task), field, read)
-                found[task] = of_task
-        finally:
-            os.close(descriptor)
-        if found != known:
-            self._task_values.put(key, found)
-        return found
-
-    def _values_of(
-        self, ids: Ids, field: str | None, read: Callable[[Metadatum], str]
-    ) -> TaskValues:
-        files = self._files_of(ids)
-        prefixes = None if field is None else metadatum_prefixes((field,))
-        metadata = self._metadata_in(files, ids, None, prefixes) if files.has_record else ()
-        found = {read(m) for m in metadata if field in (None, m["field_name"])}
-        return TaskValues(files.version, tuple(found))
-
-    def artifacts(self, ids: Ids, attempt: int | None = None) -> list[Artifact]:
-        """The artifacts of an attempt of a task, newest first; of the latest one, if None."""
-        run, files = self._record(ids[:2], _run), self._files_of(ids)
-        if run is None or not files.artifacts:
-            return []
-        names = files.artifacts.get(max(files.artifacts) if attempt is None else attempt, ())
-        tags = run_tags(run)
-        found = (self._read_in(files, name, ids, _artifact, tags) for name in names)
-        return sorted(
-            (artifact for artifact in found if artifact is not None),
-            key=artifact_sort_key,
-            reverse=True,
-        )
-
-    def artifact(self, ids: Ids, name: str, attempt: int | None = None) -> Artifact | None:
-        """One artifact of an attempt of a task; of the latest that has any artifact, if None."""
-        files = self._files_of(ids)
-        if attempt is None:
-            attempt = max(files.artifacts, default=0)
-        file = artifact_file(attempt, name)
-        if file not in files.artifacts.get(attempt, ()):
-            return None
-        run = self._record(ids[:2], _run)
-        return None if run is None else self._read_in(files, file, ids, _artifact, run_tags(run))
-
-    def _folder_of(self, ids: Ids) -> str:
-        for name in ids:
-            check_name(name)
-        return "/".join((self.folder, *ids))
-
-    def _meta_of(self, ids: Ids) -> str:
-        return f"{self._folder_of(ids)}/{META_DIR}"
-
-    def _record(self, ids: Ids, make: Callable[[Ids, Raw], T]) -> T | None:
-        """An object's own record, as it stands in memory: a copy of it goes out."""
-        return self._read(f"{self._meta_of(ids)}/{SELF_FILE}", ids, make)
-
-    def _read(self, path: str, ids: Ids, make: Callable[[Ids, Raw], T]) -> T | None:
-        """What is in a file now; None, with a word in the log, where nothing can be made of it."""
-        try:
-            status = os.stat(path)
-            version = (status.st_mtime_ns, status.st_ino, status.st_size)
-            known = self._records.get(path)
-            if known is None or known.version != version:
-                if not stat.S_ISREG(status.st_mode):
-                    raise IsADirectoryError(errno.EISDIR, "It is no file", path)
-                known = Known(version, self._load(path, ids, make))
-                self._records.put(path, known)
-            record: T | None = known.record
-            return record
-        except (FileNotFoundError, NotADirectoryError):
-            os.stat(self.folder)  # FileNotFoundError where the whole root is gone
-            return None
-        except OSError as error:
-            if error.errno not in UNREADABLE:
-                raise
-            log.warning("%s cannot be read and is left out: %s", path, error)
-            return None  # and is looked at anew the next time: it may be readable then
-
-    def _load(self, path: str, ids: Ids, make: Callable[[Ids, Raw], T]) -> T | None:
-        try:
-            with open(path, "rb", buffering=0) as f:
-                record = Record(cast("dict[str, Any]", make(ids, json.loads(f.read()))))
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            log.warning("%s is not a record and is left out: %r", path, error)
-            return None
-        if "last_heartbeat_ts" in record:
-            beat = stat_or_none(os.path.join(os.path.dirname(path), HEARTBEAT_FILE))
-            if beat is not None:
-                record["last_heartbeat_ts"] = int(beat.st_mtime)
-        return cast(T, record)
-
-    def _read_in(
-        self,
-        files: TaskFiles,
-        name: str,
-        ids: Ids,
-        make: Callable[[Ids, Raw], T],
-        tags: TagsOfRun | None = None,
-    ) -> T | None:
-        """The metadatum or artifact in one of the files of a task; with `tags`, if given.
-
-        Neither local mode nor this store changes such a file in place. So it is looked at once, and
-        not again while its folder has the same version.
-        """
-        path = f"{files.folder}/{name}"
-        known = self._records.get(path)
-        if known is not None and known.folder is not None and known.folder == files.version:
-            record: T | None = known.record
-        else:
-            record = self._read(path, (*ids, name), make)
-            self._records.change(
-                path, lambda k: k._replace(folder=files.version) if k.record is record else k
-            )
-        return record if record is None or tags is None else self._tagged(path, record, tags)
-
-    def _tagged(self, path: str, record: Any, tags: TagsOfRun) -> Any:
-        """A record with the tags of its run, which it then has in memory too."""
-        if record["tags"] is tags["tags"] and record["system_tags"] is tags["system_tags"]:
-            return record
-        known = self._records.change(path, lambda k: k.updated(tags))
-        return (known and known.record) or Record({**record, **tags})
-
-    def _children(
-        self,
-        ids: Ids,
-        make: Callable[[Ids, Raw], T],
-        before: SortKey | None = None,
-        tags: TagsOfRun | None = None,
-    ) -> Iterator[T]:
-        """The records of the objects below another, newest first; with `tags`, if given."""
-        folder = self._folder_of(ids)
-        moments = self._listing(folder, ids, make).sort_keys
-        end = len(moments) if before is None else bisect.bisect_left(moments, before)
-        for index in range(end - 1, -1, -1):
-            name = str(moments[index][1][1])
-            path = f"{folder}/{name}/{META_DIR}/{SELF_FILE}"
-            record = self._read(path, (*ids, name), make)
-            if record is not None:
-                yield record if tags is None else self._tagged(path, record, tags)
-
-    def _listing(self, folder: str, ids: Ids, make: Callable[[Ids, Raw], Any]) -> Listing:
-        status = stat_or_none(folder)
-        if status is None:
-            os.stat(self.folder)  # FileNotFoundError where the whole root is gone
-            return NO_CHILDREN
-        known = self._listings.get(folder, NO_CHILDREN)
-        if known.version == file_version(status) and not any(
-            self._record((*ids, name), make) for name in known.unborn
-        ):
-            return known
-        version = settled_version(status)
-        moments, unborn = [], []
-        for name in list_folders(folder):
-            moment = self._sort_key_of((*ids, name), make)
-            if moment is None:
-                unborn.append(name)
-            else:
-                moments.append(moment)
-        if len(ids) + 1 == RUN_DEPTH and not all(map(is_dated_by_id, moments)):
-            version = None  # local mode changes the ts_epoch of a run with its tags
-        listing = Listing(version, sorted(moments), unborn)
-        self._listings.put(folder, listing)
-        return listing
-
-    def _sort_key_of(self, ids: Ids, make: Callable[[Ids, Raw], Any]) -> SortKey | None:
-        """Where an object stands among its siblings; None where there is no record of it.
-
-        A run that local mode named is not even looked at: see run_sort_key.
-        """
-        name = ids[-1]
-        identifier = wire_id(name) if len(ids) in (RUN_DEPTH, TASK_DEPTH) else name
-        is_run = len(ids) == RUN_DEPTH
-        if is_run and isinstance(identifier, int) and identifier >= STAMP and identifier % AHEAD:
-            return (identifier // 1000, id_order(identifier))
-        record = self._record(ids, make)
-        if record is None:
-            return None
-        return run_sort_key(record) if is_run else (record["ts_epoch"], id_order(identifier))
-
-    def _files_of(self, ids: Ids) -> TaskFiles:
-        return self._files_in(self._meta_of(ids), ids)
-
-    def _files_in(self, folder: str, ids: Ids) -> TaskFiles:
-        status = stat_or_none(folder)
-        if status is None:
-            os.stat(self.folder)
-            return TaskFiles(None, folder, False, [], [], {})
-        known = self._task_files.get(folder)
-        if known is not None and known.version == file_version(status):
-            return known
-        version = settled_version(status)
-        metadata: list[tuple[int, int, str]] = []
-        unsorted: list[str] = []
-        artifacts: dict[int, list[str]] = {}
-        names = os.listdir(folder)
-        for name in names:
-            artifact = ARTIFACT_FILE.fullmatch(name)
-            metadatum = None if artifact else METADATUM_FILE.fullmatch(name)
-            if artifact:
-                artifacts.setdefault(int(artifact.group(1)), []).append(name)
-            elif metadatum and (stamp := int(metadatum.group(1))) >= STAMP:
-                metadata.append((stamp // 1000, stamp, name))
-            elif metadatum:
-                unsorted.append(name)
-        files = TaskFiles(
-            version, folder, SELF_FILE in names, sorted(metadata), unsorted, artifacts
-        )
-        self._task_files.put(folder, files)
-        return files
-
-    def _sorted_metadata(
-        self, files: TaskFiles, ids: Ids, prefixes: Container[str] | None
-    ) -> list[tuple[int, int, str]]:
-        """The metadata files of a task, at least those with the prefixes, oldest first."""
-        if not files.unsorted:
-            return files.metadata
-        found = files.metadata.copy()
-        for name in files.unsorted:
-            if prefixes is None or name.rpartition("_")[0] in prefixes:
-                metadatum = self._read_in(files, name, ids, _metadatum)
-                if metadatum is not None:
-                    found.append((metadatum["ts_epoch"], metadatum["id"], name))
-        found.sort()
-        if prefixes is None:
-            self._task_files.put(files.folder, files._replace(metadata=found, unsorted=[]))
-        return found
-
-    def _metadata_in(
-        self,
-        files: TaskFiles,
-        ids: Ids,
-        before: SortKey | None = None,
-        prefixes: Container[str] | None = None,
-    ) -> Iterator[Metadatum]:
-        metadata = self._sorted_metadata(files, ids, prefixes)
-        end = len(metadata) if before is None else bisect.bisect_left(metadata, before)
-        for index in range(end - 1, -1, -1):
-            name = metadata[index][2]
-            if prefixes is None or name.rpartition("_")[0] in prefixes:
-                metadatum = self._read_in(files, name, ids, _metadatum)
-                if metadatum is not None:
-                    yield metadatum
-
-    # -- over several tasks ----------------------------------------------------------------------
-
-    def metadata_below(self, ids: Ids, before: SortKey | None = None) -> Iterator[Metadatum]:
-        """The metadata of all tasks of a run or step, newest first."""
-        index = self._index("metadata", ids, before, self._metadata_entries)
-        return self._indexed(index, before, _metadatum)
-
-    def artifacts_below(self, ids: Ids, before: SortKey | None = None) -> Iterator[Artifact]:
-        """The artifacts of the latest attempt of each task of a run or step, or of one task;
-        newest first."""
-        run = self._record(ids[:2], _run)
-        if run is not None:
-            index = self._index("artifacts", ids, before, self._artifact_entries)
-            yield from self._indexed(index, before, _artifact, run_tags(run))
-
-    def _indexed(
-        self,
-        index: RecordIndex,
-        before: SortKey | None,
-        make: Callable[[Ids, Raw], T],
-        tags: TagsOfRun | None = None,
-    ) -> Iterator[T]:
-        end = len(index.entries) if before is None else bisect.bisect_left(index.entries, before)
-        for position in range(end - 1, -1, -1):
-            ids, files, name = index.entries[position][2:]
-            record = self._read_in(files, name, ids, make, tags)
-            if record is not None:
-                yield record
-
-    def _index(
-        self,
-        kind: str,
-        ids: Ids,
-        before: SortKey | None,
-        list_entries: Callable[[Ids, TaskFiles], Iterable[tuple[Any, ...]]],
-    ) -> RecordIndex:
-        """The index of a list; made anew where its folders have changed, but see WALK_SECONDS."""
-        key, now = "/".join((kind, *ids)), time.monotonic()
-        known = self._indexes.get(key)
-        if known is not None:
-            if before is not None and now - known.verified_at < WALK_SECONDS:
-                return known
-            if known.is_current():
-                self._indexes.put(key, known._replace(verified_at=now))
-                return known
-        folders: list[tuple[str, Version | None]] = []
-        entries = [
-            entry
-            for task, files in self._tasks_below(ids, folders)
-            for entry in list_entries(task, files)
-        ]
-        entries.sort()
-        index = RecordIndex(now, folders, entries)
-        self._indexes.put(key, index)
-        return index
-
-    def _tasks_below(
-        self, ids: Ids, folders: list[tuple[str, Version | None]]
-    ) -> Iterator[tuple[Ids, TaskFiles]]:
-        """The tasks of a run or step, or the task itself, with their files; `folders` becomes the
-        list of those that this was told by."""
-        if len(ids) == TASK_DEPTH:
-            files = self._files_of(ids)
-            folders.append((files.folder, files.version))
-            yield ids, files
-            return
-        folder = self._folder_of(ids)
-        listing = self._listing(folder, ids, _step if len(ids) == RUN_DEPTH else _task)
-        folders.append((folder, None if listing.unborn else listing.version))
-        for sort_key in listing.sort_keys:
-            yield from self._tasks_below((*ids, str(sort_key[1][1])), folders)
-
-    def _metadata_entries(self, ids: Ids, files: TaskFiles) -> Iterator[tuple[Any, ...]]:
-        for ts_epoch, identifier, name in self._sorted_metadata(files, ids, None):
-            yield ts_epoch, identifier, ids, files, name
-
-    def _artifact_entries(self, ids: Ids, files: TaskFiles) -> Iterator[tuple[Any, ...]]:
-        for name in files.artifacts.get(max(files.artifacts, default=0), ()):
-            artifact = self._read_in(files, name, ids, _artifact)
-            if artifact is not None:
-                yield *artifact_sort_key(artifact), ids, files, name
-
-    # -- writing ---------------------------------------------------------------------------------
-
-    def create_flow(self, ids: Ids, labels: Labels) -> Flow:
-        """Make a flow. AlreadyExists where there is one of that name."""
-        if ids[0].startswith(PROGRAM):
-            raise NotStorable(f"{ids[0]!r} cannot be a flow: the name is the service's own.")
-        with self._writing, writable_folder(self.folder) as root:
-            return self._create(root, ids, self._raw("flow", ids, labels), _flow)
-
-    def create_run(self, flow: Ids, run_id: str | None, labels: Labels, beats: bool) -> Run:
-        """Make a run, of the id that the client brings or else of a new one.
-
-        `beats`: whether its client will send heartbeats, in which case this counts as the first.
-        NotFound where the flow is not, AlreadyExists where the run is.
-        """
-        self._require(flow, _flow, "flow")
-        with self._writing, writable_folder(self._folder_of(flow)) as parent:
-            name = self._claim_run(parent, flow) if run_id is None else _own_id(run_id, "run")
-            ids = (*flow, name)
-            raw = self._raw("run", ids, labels, beats)
-            return self._create(parent, ids, raw, _run, is_claimed=run_id is None).copy()
-
-    def create_step(self, ids: Ids, labels: Labels) -> Step:
-        """Make a step. NotFound where the run is not, AlreadyExists where the step is."""
-        run = self._require(ids[:2], _run, "run")
-        with self._writing, writable_folder(self._folder_of(ids[:2])) as parent:
-            step = self._create(parent, ids, self._raw("step", ids, labels), _step)
-        return {**step, **run_tags(run)}
-
-    def create_task(self, step: Ids, task_id: str | None, labels: Labels, beats: bool) -> Task:
-        """Make a task, of the name that the client brings or else of the run's next number."""
-        run = self._require(step[:2], _run, "run")
-        self._require(step, _step, "step")
-        with self._writing, writable_folder(self._folder_of(step)) as parent:
-            name = self._claim_task(parent, step) if task_id is None else _own_id(task_id, "task")
-            ids = (*step, name)
-            raw = self._raw("task", ids, labels, beats)
-            task = self._create(parent, ids, raw, _task, is_claimed=task_id is None)
-            if beats:
-                self._beat(step[:2])
-        return {**task, **run_tags(run)}
-
-    def create_metadata(self, ids: Ids, rows: Sequence[MetadatumToStore]) -> int:
-        """Add metadata to a task, all or none, and return how many: every row becomes a record."""
-        self._require_task(ids)
-        data = [SimpleNamespace(**row._asdict(), field=row.field_name, tags=()) for row in rows]
-        raws = self._recorder(ids[0])._metadata_to_json(*ids[1:], data)
-        with self._writing, writable_folder(self._meta_of(ids)) as meta:
-            while True:
-                files: dict[str, Raw] = {}
-                for row, raw in zip(rows, raws):
-                    stamp = self._record_clock.stamp()
-                    name = metadatum_file(row.field_name, stamp)
-                    files[name] = _labelled(raw, row.labels, stamp // 1000)
-                taken = self._write(meta, files)
-                if not taken:
-                    return len(files)
-                # The clock was set back since an earlier service wrote there.
-                remove_files(meta, files.keys() - taken)
-
-    def create_artifacts(self, ids: Ids, rows: Sequence[ArtifactToStore]) -> int:
-        """Add artifacts to a task, all or none, and return how many of them are new.
-
-        An artifact is what it was first said to be: a second one of the same attempt and name is
-        passed over.
-        """
-        self._require_task(ids)
-        arts = [SimpleNamespace(**row._asdict(), url=row.location, ds_root=None) for row in rows]
-        raws = self._recorder(ids[0])._artifacts_to_json(*ids[1:], None, arts)
-        now = time.time_ns() // 1_000_000
-        files: dict[str, Raw] = {}
-        for row, raw in zip(rows, raws):
-            # Local mode's names for two of its fields are not those of the API.
-            raw.update(attempt_id=row.attempt_id, type=row.type, content_type=row.content_type)
-            raw["location"] = row.location
-            name = artifact_file(row.attempt_id, row.name)
-            files.setdefault(name, _labelled(raw, row.labels, now))
-        with self._writing, writable_folder(self._meta_of(ids)) as meta:
-            count = len(files)
-            for name in self._write(meta, files):
-                if self._read(f"{self._meta_of(ids)}/{name}", (*ids, name), _artifact) is None:
-                    self._replace(meta, name, files[name])
-                else:
-                    count -= 1
-        return count
-
-    def heartbeat(self, ids: Ids) -> bool:
-        """Note a sign of life of a run, or of a task and its run; False where there is none."""
-        if len(ids) == TASK_DEPTH:
-            self._beat(ids[:2])
-        return self._beat(ids)
-
-    def change_tags(self, ids: Ids, add: Iterable[str], remove: Iterable[str]) -> list[str]:
-        """Remove tags from a run and then add others, and return its tags.
-
-        Changes of one run follow one another. SystemTagKept where one to remove is a system tag;
-        to add one that is a system tag already does nothing.
-        """
-        with self._writing:
-            self._require(ids, _run, "run")
-            with open(f"{self._meta_of(ids)}/{SELF_FILE}", "rb") as f:
-                raw = json.loads(f.read())
-            before, system, gone = (
-                raw.get("tags") or [],
-                set(raw.get("system_tags") or ()),
-                set(remove),
-            )
-            if gone.intersection(system):
-                kept = ", ".join(sorted(gone.intersection(system)))
-                raise SystemTagKept(f"System tags cannot be removed: {kept}.")
-            left = [tag for tag in before if tag not in gone]
-            tags = list(dict.fromkeys((*left, *(tag for tag in add if tag not in system))))
-            if tags != before:
-                with writable_folder(self._meta_of(ids)) as meta:
-                    self._replace(meta, SELF_FILE, {**raw, "tags": tags})
-        return tags
-
-    def _require(self, ids: Ids, make: Callable[[Ids, Raw], T], kind: str) -> T:
-        record = self._record(ids, make)
-        if record is None:
-            raise NotFound(f"There is no {kind} {'/'.join(ids)}.")
-        return record
-
-    def _require_task(self, ids: Ids) -> None:
-        self._require(ids[:2], _run, "run")
-        self._require(ids[:3], _step, "step")
-        self._require(ids, _task, "task")
-
-    def _claim_run(self, parent: int, flow: Ids) -> str:
-        """A folder for a new run: of a later number than all others of the flow."""
-        folder = self._folder_of(flow)
-        if folder not in self._newest_runs:
-            stamps = (int(name) for name in list_folders(folder) if wire_id(name) != name)
-            horizon = 2 * time.time_ns() // 1000  # no clock made what is later
-            self._newest_runs[folder] = max((s for s in stamps if s < horizon), default=0)
-        while True:
-            name = str(self._run_clock.stamp(above=self._newest_runs[folder]))
-            if make_folder(parent, name):
-                return name
-
-    def _claim_task(self, parent: int, step: Ids) -> str:
-        """A folder for a new task: of the next number in its run, whoever numbered the others."""
-        run = self._folder_of(step[:2])
-        steps = self._list_steps(run)
-        number = self._last_task_ids.get(run)
-        if number is None:
-            names = itertools.chain.from_iterable(list_folders(f"{run}/{name}") for name in steps)
-            number = max((int(name) for name in names if wire_id(name) != name), default=0)
-        others = [f"{run}/{name}" for name in steps if name != step[2]]
-        while True:
-            number += 1
-            if any(os.path.lexists(f"{other}/{number}") for other in others):
-                continue
-            if make_folder(parent, str(number)):
-                self._last_task_ids.put(run, number)
-                return str(number)
-
-    def _list_steps(self, run: str) -> list[str]:
-        """The names of the folders of a run's steps; as they were if its own has not changed, which
-        takes one system call in place of five."""
-        version, steps = self._steps.get(run, (None, []))
-        status = os.stat(run)
-        if version != file_version(status):
-            version, steps = settled_version(status), list_folders(run)
-            self._steps.put(run, (version, steps))
-        return steps
-
-    def _create(
-        self,
-        parent: int,
-        ids: Ids,
-        raw: Raw,
-        make: Callable[[Ids, Raw], T],
-        is_claimed: bool = False,
-    ) -> T:
-        """Put a new object's record in its folder; `is_claimed`: which was just made for it.
-
-        Local mode's datastore may have made the folder before. A record there that cannot be read,
-        as a crash of the machine may leave one, counts as none and is replaced.
-        """
-        name, path = ids[-1], f"{self._meta_of(ids)}/{SELF_FILE}"
-        if not is_claimed:
-            is_claimed = make_folder(parent, name)
-            if not is_claimed:
-                require_folder(parent, name)
-                if self._record(ids, make) is not None:
-                    raise AlreadyExists(f"There is already a {'/'.join(ids)}.")
-            if os.path.isdir(path) and not os.path.islink(path):
-                raise NotStorable(f"{path} is a folder, and no record can be put there.")
-        meta = f"{name}/{META_DIR}"
-        try:
-            if not make_folder(parent, meta):
-                require_folder(parent, meta)
-            for taken in self._write(parent, {f"{meta}/{SELF_FILE}": raw}):
-                self._replace(parent, taken, raw)
-        except OSError:
-            if is_claimed:
-                remove_folder(parent, meta)
-                remove_folder(parent, name)
-            raise
-        record = make(ids, raw)
-        with contextlib.suppress(FileNotFoundError):  # somebody has deleted it since
-            version = file_version(os.stat(f"{meta}/{SELF_FILE}", dir_fd=parent))
-            # To read it again could fail for want of a descriptor, although it is there.
-            self._records.put(path, Known(version, Record(cast("dict[str, Any]", record))))
-        return record
-
-    def _beat(self, ids: Ids) -> bool:
-        run_or_task = self._record(ids, _run if len(ids) == RUN_DEPTH else _task)
-        if run_or_task is None:
-            return False
-        now = int(time.time())
-        if run_or_task["last_heartbeat_ts"] == now:
-            return True  # a run's tasks beat for it too, many in a second
-        with writable_folder(self._meta_of(ids)) as meta:
-            try:
-                os.utime(HEARTBEAT_FILE, (now, now), dir_fd=meta, follow_symlinks=False)
-            except FileNotFoundError:
-                how = os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW
-                os.close(os.open(HEARTBEAT_FILE, how, 0o600, dir_fd=meta))
-                # A new file's time is some ms old.
-                os.utime(HEARTBEAT_FILE, (now, now), dir_fd=meta, follow_symlinks=False)
-        record = f"{self._meta_of(ids)}/{SELF_FILE}"
-        self._records.change(record, lambda known: known.updated({"last_heartbeat_ts": now}))
-        return True
-
-    def _recorder(self, flow: str) -> Any:
-        """A LocalMetadataProvider of a flow, which says what goes into a record.
-
-        Made without its __init__, which wants the flow itself.
-        """
-        if self._provider is None:
-            self.prepare_to_write()
-        recorder = object.__new__(self._provider)
-        recorder._flow_name = flow
-        recorder.sticky_tags = recorder.sticky_sys_tags = frozenset()
-        return recorder
-
-    def _raw(self, kind: str, ids: Ids, labels: Labels, beats: bool = False) -> Raw:
-        """What goes into the record of a new object, which `beats` from now on or not."""
-        raw: Raw = self._recorder(ids[0])._object_to_json(kind, *ids[1:])
-        now = time.time_ns() // 1_000_000
-        if beats:
-            # Not in a file of its own as later ones: making one in a new folder takes 0.2 ms.
-            raw["last_heartbeat_ts"] = now // 1000
-        return _labelled(raw, labels, now)
-
-    def _write(self, folder: int, files: Mapping[str, Raw]) -> list[str]:
-        """Put new records in an open folder, all or none; return which names are taken, and by
-        what stays as it is.
-
-        What is new is not waited for to be on the disk, as in local mode: a flow would wait at
-        every step.
-        """
-        placed: list[str] = []
-        taken: list[str] = []
-        try:
-            for name, raw in files.items():
-                content = json.dumps(raw).encode()
-                is_new = create_file(folder, name, content, self._temporary_name())
-                (placed if is_new else taken).append(name)
-        except OSError:
-            remove_files(folder, placed)
-            raise
-        return taken
-
-    def _replace(self, folder: int, name: str, raw: Raw) -> None:
-        """Put a record in the place of another.
-
-        It is on the disk before, so that no crash of the machine takes both.
-        """
-        temporary = self._temporary_name()
-        try:
-            write_file(folder, temporary, json.dumps(raw).encode(), is_synced=True)
-            os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
-        except OSError:
-            remove_files(folder, [temporary])
-            raise
-        os.fsync(folder)
-
-    def _temporary_name(self) -> str:
-        return f"{TEMPORARY}{next(self._temporary_names)}"
-
-    def check_writable(self) -> None:
-        """OSError where no record could be written now."""
-        name = self._temporary_name()
-        with writable_folder(self.folder) as root:
-            try:
-                write_file(root, name, b"{}")
-            finally:
-                remove_files(root, [name])
-
-
-def _own_id(identifier: str, kind: str) -> str:
-    """An id that a client brings: any name but a number, since numbers are the service's."""
-    if identifier.isnumeric():
-        raise NotStorable(f"A {kind} id that the client brings must not be a number.")
-    try:
-        identifier.encode()  # a file name may have surrogates in it, a path of a request may not
-    except UnicodeEncodeError:
-        raise NotStorable(f"{identifier!r} cannot be a name: it is not valid Unicode.") from None
-    check_name(identifier)
-    return identifier
-
-
-def _labelled(raw: Raw, labels: Labels, ts_epoch: int) -> Raw:
-    """A record of local mode's making with what the client said of it.
-
-    Tags that it did not give are left out: local mode reads that as none, but fails at a null.
+    Tags that were not given are left out, which local mode reads as none. It fails at a null.
     """
     raw.update(user_name=labels.user_name, ts_epoch=ts_epoch)
     for key, tags in (("tags", labels.tags), ("system_tags", labels.system_tags)):
@@ -1730,12 +920,74 @@ def _labelled(raw: Raw, labels: Labels, ts_epoch: int) -> Raw:
     return raw
 
 
+# -- reading files ---------------------------------------------------------------------------------
+
+UNREADABLE_ERRNOS = frozenset((errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP))
+"""Errors that come from one file, and not from the state of the machine."""
+
+Version = tuple[int, int, int]
+
+SETTLED_NS = 2_000_000_000
+"""Two changes of a folder less than this apart may leave the same mtime, since there are file
+systems whose clock ticks every two seconds."""
+
+
+def file_version(status: os.stat_result) -> Version:
+    return (status.st_mtime_ns, status.st_ino, status.st_size)
+
+
+def settled_version(status: os.stat_result) -> Version | None:
+    """The version of a folder, whose status is that of now; None if it may change without a new
+    one."""
+    is_settled = time.time_ns() - status.st_mtime_ns > SETTLED_NS
+    return file_version(status) if is_settled else None
+
+
+def stat_or_none(path: str, folder: int | None = None) -> os.stat_result | None:
+    """The status of a file or folder, or None if there is none. `folder`: a descriptor of the
+    folder that the path is relative to."""
+    try:
+        return os.stat(path, dir_fd=folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def list_folders(folder: str) -> list[str]:
+    """The names of the folders in an object's folder, without the one for its own records."""
+    with os.scandir(folder) as entries:
+        return [e.name for e in entries if is_folder(e) and e.name != META_DIR]
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder or a link to one. A link that leads to itself is not."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+# -- writing files ---------------------------------------------------------------------------------
+
+NO_TMPFILE_ERRNOS = frozenset(
+    (
+        errno.EOPNOTSUPP,
+        errno.EISDIR,
+        errno.EINVAL,
+        errno.ENOENT,
+        errno.EXDEV,
+        errno.EACCES,
+        errno.EPERM,
+    )
+)
+"""Errors of systems that have no files without names, or cannot link them for want of /proc."""
+
+
 @contextlib.contextmanager
 def writable_folder(path: str) -> Iterator[int]:
-    """A descriptor of a folder to write in; NotStorable where a symbolic link leads there.
+    """A descriptor of a folder to write in. NotStorable if the path goes through a symbolic link.
 
-    Names in an open folder cost a sixth less of a write than paths to them, and the folder is
-    looked at once for all of them.
+    Writing by names relative to an open folder takes a sixth less time than by paths, and the path
+    is checked once for all of them.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -1747,24 +999,15 @@ def writable_folder(path: str) -> Iterator[int]:
 
 
 def opened_path(descriptor: int) -> str | None:
-    """Where a file is that is open, without any link; None where the kernel does not tell."""
+    """The path of an open file without any link in it; None if the kernel does not tell."""
     try:
         return os.readlink(f"/proc/self/fd/{descriptor}")
     except OSError:
         return None
 
 
-def is_there(folder: int, name: str) -> bool:
-    """Whether there is anything of that name in an open folder, be it a link that leads nowhere."""
-    try:
-        os.stat(name, dir_fd=folder, follow_symlinks=False)
-        return True
-    except FileNotFoundError:
-        return False
-
-
 def make_folder(parent: int, name: str) -> bool:
-    """Make a private folder in an open one; False where there is anything of that name."""
+    """Make a private folder in an open one. False if the name is taken, by whatever it may be."""
     try:
         os.mkdir(name, 0o700, dir_fd=parent)
         return True
@@ -1772,46 +1015,36 @@ def make_folder(parent: int, name: str) -> bool:
         return False
 
 
-def require_folder(parent: int, name: str) -> None:
-    """Refuse to write in what is a file or link."""
+def ensure_folder(parent: int, name: str) -> bool:
+    """Make a private folder in an open one unless there is one, and return whether it was made.
+    NotStorable if there is a file or link of that name."""
+    if make_folder(parent, name):
+        return True
     if not stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
         raise NotStorable(f"{os.path.basename(name)!r} cannot be used: it is a file or link.")
-
-
-NO_UNNAMED_FILES = frozenset(
-    (
-        errno.EOPNOTSUPP,
-        errno.EISDIR,
-        errno.EINVAL,
-        errno.ENOENT,
-        errno.EXDEV,
-        errno.EACCES,
-        errno.EPERM,
-    )
-)
-"""What is said where a file cannot be without a name, or cannot be given one for want of /proc."""
+    return False
 
 
 def create_file(folder: int, name: str, content: bytes, temporary: str) -> bool:
-    """Make a private file below an open folder, complete before it has its name; False where there
-    is anything of that name.
+    """Make a private file below an open folder, which has its whole content once it has its name.
+    False if the name is taken, by whatever it may be.
 
-    Without a name until then where the system can do that: it takes a fifth less of the processor
-    on ext4 than a `temporary` name (48 and 60 microseconds), tells whether the name is free, and
-    leaves nothing when the service is killed.
+    Without a name until then if the system can do that: on ext4 this takes a fifth less of the
+    processor than a `temporary` name does (48 and 60 microseconds), it finds out whether the name
+    is free, and it leaves nothing behind when the service is killed.
     """
-    place = os.path.dirname(name) or "."
+    parent = os.path.dirname(name) or "."
     try:
-        create_unnamed_file(folder, place, name, content)
+        create_unnamed_file(folder, parent, name, content)
         return True
     except FileExistsError:
         return False
     except OSError as error:
-        if error.errno not in NO_UNNAMED_FILES:
+        if error.errno not in NO_TMPFILE_ERRNOS:
             raise
-    if is_there(folder, name):
+    if is_taken(folder, name):
         return False
-    temporary = f"{place}/{temporary}"
+    temporary = f"{parent}/{temporary}"
     try:
         write_file(folder, temporary, content)
         os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
@@ -1821,51 +1054,1013 @@ def create_file(folder: int, name: str, content: bytes, temporary: str) -> bool:
         raise
 
 
-def create_unnamed_file(folder: int, place: str, name: str, content: bytes) -> None:
-    """Make a file without a name in a place below an open folder, write it, and then name it."""
+def create_unnamed_file(folder: int, parent: str, name: str, content: bytes) -> None:
+    """Write a file without a name into `parent`, below an open folder, and then link it to
+    `name`."""
     if not hasattr(os, "O_TMPFILE"):
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-    descriptor = os.open(place, os.O_TMPFILE | os.O_WRONLY, 0o600, dir_fd=folder)
+    descriptor = os.open(parent, os.O_TMPFILE | os.O_WRONLY, 0o600, dir_fd=folder)
     try:
-        write_whole(descriptor, content)
+        write_all(descriptor, content)
         os.link(f"/proc/self/fd/{descriptor}", name, dst_dir_fd=folder, follow_symlinks=True)
     finally:
         os.close(descriptor)
 
 
+def is_taken(folder: int, name: str) -> bool:
+    """Whether there is anything of that name in an open folder, even a link that leads nowhere."""
+    try:
+        os.stat(name, dir_fd=folder, follow_symlinks=False)
+        return True
+    except FileNotFoundError:
+        return False
+
+
 def write_file(folder: int, name: str, content: bytes, is_synced: bool = False) -> None:
-    """Make a private file in an open folder; `is_synced`: and return when it is on the disk."""
+    """Make a private file in an open folder, and wait until it is on the disk if `is_synced`."""
     descriptor = os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600, dir_fd=folder)
     try:
-        write_whole(descriptor, content)
+        write_all(descriptor, content)
         if is_synced:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def write_whole(descriptor: int, content: bytes) -> None:
+def write_all(descriptor: int, content: bytes) -> None:
+    """Write to a file at once. OSError if only a part could be written, as on a full disk."""
     if os.write(descriptor, content) != len(content):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def remove_folder(parent: int, name: str) -> None:
-    """Remove a folder in an open one if it is empty."""
+    """Remove a folder from an open one if it is empty."""
     with contextlib.suppress(OSError):
         os.rmdir(name, dir_fd=parent)
 
 
 def remove_files(folder: int, names: Iterable[str]) -> None:
-    """Remove files in an open folder as far as they are there."""
+    """Remove those of the files that there are in an open folder."""
     for name in names:
         with contextlib.suppress(OSError):
             os.unlink(name, dir_fd=folder)
 
 
 def remove_file(path: str) -> None:
-    """Remove a file if it is there."""
+    """Remove a file if there is one."""
     with contextlib.suppress(OSError):
         os.unlink(path)
+
+
+# -- caches ----------------------------------------------------------------------------------------
+
+RECORDS_IN_MEMORY = 30_000  # as many if they are small; see CachedRecord.weight
+NAMES_IN_MEMORY = 200_000
+TASK_FILES_IN_MEMORY = 50_000
+VALUES_IN_MEMORY = 8 * 2**20  # bytes, about; see values_weight
+INDEX_ENTRIES_IN_MEMORY = 200_000
+
+PAGING_SECONDS = 30.0
+"""For this long, the pages after the first are taken from the same index without a look at the
+folders of all its tasks. What has been added since belongs on pages before them anyway."""
+
+
+class Cache(dict[str, T]):
+    """A dict that forgets its oldest entries when all of them together weigh more than a limit."""
+
+    def __init__(self, limit: int, weigh: Callable[[T], int] = lambda value: 1) -> None:
+        super().__init__()
+        self._limit = limit
+        self._weigh = weigh
+        self._weight = 0
+        self._lock = threading.Lock()  # guards every change; readers need none
+
+    def put(self, key: str, value: T) -> None:
+        with self._lock:
+            self._evict(key)
+            self[key] = value
+            self._weight += self._weigh(value)
+            while self._weight > self._limit:
+                self._evict(next(iter(self)))
+
+    def modify(self, key: str, change: Callable[[T], T]) -> T | None:
+        """Replace a value, if it is still there, by what `change` makes of it, and return that. It
+        must weigh the same."""
+        with self._lock:
+            if key not in self:
+                return None
+            self[key] = change(self[key])
+            return self[key]
+
+    def _evict(self, key: str) -> None:
+        if key in self:
+            self._weight -= self._weigh(self.pop(key))
+
+
+class CachedRecord(NamedTuple):
+    """What was found in a file."""
+
+    version: Version
+    record: Any  # None if there was no record in the file
+    folder_version: Version | None = None  # of the file's folder, if that vouches for the file
+
+    def weight(self) -> int:
+        """One, and one more for every 4 KiB in the file."""
+        return 1 + self.version[2] // 4096
+
+    def with_fields(self, fields: Mapping[str, Any]) -> CachedRecord:
+        """The same with other values of some fields of the record, if there is one."""
+        if self.record is None:
+            return self
+        return self._replace(record=Record({**self.record, **fields}))
+
+
+class Listing(NamedTuple):
+    """The children of an object."""
+
+    version: Version | None  # of the object's folder, if settled
+    sort_keys: list[SortKey]  # oldest first; each contains the child's name
+    unrecorded: list[str]  # the names of folders that have no record so far
+
+    def weight(self) -> int:
+        return len(self.sort_keys) + len(self.unrecorded) + 1
+
+
+NO_CHILDREN = Listing(None, [], [])
+
+
+class TaskFiles(NamedTuple):
+    """The names of the files in the _meta folder of a task, by what they hold."""
+
+    version: Version | None  # of the folder, if settled
+    folder: str
+    has_record: bool
+    metadata: list[tuple[int, int, str]]  # ts_epoch, id, file name; oldest first
+    undated: list[str]  # other metadata, as local mode names them: the ts_epoch is in the file
+    artifacts: dict[int, list[str]]  # by attempt
+
+    @classmethod
+    def from_names(cls, version: Version | None, folder: str, names: Sequence[str]) -> TaskFiles:
+        metadata: list[tuple[int, int, str]] = []
+        undated: list[str] = []
+        artifacts: dict[int, list[str]] = {}
+        for name in names:
+            if artifact := ARTIFACT_FILE_NAME.fullmatch(name):
+                artifacts.setdefault(int(artifact.group(1)), []).append(name)
+            elif metadatum := METADATUM_FILE_NAME.fullmatch(name):
+                timestamp = int(metadatum.group(1))
+                if timestamp >= MIN_TIMESTAMP_ID:
+                    metadata.append((timestamp // 1000, timestamp, name))
+                else:
+                    undated.append(name)
+        metadata.sort()
+        return cls(version, folder, SELF_FILE in names, metadata, undated, artifacts)
+
+    def latest_attempt(self) -> int:
+        """The latest attempt that has artifacts; 0 if none has."""
+        return max(self.artifacts, default=0)
+
+    def weight(self) -> int:
+        metadata = len(self.metadata) + len(self.undated)
+        return metadata + sum(map(len, self.artifacts.values())) + 1
+
+
+class TaskValues(NamedTuple):
+    """What a task says in its metadata of one field."""
+
+    version: Version | None  # of its _meta folder, if settled
+    texts: tuple[str, ...]
+
+
+def values_weight(values: Mapping[str, TaskValues]) -> int:
+    """About how many bytes the values of a step's tasks take in memory."""
+    return sum(300 + sum(map(len, of_task.texts)) for of_task in values.values())
+
+
+FolderVersions = list[tuple[str, Optional[Version]]]
+"""The paths of folders, and the versions that they had; None for one that was not settled."""
+
+IndexEntry = tuple[int, Any, Ids, TaskFiles, str]
+"""A metadatum or artifact: its sort key (two values), the ids of its task, that task's files, and
+the name of its own file."""
+
+
+class RecordIndex(NamedTuple):
+    """A list of the metadata or artifacts of several tasks."""
+
+    verified_at: float  # monotonic seconds
+    folders: FolderVersions  # of all folders that it was made from
+    entries: list[IndexEntry]  # oldest first
+
+    def weight(self) -> int:
+        return len(self.folders) + len(self.entries) + 1
+
+    def is_current(self) -> bool:
+        """Whether the folders have the same versions as before."""
+        for path, version in self.folders:
+            status = stat_or_none(path)
+            if version is None or status is None or file_version(status) != version:
+                return False
+        return True
+
+
+# -- the store -------------------------------------------------------------------------------------
+
+
+class Store:
+    """The records of one root.
+
+    Any thread may call any method. What a method writes is in its file when it returns. A record
+    that is returned may be the cached one and must not be changed; only a single run is always a
+    copy. In lists, `before` is the sort key of a record: what follows are the records older than
+    that one.
+    """
+
+    def __init__(self, root: str) -> None:
+        """Open the .metaflow in `root`, which must exist."""
+        self._root = root
+        self.folder = os.path.realpath(os.path.join(root, DATASTORE_DIR))
+        self._provider_class: Any = None  # None until something is to be written
+        # By path of a file; by folder; by the _meta folder of a task.
+        self._records: Cache[CachedRecord] = Cache(RECORDS_IN_MEMORY, CachedRecord.weight)
+        self._listings: Cache[Listing] = Cache(NAMES_IN_MEMORY, Listing.weight)
+        self._task_files: Cache[TaskFiles] = Cache(TASK_FILES_IN_MEMORY, TaskFiles.weight)
+        # By folder of a step and name of a field, and then by task; by kind and ids.
+        self._task_values: Cache[dict[str, TaskValues]] = Cache(VALUES_IN_MEMORY, values_weight)
+        self._indexes: Cache[RecordIndex] = Cache(INDEX_ENTRIES_IN_MEMORY, RecordIndex.weight)
+        # By folder of a run; by folder of a flow.
+        self._last_task_ids: Cache[int] = Cache(RECORDS_IN_MEMORY)
+        self._step_folders: Cache[tuple[Version | None, list[str]]] = Cache(RECORDS_IN_MEMORY)
+        self._newest_runs: dict[str, int] = {}
+        self._writing = threading.Lock()
+        # Threads that make system calls at the same time hand Python's lock around at each of them:
+        # 8 that list 1,000 runs take 25 ms of the processor for each list, and in turn only 8 ms.
+        self.long_reads = threading.Lock()
+        self._run_timestamps = TimestampGenerator(FUTURE_ID_STEP)
+        self._metadatum_timestamps = TimestampGenerator()
+        self._temporary_numbers = itertools.count(time.time_ns())
+
+    def prepare_to_write(self) -> None:
+        """Import Metaflow, which otherwise the first write does."""
+        self._provider_class = local_metadata_provider(self._root)
+
+    # -- objects ---------------------------------------------------------------------------------
+
+    def flow(self, ids: Ids) -> Flow | None:
+        return self._read_object(ids, parse_flow_record)
+
+    def run(self, ids: Ids) -> Run | None:
+        run = self._read_object(ids, parse_run_record)
+        return None if run is None else run.copy()
+
+    def step(self, ids: Ids) -> Step | None:
+        run = self._read_object(ids[:2], parse_run_record)
+        step = self._read_object(ids, parse_step_record)
+        return {**step, **run_tags(run)} if run and step else None
+
+    def task(self, ids: Ids) -> Task | None:
+        run = self._read_object(ids[:2], parse_run_record)
+        task = self._read_object(ids, parse_task_record)
+        return {**task, **run_tags(run)} if run and task else None
+
+    def flows(self, before: SortKey | None = None) -> Iterator[Flow]:
+        """All flows, newest first."""
+        return self._read_children((), parse_flow_record, before)
+
+    def runs(self, ids: Ids, before: SortKey | None = None) -> Iterator[Run]:
+        """The runs of a flow, newest first."""
+        return self._read_children(ids, parse_run_record, before)
+
+    def steps(self, ids: Ids, before: SortKey | None = None) -> Iterator[Step]:
+        """The steps of a run, newest first."""
+        run = self._read_object(ids, parse_run_record)
+        if run is not None:
+            tags = run_tags(run)
+            for step in self._read_children(ids, parse_step_record, before):
+                yield {**step, **tags}
+
+    def tasks(self, ids: Ids, before: SortKey | None = None) -> Iterator[Task]:
+        """The tasks of a step, newest first."""
+        run = self._read_object(ids[:2], parse_run_record)
+        if run is not None:
+            yield from self._read_children(ids, parse_task_record, before, run_tags(run))
+
+    def run_ids(self) -> Iterator[Ids]:
+        """The ids of all runs, in no particular order."""
+        for flow_key in self._list_children((), parse_flow_record).sort_keys:
+            flow = (name_in_key(flow_key),)
+            for run_key in self._list_children(flow, parse_run_record).sort_keys:
+                yield (*flow, name_in_key(run_key))
+
+    def task_ids(self, step: Ids) -> list[Ids]:
+        """The ids of the tasks of a step, oldest first."""
+        return self.list_below(step)[1]
+
+    def list_below(self, ids: Ids) -> tuple[Version | None, list[Ids]]:
+        """The ids of the steps of a run or of the tasks of a step, oldest first. Before them, the
+        version that vouches for them; None if it is not settled."""
+        parse = parse_step_record if len(ids) == RUN_DEPTH else parse_task_record
+        listing = self._list_children(ids, parse)
+        return listing.version, [(*ids, name_in_key(key)) for key in listing.sort_keys]
+
+    def read_tasks(self, run: Ids, tasks: Collection[Ids]) -> Iterator[Task]:
+        """The tasks of a run that have these ids, as far as they exist."""
+        run_record = self._read_object(run, parse_run_record) if tasks else None
+        if run_record is not None:
+            tags = run_tags(run_record)
+            for ids in tasks:
+                task = self._read_object(ids, parse_task_record)
+                if task is not None:
+                    yield self._with_tags(self._self_path(ids), task, tags)
+
+    def version(self, ids: Ids) -> Version | None:
+        """The version of an object's folder, which changes with the names of its children; of a
+        task, that of its _meta folder, which changes with its metadata and artifacts. None if the
+        folder is not settled or does not exist."""
+        is_task = len(ids) == TASK_DEPTH
+        status = stat_or_none(self._meta_path(ids) if is_task else self._folder_path(ids))
+        return None if status is None else settled_version(status)
+
+    def is_unchanged(self, seen: Iterable[tuple[Ids, Version]]) -> bool:
+        """Whether all these objects still have the version that they had."""
+        for ids, version in seen:
+            names = (*ids, META_DIR) if len(ids) == TASK_DEPTH else ids
+            status = stat_or_none("/".join((self.folder, *names)))  # the names have been checked
+            if status is None or file_version(status) != version:
+                return False
+        return True
+
+    def _folder_path(self, ids: Ids) -> str:
+        """The folder of an object. NotStorable if there cannot be one."""
+        for name in ids:
+            check_name(name)
+        return "/".join((self.folder, *ids))
+
+    def _meta_path(self, ids: Ids) -> str:
+        return f"{self._folder_path(ids)}/{META_DIR}"
+
+    def _self_path(self, ids: Ids) -> str:
+        return f"{self._folder_path(ids)}/{META_DIR}/{SELF_FILE}"
+
+    def _require_root(self) -> None:
+        """Raise FileNotFoundError if the whole root is gone, and not just something in it."""
+        os.stat(self.folder)
+
+    def _read_object(self, ids: Ids, parse: RecordParser[T]) -> T | None:
+        """The record of a flow, run, step or task, as it is cached, without tags of its run."""
+        return self._read_record(self._self_path(ids), ids, parse)
+
+    def _read_record(self, path: str, ids: Ids, parse: RecordParser[T]) -> T | None:
+        """The record that is now in a file. None if there is none; if there is something else, that
+        is logged."""
+        try:
+            status = os.stat(path)
+            version = (status.st_mtime_ns, status.st_ino, status.st_size)
+            cached = self._records.get(path)
+            if cached is None or cached.version != version:
+                if not stat.S_ISREG(status.st_mode):
+                    raise IsADirectoryError(errno.EISDIR, "It is no file", path)
+                cached = CachedRecord(version, self._load_record(path, ids, parse))
+                self._records.put(path, cached)
+            record: T | None = cached.record
+            return record
+        except (FileNotFoundError, NotADirectoryError):
+            self._require_root()
+            return None
+        except OSError as error:
+            if error.errno not in UNREADABLE_ERRNOS:
+                raise
+            log.warning("%s cannot be read and is left out: %s", path, error)
+            return None  # this is not cached: the file may be readable the next time
+
+    def _load_record(self, path: str, ids: Ids, parse: RecordParser[T]) -> T | None:
+        try:
+            with open(path, "rb", buffering=0) as f:
+                record = Record(cast("dict[str, Any]", parse(ids, json.loads(f.read()))))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            log.warning("%s is not a record and is left out: %r", path, error)
+            return None
+        if "last_heartbeat_ts" in record:
+            heartbeat = stat_or_none(os.path.join(os.path.dirname(path), HEARTBEAT_FILE))
+            if heartbeat is not None:
+                record["last_heartbeat_ts"] = int(heartbeat.st_mtime)
+        return cast(T, record)
+
+    def _read_children(
+        self,
+        ids: Ids,
+        parse: RecordParser[T],
+        before: SortKey | None = None,
+        tags: RunTags | None = None,
+    ) -> Iterator[T]:
+        """The records of the children of an object, newest first; with the tags, if given."""
+        folder = self._folder_path(ids)
+        for key in entries_before(self._list_children(ids, parse).sort_keys, before):
+            name = name_in_key(key)
+            path = f"{folder}/{name}/{META_DIR}/{SELF_FILE}"
+            record = self._read_record(path, (*ids, name), parse)
+            if record is not None:
+                yield record if tags is None else self._with_tags(path, record, tags)
+
+    def _list_children(self, ids: Ids, parse: RecordParser[Any]) -> Listing:
+        """The children of an object, as they are now."""
+        folder = self._folder_path(ids)
+        status = stat_or_none(folder)
+        if status is None:
+            self._require_root()
+            return NO_CHILDREN
+        cached = self._listings.get(folder, NO_CHILDREN)
+        if cached.version == file_version(status) and not any(
+            self._read_object((*ids, name), parse) for name in cached.unrecorded
+        ):
+            return cached
+        version = settled_version(status)
+        sort_keys, unrecorded = [], []
+        for name in list_folders(folder):
+            key = self._child_sort_key((*ids, name), parse)
+            if key is None:
+                unrecorded.append(name)
+            else:
+                sort_keys.append(key)
+        if len(ids) + 1 == RUN_DEPTH and not all(map(follows_from_id, sort_keys)):
+            version = None  # local mode changes the ts_epoch of a run along with its tags
+        listing = Listing(version, sorted(sort_keys), unrecorded)
+        self._listings.put(folder, listing)
+        return listing
+
+    def _child_sort_key(self, ids: Ids, parse: RecordParser[Any]) -> SortKey | None:
+        """The sort key of an object; None if it has no record.
+
+        A run whose id is certain to say when it was created is not looked at: see run_sort_key.
+        """
+        name, is_run = ids[-1], len(ids) == RUN_DEPTH
+        identifier = wire_id(name) if len(ids) in (RUN_DEPTH, TASK_DEPTH) else name
+        if is_run and isinstance(identifier, int) and is_certain_timestamp(identifier):
+            return (identifier // 1000, id_sort_key(identifier))
+        record = self._read_object(ids, parse)
+        if record is None:
+            return None
+        return run_sort_key(record) if is_run else (record["ts_epoch"], id_sort_key(identifier))
+
+    # -- metadata and artifacts ------------------------------------------------------------------
+
+    def metadata(
+        self, ids: Ids, before: SortKey | None = None, fields: tuple[str, ...] | None = None
+    ) -> Iterator[Metadatum]:
+        """The metadata of all attempts of a task, newest first; only of `fields`, if given."""
+        prefixes = None if fields is None else metadatum_prefixes(fields)
+        return self._read_metadata(self._list_task_files(ids), ids, before, prefixes)
+
+    def artifacts(self, ids: Ids, attempt: int | None = None) -> list[Artifact]:
+        """The artifacts of one attempt of a task, newest first. None stands for the latest attempt
+        that has artifacts."""
+        run, files = self._read_object(ids[:2], parse_run_record), self._list_task_files(ids)
+        if run is None or not files.artifacts:
+            return []
+        names = files.artifacts.get(files.latest_attempt() if attempt is None else attempt, ())
+        tags = run_tags(run)
+        found = (
+            self._read_task_file(files, name, ids, parse_artifact_record, tags) for name in names
+        )
+        return sorted(
+            (artifact for artifact in found if artifact is not None),
+            key=artifact_sort_key,
+            reverse=True,
+        )
+
+    def artifact(self, ids: Ids, name: str, attempt: int | None = None) -> Artifact | None:
+        """An artifact of one attempt of a task. None stands for the latest attempt that has any
+        artifacts, even if this one is not among them."""
+        files = self._list_task_files(ids)
+        if attempt is None:
+            attempt = files.latest_attempt()
+        file_name = artifact_file_name(attempt, name)
+        if file_name not in files.artifacts.get(attempt, ()):
+            return None
+        run = self._read_object(ids[:2], parse_run_record)
+        if run is None:
+            return None
+        return self._read_task_file(files, file_name, ids, parse_artifact_record, run_tags(run))
+
+    def attempts_with_artifacts(self, ids: Ids) -> list[int]:
+        """The attempts of a task that have artifacts, in no particular order."""
+        return list(self._list_task_files(ids).artifacts)
+
+    def values_of_tasks(
+        self, step: Ids, field: str | None, convert: Callable[[Metadatum], str]
+    ) -> dict[str, TaskValues]:
+        """What the tasks of a step say in their metadata of one field, or of any if it is None, by
+        task id from the oldest task on.
+
+        `convert` makes a text of a metadatum. Tasks whose folder has not changed are not read
+        again: 1,000 tasks take 6 ms instead of 16.
+        """
+        tasks = self._list_children(step, parse_task_record).sort_keys
+        if not tasks:
+            return {}
+        folder = self._folder_path(step)
+        cache_key = repr((folder, field))
+        cached, values = self._task_values.get(cache_key, {}), {}
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # shortens the paths to look up
+        try:
+            for name in map(name_in_key, tasks):
+                of_task = cached.get(name)
+                status = stat_or_none(f"{name}/{META_DIR}", descriptor)
+                if status is None or of_task is None or of_task.version != file_version(status):
+                    of_task = self._read_values((*step, name), field, convert)
+                values[name] = of_task
+        finally:
+            os.close(descriptor)
+        if values != cached:
+            self._task_values.put(cache_key, values)
+        return values
+
+    def _read_values(
+        self, ids: Ids, field: str | None, convert: Callable[[Metadatum], str]
+    ) -> TaskValues:
+        files = self._list_task_files(ids)
+        prefixes = None if field is None else metadatum_prefixes((field,))
+        metadata = self._read_metadata(files, ids, None, prefixes) if files.has_record else ()
+        texts = {convert(m) for m in metadata if field in (None, m["field_name"])}
+        return TaskValues(files.version, tuple(texts))
+
+    def _list_task_files(self, ids: Ids) -> TaskFiles:
+        """The files of a task, as they are now; of one that does not exist, none."""
+        folder = self._meta_path(ids)
+        status = stat_or_none(folder)
+        if status is None:
+            self._require_root()
+            return TaskFiles.from_names(None, folder, ())
+        cached = self._task_files.get(folder)
+        if cached is not None and cached.version == file_version(status):
+            return cached
+        files = TaskFiles.from_names(settled_version(status), folder, os.listdir(folder))
+        self._task_files.put(folder, files)
+        return files
+
+    def _read_metadata(
+        self,
+        files: TaskFiles,
+        ids: Ids,
+        before: SortKey | None = None,
+        prefixes: Container[str] | None = None,
+    ) -> Iterator[Metadatum]:
+        """The metadata in a task's files, newest first; only of those with the prefixes, if
+        given."""
+        metadata = self._sort_metadata(files, ids, prefixes)
+        for _, _, name in entries_before(metadata, before):
+            if prefixes is None or name.rpartition("_")[0] in prefixes:
+                metadatum = self._read_task_file(files, name, ids, parse_metadatum_record)
+                if metadatum is not None:
+                    yield metadatum
+
+    def _sort_metadata(
+        self, files: TaskFiles, ids: Ids, prefixes: Container[str] | None
+    ) -> list[tuple[int, int, str]]:
+        """The metadata files of a task with ts_epoch and id, oldest first.
+
+        Undated ones must be read for that, and so are left out if they have none of the prefixes.
+        """
+        if not files.undated:
+            return files.metadata
+        metadata = files.metadata.copy()
+        for name in files.undated:
+            if prefixes is None or name.rpartition("_")[0] in prefixes:
+                metadatum = self._read_task_file(files, name, ids, parse_metadatum_record)
+                if metadatum is not None:
+                    metadata.append((metadatum["ts_epoch"], metadatum["id"], name))
+        metadata.sort()
+        if prefixes is None:
+            self._task_files.put(files.folder, files._replace(metadata=metadata, undated=[]))
+        return metadata
+
+    def _read_task_file(
+        self,
+        files: TaskFiles,
+        name: str,
+        ids: Ids,
+        parse: RecordParser[T],
+        tags: RunTags | None = None,
+    ) -> T | None:
+        """The metadatum or artifact in a file of a task; with the tags, if given.
+
+        The file is not looked at if it was read while its folder had the version that it has now.
+        """
+        path = f"{files.folder}/{name}"
+        cached = self._records.get(path)
+        vouched = None if cached is None else cached.folder_version
+        if cached is not None and vouched is not None and vouched == files.version:
+            record: T | None = cached.record
+        else:
+            record = self._read_record(path, (*ids, name), parse)
+            self._records.modify(
+                path,
+                lambda c: c._replace(folder_version=files.version) if c.record is record else c,
+            )
+        return record if record is None or tags is None else self._with_tags(path, record, tags)
+
+    def _with_tags(self, path: str, record: Any, tags: RunTags) -> Any:
+        """A record with the tags of its run. It is cached with them, so that its JSON can be
+        too."""
+        if record["tags"] is tags["tags"] and record["system_tags"] is tags["system_tags"]:
+            return record
+        cached = self._records.modify(path, lambda c: c.with_fields(tags))
+        return (cached and cached.record) or Record({**record, **tags})
+
+    # -- metadata and artifacts of several tasks -------------------------------------------------
+
+    def metadata_below(self, ids: Ids, before: SortKey | None = None) -> Iterator[Metadatum]:
+        """The metadata of all tasks of a run or step, newest first."""
+        index = self._get_index("metadata", ids, before, self._index_metadata)
+        return self._read_index(index, before, parse_metadatum_record)
+
+    def artifacts_below(self, ids: Ids, before: SortKey | None = None) -> Iterator[Artifact]:
+        """The artifacts of a task, or of all tasks of a run or step, newest first; of each task,
+        those of the latest attempt that has artifacts."""
+        run = self._read_object(ids[:2], parse_run_record)
+        if run is not None:
+            index = self._get_index("artifacts", ids, before, self._index_artifacts)
+            yield from self._read_index(index, before, parse_artifact_record, run_tags(run))
+
+    def _get_index(
+        self,
+        kind: str,
+        ids: Ids,
+        before: SortKey | None,
+        index_task: Callable[[Ids, TaskFiles], Iterable[IndexEntry]],
+    ) -> RecordIndex:
+        """The index of a list: the cached one if its folders have not changed or, as PAGING_SECONDS
+        says, need not be looked at; otherwise a new one."""
+        cache_key, now = "/".join((kind, *ids)), time.monotonic()
+        cached = self._indexes.get(cache_key)
+        if cached is not None:
+            if before is not None and now - cached.verified_at < PAGING_SECONDS:
+                return cached
+            if cached.is_current():
+                self._indexes.put(cache_key, cached._replace(verified_at=now))
+                return cached
+        folders: FolderVersions = []
+        entries = [
+            entry
+            for task, files in self._walk_tasks(ids, folders)
+            for entry in index_task(task, files)
+        ]
+        entries.sort()
+        index = RecordIndex(now, folders, entries)
+        self._indexes.put(cache_key, index)
+        return index
+
+    def _walk_tasks(self, ids: Ids, folders: FolderVersions) -> Iterator[tuple[Ids, TaskFiles]]:
+        """A task, or all tasks of a run or step, with their files. Every folder that is looked at
+        on the way is appended to `folders`."""
+        if len(ids) == TASK_DEPTH:
+            files = self._list_task_files(ids)
+            folders.append((files.folder, files.version))
+            yield ids, files
+            return
+        is_run = len(ids) == RUN_DEPTH
+        listing = self._list_children(ids, parse_step_record if is_run else parse_task_record)
+        folders.append((self._folder_path(ids), None if listing.unrecorded else listing.version))
+        for key in listing.sort_keys:
+            yield from self._walk_tasks((*ids, name_in_key(key)), folders)
+
+    def _index_metadata(self, ids: Ids, files: TaskFiles) -> Iterator[IndexEntry]:
+        for ts_epoch, identifier, name in self._sort_metadata(files, ids, None):
+            yield ts_epoch, identifier, ids, files, name
+
+    def _index_artifacts(self, ids: Ids, files: TaskFiles) -> Iterator[IndexEntry]:
+        for name in files.artifacts.get(files.latest_attempt(), ()):
+            artifact = self._read_task_file(files, name, ids, parse_artifact_record)
+            if artifact is not None:
+                yield *artifact_sort_key(artifact), ids, files, name
+
+    def _read_index(
+        self,
+        index: RecordIndex,
+        before: SortKey | None,
+        parse: RecordParser[T],
+        tags: RunTags | None = None,
+    ) -> Iterator[T]:
+        """The records of an index, newest first; with the tags, if given."""
+        for _, _, ids, files, name in entries_before(index.entries, before):
+            record = self._read_task_file(files, name, ids, parse, tags)
+            if record is not None:
+                yield record
+
+    # -- creating objects ------------------------------------------------------------------------
+
+    def create_flow(self, ids: Ids, labels: Labels) -> Flow:
+        """Create a flow. AlreadyExists if there is one of that name."""
+        if ids[0].startswith(PROGRAM):
+            raise NotStorable(f"{ids[0]!r} cannot be a flow: the name is the service's own.")
+        with self._writing, writable_folder(self.folder) as parent:
+            return self._create_object(
+                parent, ids, self._new_record(ids, labels), parse_flow_record
+            )
+
+    def create_run(
+        self, flow: Ids, run_id: str | None, labels: Labels, has_heartbeats: bool
+    ) -> Run:
+        """Create a run, with the id that the client brings or, if that is None, with a new one.
+
+        `has_heartbeats`: whether the client is going to send heartbeats, so that this is the first.
+        NotFound if there is no such flow, AlreadyExists if there is such a run.
+        """
+        self._require(flow, parse_flow_record)
+        with self._writing, writable_folder(self._folder_path(flow)) as parent:
+            if run_id is None:
+                name = self._make_run_folder(parent, flow)
+            else:
+                name = validate_client_id(run_id, "run")
+            ids = (*flow, name)
+            raw = self._new_record(ids, labels, has_heartbeats)
+            run = self._create_object(parent, ids, raw, parse_run_record, run_id is None)
+            return run.copy()
+
+    def create_step(self, ids: Ids, labels: Labels) -> Step:
+        """Create a step. NotFound if there is no such run, AlreadyExists if there is such a
+        step."""
+        run = self._require(ids[:2], parse_run_record)
+        with self._writing, writable_folder(self._folder_path(ids[:2])) as parent:
+            raw = self._new_record(ids, labels)
+            step = self._create_object(parent, ids, raw, parse_step_record)
+        return {**step, **run_tags(run)}
+
+    def create_task(
+        self, step: Ids, task_id: str | None, labels: Labels, has_heartbeats: bool
+    ) -> Task:
+        """Create a task, with the id that the client brings or, if that is None, with the next
+        number of its run. Otherwise like `create_run`; it is a heartbeat of the run too."""
+        run = self._require(step[:2], parse_run_record)
+        self._require(step, parse_step_record)
+        with self._writing, writable_folder(self._folder_path(step)) as parent:
+            if task_id is None:
+                name = self._make_task_folder(parent, step)
+            else:
+                name = validate_client_id(task_id, "task")
+            ids = (*step, name)
+            raw = self._new_record(ids, labels, has_heartbeats)
+            task = self._create_object(parent, ids, raw, parse_task_record, task_id is None)
+            if has_heartbeats:
+                self._record_heartbeat(step[:2])
+        return {**task, **run_tags(run)}
+
+    def _require(self, ids: Ids, parse: RecordParser[T]) -> T:
+        """The record of an object. NotFound if there is none."""
+        record = self._read_object(ids, parse)
+        if record is None:
+            raise NotFound(f"There is no {KINDS[len(ids) - 1]} {'/'.join(ids)}.")
+        return record
+
+    def _make_run_folder(self, parent: int, flow: Ids) -> str:
+        """Make the folder of a new run, and return its name: the time in microseconds, or a later
+        one if there is a run of the flow that has a later one."""
+        folder = self._folder_path(flow)
+        if folder not in self._newest_runs:
+            limit = 2 * time.time_ns() // 1000  # no clock has given a number above this
+            numbers = (number for number in numeric_ids(list_folders(folder)) if number < limit)
+            self._newest_runs[folder] = max(numbers, default=0)
+        while True:
+            name = str(self._run_timestamps.next(after=self._newest_runs[folder]))
+            if make_folder(parent, name):
+                return name
+
+    def _make_task_folder(self, parent: int, step: Ids) -> str:
+        """Make the folder of a new task, and return its name: the next number that no task has in
+        any step of the run, whoever has numbered the others."""
+        run = self._folder_path(step[:2])
+        steps = self._list_step_folders(run)
+        number = self._last_task_ids.get(run)
+        if number is None:
+            names = itertools.chain.from_iterable(list_folders(f"{run}/{name}") for name in steps)
+            number = max(numeric_ids(names), default=0)
+        other_steps = [f"{run}/{name}" for name in steps if name != step[2]]
+        while True:
+            number += 1
+            if any(os.path.lexists(f"{other}/{number}") for other in other_steps):
+                continue
+            if make_folder(parent, str(number)):
+                self._last_task_ids.put(run, number)
+                return str(number)
+
+    def _list_step_folders(self, run: str) -> list[str]:
+        """The names of the folders in a run's folder. They are cached, since to see that it has not
+        changed takes one system call instead of five."""
+        version, names = self._step_folders.get(run, (None, []))
+        status = os.stat(run)
+        if version != file_version(status):
+            version, names = settled_version(status), list_folders(run)
+            self._step_folders.put(run, (version, names))
+        return names
+
+    def _new_record(self, ids: Ids, labels: Labels, has_heartbeats: bool = False) -> RawRecord:
+        """What the file of a new object is to contain."""
+        kind = KINDS[len(ids) - 1]
+        raw: RawRecord = self._provider(ids[0])._object_to_json(kind, *ids[1:])
+        now = time.time_ns() // 1_000_000
+        if has_heartbeats:
+            # Not in a file of its own as later ones: making one in a new folder takes 0.2 ms.
+            raw["last_heartbeat_ts"] = now // 1000
+        return add_labels(raw, labels, now)
+
+    def _provider(self, flow: str) -> Any:
+        """A LocalMetadataProvider, whose methods make records of a flow.
+
+        It is made without its __init__, which wants the flow itself.
+        """
+        if self._provider_class is None:
+            self.prepare_to_write()
+        provider = object.__new__(self._provider_class)
+        provider._flow_name = flow
+        provider.sticky_tags = provider.sticky_sys_tags = frozenset()
+        return provider
+
+    def _create_object(
+        self,
+        parent: int,
+        ids: Ids,
+        raw: RawRecord,
+        parse: RecordParser[T],
+        has_new_folder: bool = False,
+    ) -> T:
+        """Write the record of a new object, and return it. `parent`: a descriptor of the folder
+        that its folder is in. `has_new_folder`: whether its own was just made. AlreadyExists
+        otherwise.
+
+        There may be a folder without a record, as local mode's datastore can be the first to make
+        it. A file that is no record, as a crash of the machine may leave one, is replaced.
+        """
+        name, path = ids[-1], self._self_path(ids)
+        if not has_new_folder:
+            has_new_folder = ensure_folder(parent, name)
+            if not has_new_folder and self._read_object(ids, parse) is not None:
+                raise AlreadyExists(f"There is already a {'/'.join(ids)}.")
+            if os.path.isdir(path) and not os.path.islink(path):
+                raise NotStorable(f"{path} is a folder, and no record can be put there.")
+        meta = f"{name}/{META_DIR}"
+        try:
+            ensure_folder(parent, meta)
+            for taken in self._create_files(parent, {f"{meta}/{SELF_FILE}": raw}):
+                self._replace_file(parent, taken, raw)
+        except OSError:
+            if has_new_folder:
+                remove_folder(parent, meta)
+                remove_folder(parent, name)
+            raise
+        record = parse(ids, raw)
+        with contextlib.suppress(FileNotFoundError):  # somebody may have deleted it by now
+            version = file_version(os.stat(f"{meta}/{SELF_FILE}", dir_fd=parent))
+            # The record is there, and to read it could fail, as there may be no descriptor left.
+            self._records.put(path, CachedRecord(version, Record(cast("dict[str, Any]", record))))
+        return record
+
+    # -- adding to tasks, and changing objects ---------------------------------------------------
+
+    def create_metadata(self, ids: Ids, rows: Sequence[NewMetadatum]) -> int:
+        """Add metadata to a task, all of them or none, and return how many. NotFound if there is no
+        such task. Each becomes a record, even if one of the same field is there."""
+        self._require_task(ids)
+        data = [SimpleNamespace(**row._asdict(), field=row.field_name, tags=()) for row in rows]
+        raws = self._provider(ids[0])._metadata_to_json(*ids[1:], data)
+        with self._writing, writable_folder(self._meta_path(ids)) as meta:
+            while True:
+                files: dict[str, RawRecord] = {}
+                for row, raw in zip(rows, raws):
+                    timestamp = self._metadatum_timestamps.next()
+                    name = metadatum_file_name(row.field_name, timestamp)
+                    files[name] = add_labels(raw, row.labels, timestamp // 1000)
+                taken = self._create_files(meta, files)
+                if not taken:
+                    return len(files)
+                # The clock has been set back since an earlier service wrote there: once more.
+                remove_files(meta, files.keys() - taken)
+
+    def create_artifacts(self, ids: Ids, rows: Sequence[NewArtifact]) -> int:
+        """Add artifacts to a task, all of them or none, and return how many are new. NotFound if
+        there is no such task.
+
+        An artifact stays what it was: one whose attempt already has one of that name is ignored.
+        """
+        self._require_task(ids)
+        arts = [SimpleNamespace(**row._asdict(), url=row.location, ds_root=None) for row in rows]
+        raws = self._provider(ids[0])._artifacts_to_json(*ids[1:], None, arts)
+        now = time.time_ns() // 1_000_000
+        files: dict[str, RawRecord] = {}
+        for row, raw in zip(rows, raws):
+            # Local mode's names for two of these fields are not those of the API.
+            raw.update(attempt_id=row.attempt_id, type=row.type, content_type=row.content_type)
+            raw["location"] = row.location
+            name = artifact_file_name(row.attempt_id, row.name)
+            files.setdefault(name, add_labels(raw, row.labels, now))
+        path = self._meta_path(ids)
+        with self._writing, writable_folder(path) as meta:
+            count = len(files)
+            for name in self._create_files(meta, files):
+                if self._read_record(f"{path}/{name}", (*ids, name), parse_artifact_record):
+                    count -= 1
+                else:
+                    self._replace_file(meta, name, files[name])
+        return count
+
+    def heartbeat(self, ids: Ids) -> bool:
+        """Record a heartbeat of a run, or of a task and its run. False if there is no such
+        object."""
+        if len(ids) == TASK_DEPTH:
+            self._record_heartbeat(ids[:2])
+        return self._record_heartbeat(ids)
+
+    def change_tags(self, ids: Ids, add: Iterable[str], remove: Iterable[str]) -> list[str]:
+        """Remove tags from a run, then add others, and return the tags that it has then.
+
+        SystemTagRemoval if one to remove is a system tag. One to add that is a system tag already
+        is ignored.
+        """
+        with self._writing:
+            self._require(ids, parse_run_record)
+            with open(self._self_path(ids), "rb") as f:
+                raw = json.loads(f.read())
+            old_tags, system_tags = raw.get("tags") or [], set(raw.get("system_tags") or ())
+            removed = set(remove)
+            if refused := removed & system_tags:
+                names = ", ".join(sorted(refused))
+                raise SystemTagRemoval(f"System tags cannot be removed: {names}.")
+            kept = (tag for tag in old_tags if tag not in removed)
+            added = (tag for tag in add if tag not in system_tags)
+            tags = list(dict.fromkeys((*kept, *added)))
+            if tags != old_tags:
+                with writable_folder(self._meta_path(ids)) as meta:
+                    self._replace_file(meta, SELF_FILE, {**raw, "tags": tags})
+        return tags
+
+    def check_writable(self) -> None:
+        """Raise OSError if no record could be written now."""
+        name = self._temporary_name()
+        with writable_folder(self.folder) as folder:
+            try:
+                write_file(folder, name, b"{}")
+            finally:
+                remove_files(folder, [name])
+
+    def _require_task(self, ids: Ids) -> None:
+        """Raise NotFound if there is no such task, or no step or run of it."""
+        self._require(ids[:2], parse_run_record)
+        self._require(ids[:3], parse_step_record)
+        self._require(ids, parse_task_record)
+
+    def _record_heartbeat(self, ids: Ids) -> bool:
+        is_run = len(ids) == RUN_DEPTH
+        record = self._read_object(ids, parse_run_record if is_run else parse_task_record)
+        if record is None:
+            return False
+        now = int(time.time())
+        if record["last_heartbeat_ts"] == now:
+            return True  # all tasks of a run count for it, and there may be many in a second
+        with writable_folder(self._meta_path(ids)) as meta:
+            try:
+                os.utime(HEARTBEAT_FILE, (now, now), dir_fd=meta, follow_symlinks=False)
+            except FileNotFoundError:
+                flags = os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW
+                os.close(os.open(HEARTBEAT_FILE, flags, 0o600, dir_fd=meta))
+                # The mtime of a new file is some milliseconds old.
+                os.utime(HEARTBEAT_FILE, (now, now), dir_fd=meta, follow_symlinks=False)
+        self._records.modify(
+            self._self_path(ids), lambda cached: cached.with_fields({"last_heartbeat_ts": now})
+        )
+        return True
+
+    def _create_files(self, folder: int, files: Mapping[str, RawRecord]) -> list[str]:
+        """Write new records into an open folder, all of them or none. Names that are taken are left
+        alone and returned.
+
+        Nobody waits until the records are on the disk, as in local mode: a flow would have to do so
+        at every step.
+        """
+        created: list[str] = []
+        taken: list[str] = []
+        try:
+            for name, raw in files.items():
+                content = json.dumps(raw).encode()
+                is_new = create_file(folder, name, content, self._temporary_name())
+                (created if is_new else taken).append(name)
+        except OSError:
+            remove_files(folder, created)
+            raise
+        return taken
+
+    def _replace_file(self, folder: int, name: str, raw: RawRecord) -> None:
+        """Replace a record. The new one is on the disk first, so that a crash of the machine leaves
+        one of the two."""
+        temporary = self._temporary_name()
+        try:
+            write_file(folder, temporary, json.dumps(raw).encode(), is_synced=True)
+            os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+        except OSError:
+            remove_files(folder, [temporary])
+            raise
+        os.fsync(folder)
+
+    def _temporary_name(self) -> str:
+        return f"{TEMPORARY}{next(self._temporary_numbers)}"
 
 
 # ==================================================================================================
@@ -3089,9 +3284,9 @@ def parse_epoch(name: str, text: str) -> int:
     return int(text)
 
 
-def parse_id(name: str, text: str) -> IdOrder:
+def parse_id(name: str, text: str) -> IdSortKey:
     """The operand of a column of ids."""
-    return id_order(parse_integer(name, text))
+    return id_sort_key(parse_integer(name, text))
 
 
 def parse_status(name: str, text: str) -> str:
@@ -3194,7 +3389,7 @@ EQUAL = frozenset(("eq", "ne", "is"))
 
 RUN_COLUMNS: Mapping[str, Field] = {
     "flow_id": Field(lambda run: run["flow_id"], parse_text),
-    "run_number": Field(lambda run: id_order(run["run_number"]), parse_id, ORDERED),
+    "run_number": Field(lambda run: id_sort_key(run["run_number"]), parse_id, ORDERED),
     "run_id": Field(lambda run: string_id(run["run_number"]), parse_text),
     "user_name": Field(lambda run: run["user_name"], parse_text),
     "user": Field(lambda run: run.get("user"), parse_text),
@@ -3210,7 +3405,7 @@ RUN_FIELDS: Mapping[str, Field] = {
     "status": Field(lambda run: run["status"], parse_status),
 }
 TASK_FIELDS: Mapping[str, Field] = {
-    "task_id": Field(lambda task: id_order(task["task_id"]), parse_id, ORDERED),
+    "task_id": Field(lambda task: id_sort_key(task["task_id"]), parse_id, ORDERED),
     "task_name": Field(lambda task: string_id(task["task_id"]), parse_text),
     "user_name": Field(lambda task: task["user_name"], parse_text),
     "ts_epoch": Field(lambda task: task["ts_epoch"], parse_epoch, ORDERED),
@@ -3286,7 +3481,7 @@ def sort_rows(rows: list[Any], order: Sequence[ColumnOrder]) -> None:
 def null_last_key(name: str, row: Mapping[str, Any]) -> tuple[bool, Any]:
     """A sort key for a column in which numbers, texts and null may occur."""
     value = row.get(name)
-    return (value is None, id_order(0 if value is None else value))
+    return (value is None, id_sort_key(0 if value is None else value))
 
 
 # -- pages: ?_limit=50&_cursor=... -----------------------------------------------------------------
@@ -3569,7 +3764,7 @@ class Comparison(TypedDict):
     differences: list[Difference]
 
 
-class RunRow(_Run):
+class RunRow(BaseRun):
     """A run. As in all rows, tags are never null, and `run_id` is an id that a client chose."""
 
     run_id: str | None
@@ -5766,7 +5961,7 @@ class Retention:
 
     def _sort_key(self, ids: Ids) -> SortKey:
         run = self._store.run(ids)
-        return (0, id_order(ids[1])) if run is None else run_sort_key(run)
+        return (0, id_sort_key(ids[1])) if run is None else run_sort_key(run)
 
     def _delete_run(self, ids: Ids) -> Usage:
         usage = self.measure_run(ids)
@@ -6181,13 +6376,13 @@ def parse_labels(item: Mapping[str, object], default_user: str | None = None) ->
     )
 
 
-def parse_metadatum(item: Mapping[str, object]) -> MetadatumToStore:
+def parse_metadatum(item: Mapping[str, object]) -> NewMetadatum:
     value = item.get("value", " ")
     if isinstance(value, (bool, int, float)):
         value = json.dumps(value)
     if value is not None and not isinstance(value, str) and not is_text_list(value):
         raise HttpError(400, "value must be a string, a list of strings or null.")
-    return MetadatumToStore(
+    return NewMetadatum(
         required_text(item, "field_name", " "),
         cast(MetadatumValue, value),
         required_text(item, "type", " "),
@@ -6195,9 +6390,9 @@ def parse_metadatum(item: Mapping[str, object]) -> MetadatumToStore:
     )
 
 
-def parse_artifact(item: Mapping[str, object]) -> ArtifactToStore:
+def parse_artifact(item: Mapping[str, object]) -> NewArtifact:
     attempt = item.get("attempt_id", 0)
-    return ArtifactToStore(
+    return NewArtifact(
         required_text(item, "name", " "),
         required_text(item, "location", " "),
         required_text(item, "ds_type", " "),
@@ -6584,7 +6779,7 @@ STATUS_OF_STORE_ERRORS: Mapping[type, int] = {
     AlreadyExists: 409,
     NotDeletable: 409,
     NotStorable: 400,
-    SystemTagKept: 422,
+    SystemTagRemoval: 422,
 }
 STATUS_OF_OS_ERRORS: Mapping[int | None, int] = {
     errno.ENOSPC: 507,

@@ -774,7 +774,7 @@ def new_run(store: mls.Store, run_id: str | None = None, flow: str = "Flow") -> 
     """Make a run, and its flow if need be, and return its ids."""
     with contextlib.suppress(mls.AlreadyExists):
         store.create_flow((flow,), labels())
-    run = store.create_run((flow,), run_id, labels(), beats=False)
+    run = store.create_run((flow,), run_id, labels(), has_heartbeats=False)
     return (flow, str(run["run_number"]))
 
 
@@ -782,16 +782,16 @@ def new_task(store: mls.Store, run: Ids, step: str = "start", task_id: str | Non
     """Make a task, and its step if need be, and return its ids."""
     with contextlib.suppress(mls.AlreadyExists):
         store.create_step((*run, step), labels())
-    task = store.create_task((*run, step), task_id, labels(), beats=False)
+    task = store.create_task((*run, step), task_id, labels(), has_heartbeats=False)
     return (*run, step, str(task["task_id"]))
 
 
-def a_field(name: str, value: Any = "value", attempt: int = 0) -> mls.MetadatumToStore:
-    return mls.MetadatumToStore(name, value, name, labels([f"attempt_id:{attempt}"], []))
+def a_field(name: str, value: Any = "value", attempt: int = 0) -> mls.NewMetadatum:
+    return mls.NewMetadatum(name, value, name, labels([f"attempt_id:{attempt}"], []))
 
 
-def an_artifact(name: str, attempt: int = 0) -> mls.ArtifactToStore:
-    return mls.ArtifactToStore(
+def an_artifact(name: str, attempt: int = 0) -> mls.NewArtifact:
+    return mls.NewArtifact(
         name, f":root:/{name!a}", "local", "sha", "metaflow.artifact", "pickle", attempt, labels()
     )
 
@@ -975,7 +975,7 @@ def test_an_id_that_many_bring_at_once_is_made_once(store: mls.Store) -> None:
 
     def is_made(_: int) -> bool:
         with contextlib.suppress(mls.AlreadyExists):
-            return bool(store.create_run(("Flow",), "argo", labels(), beats=True))
+            return bool(store.create_run(("Flow",), "argo", labels(), has_heartbeats=True))
         return False
 
     with ThreadPoolExecutor(16) as pool:
@@ -1007,9 +1007,9 @@ def test_what_cannot_name_a_folder_is_refused(store: mls.Store, name: str) -> No
     before = all_paths(Path(store.folder).parent)
     for refused in (
         lambda: store.create_flow((name,), labels()),
-        lambda: store.create_run(run[:1], name, labels(), beats=True),
+        lambda: store.create_run(run[:1], name, labels(), has_heartbeats=True),
         lambda: store.create_step((*run, name), labels()),
-        lambda: store.create_task(step, name, labels(), beats=True),
+        lambda: store.create_task(step, name, labels(), has_heartbeats=True),
         lambda: store.task((*step, name)),
     ):
         with pytest.raises(mls.NotStorable):
@@ -1120,7 +1120,7 @@ def test_a_change_of_tags_keeps_all_else_of_the_record(store: mls.Store) -> None
 
 def test_a_run_without_tags_can_be_tagged(store: mls.Store) -> None:
     store.create_flow(("Flow",), labels(None, None))
-    store.create_run(("Flow",), "argo", labels(None, None), beats=True)
+    store.create_run(("Flow",), "argo", labels(None, None), has_heartbeats=True)
     assert store.change_tags(("Flow", "argo"), add=["new"], remove=["x"]) == ["new"]
     assert store.run(("Flow", "argo"))["system_tags"] is None
 
@@ -1367,11 +1367,15 @@ def test_what_the_memory_does_not_hold_is_read_again(
 
 WRITES: dict[str, Callable[[mls.Store, Ids], object]] = {
     "flow": lambda store, task: store.create_flow(("New",), labels()),
-    "run": lambda store, task: store.create_run(task[:1], None, labels(), beats=True),
-    "run with an id": lambda store, task: store.create_run(task[:1], "x", labels(), beats=True),
+    "run": lambda store, task: store.create_run(task[:1], None, labels(), has_heartbeats=True),
+    "run with an id": lambda store, task: store.create_run(
+        task[:1], "x", labels(), has_heartbeats=True
+    ),
     "step": lambda store, task: store.create_step((*task[:2], "new"), labels()),
-    "task": lambda store, task: store.create_task(task[:3], None, labels(), beats=True),
-    "task with an id": lambda store, task: store.create_task(task[:3], "x", labels(), beats=True),
+    "task": lambda store, task: store.create_task(task[:3], None, labels(), has_heartbeats=True),
+    "task with an id": lambda store, task: store.create_task(
+        task[:3], "x", labels(), has_heartbeats=True
+    ),
     "metadata": lambda store, task: store.create_metadata(task, [a_field("f")] * 5),
     "artifacts": lambda store, task: store.create_artifacts(task, list(map(an_artifact, "abcde"))),
     "tags": lambda store, task: store.change_tags(task[:2], add=["new"], remove=[]),
@@ -2447,15 +2451,17 @@ def test_a_walk_through_pages_does_not_look_at_all_tasks_again(
     store: mls.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = new_task(store, new_run(store))
-    store.create_metadata(task, [mls.MetadatumToStore(n, n, "t", labels()) for n in "abc"])
+    store.create_metadata(task, [mls.NewMetadatum(n, n, "t", labels()) for n in "abc"])
     newest = next(store.metadata_below(task[:2]))
     looked: list[object] = []
-    files_in = mls.Store._files_in
-    monkeypatch.setattr(mls.Store, "_files_in", lambda *a: looked.append(a) or files_in(*a))
+    list_files = mls.Store._list_task_files
+    monkeypatch.setattr(
+        mls.Store, "_list_task_files", lambda *a: looked.append(a) or list_files(*a)
+    )
     place = mls.metadatum_sort_key(newest)
     assert [m["field_name"] for m in store.metadata_below(task[:2], place)] == ["b", "a"]
     assert not looked
-    monkeypatch.setattr(mls, "WALK_SECONDS", 0.0)
+    monkeypatch.setattr(mls, "PAGING_SECONDS", 0.0)
     assert [m["field_name"] for m in store.metadata_below(task[:2], place)] == ["b", "a"]
     assert looked
 
@@ -2463,7 +2469,7 @@ def test_a_walk_through_pages_does_not_look_at_all_tasks_again(
 def test_a_first_page_sees_what_has_come(store: mls.Store) -> None:
     task = new_task(store, new_run(store))
     for count in range(3):
-        store.create_metadata(task, [mls.MetadatumToStore("f", str(count), "t", labels())])
+        store.create_metadata(task, [mls.NewMetadatum("f", str(count), "t", labels())])
         assert [m["value"] for m in store.metadata_below(task[:2])] == list("210")[-count - 1 :]
 
 
