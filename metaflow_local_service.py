@@ -2323,8 +2323,11 @@ MOST_CARD_ROOTS = 100
 
 def read_card_roots(folder: str) -> list[str]:
     """The other datastores that may hold cards of this one's runs; see `note_card_root`."""
+    path = os.path.join(folder, CARD_ROOTS_FILE)
     try:
-        with open(os.path.join(folder, CARD_ROOTS_FILE), encoding="utf-8") as f:
+        # O_NONBLOCK: not to wait for a process that has the other end of a FIFO.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(descriptor, encoding="utf-8") as f:
             noted = json.load(f)
     except (OSError, ValueError, RecursionError):
         return []
@@ -2347,7 +2350,10 @@ def note_card_root(folder: str, here: str) -> None:
         descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         with open(descriptor, "w", encoding="utf-8") as f:
             json.dump([*noted, root][-MOST_CARD_ROOTS:], f)
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            remove_file(temporary)
 
 
 # -- logs ------------------------------------------------------------------------------------------
@@ -12639,7 +12645,8 @@ def open_private_file(path: str, flags: int, folder: int | None = None) -> int:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise ServiceError(f"{path} cannot be opened: {error.strerror}.") from None
+        reason = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
+        raise ServiceError(f"{path} cannot be opened: {reason}.") from None
     try:
         status = os.fstat(descriptor)
         if status.st_uid != os.geteuid():

@@ -4496,6 +4496,18 @@ def test_cards_in_another_root_go_unless_the_run_is_there_too(
     assert [card.exists() for card in cards] == [False, True]
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_cards_are_found_in_the_root_alone_where_no_other_can_be_noted(
+    store: mls.Store, project: Path, make: Any
+) -> None:
+    make(project / ".metaflow" / mls.CARD_ROOTS_FILE)
+    (project / "sub" / ".metaflow").mkdir(parents=True)
+    before = os.listdir(store.folder)
+    mls.note_card_root(store.folder, str(project / "sub"))
+    assert mls.read_card_roots(store.folder) in ([], [str(project / "sub" / ".metaflow")])
+    assert os.listdir(store.folder) == before
+
+
 # -- deleting where that is difficult --------------------------------------------------------------
 
 
@@ -8114,7 +8126,7 @@ def test_a_pid_that_is_anothers_by_now_is_left_alone(daemon: Api, cli: Cli) -> N
 
 
 @pytest.mark.parametrize("name", [mls.PIDFILE, mls.LEASE, mls.LOCK_FILE])
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("it")])
 def test_what_is_no_file_in_place_of_one_is_one_sentence(cli: Cli, name: str, make: Any) -> None:
     datastore = cli.folder / ".metaflow"
     datastore.mkdir()
