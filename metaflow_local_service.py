@@ -10177,25 +10177,29 @@ class Snapshot:
         self.now = model.clock()
         self.is_live = last_running is not None
         self._last_running = {} if last_running is None else last_running
-        self._judged_runs: dict[Ids, RunRow | None] = {}
-        self._judged_tasks: dict[Ids, list[AttemptRow]] = {}
+        self._runs: dict[Ids, RunRow | None] = {}
+        self._tasks: dict[Ids, list[AttemptRow]] = {}
 
     def run(self, ids: Ids) -> RunRow | None:
         """A run, or None if there is no such run."""
-        row = self._judge_run(ids)
-        return None if row is None else self._delay_run_end(row)
+        if ids not in self._runs:
+            row = self.model.run(ids)
+            self._runs[ids] = None if row is None else self._delay_run_end(row)
+        return self._runs[ids]
 
     def watched_runs(self) -> list[RunRow]:
         """The newest runs, and those that were running when they were last judged."""
         newest = itertools.islice(self.model.runs(), NEWEST_RUNS_WATCHED)
         found = {run_row_ids(row): row for row in (*self.model.unfinished_runs(), *newest)}
-        for ids, row in found.items():
-            self._judged_runs[ids] = self.model.judge(row)
-        return list(map(self._delay_run_end, found.values()))
+        rows = {ids: self._delay_run_end(self.model.judge(row)) for ids, row in found.items()}
+        self._runs.update(rows)
+        return list(rows.values())
 
     def tasks(self, ids: Ids) -> list[AttemptRow]:
         """The attempts of all tasks of a run, oldest task first."""
-        return list(map(self._delay_attempt_end, self._judge_tasks(ids)))
+        if ids not in self._tasks:
+            self._tasks[ids] = list(map(self._delay_attempt_end, self.model.tasks(ids, self.now)))
+        return self._tasks[ids]
 
     def attempts(self, ids: Ids) -> list[AttemptRow]:
         """The attempts of a task, newest first."""
@@ -10203,47 +10207,33 @@ class Snapshot:
 
     def run_version(self, ids: Ids) -> object:
         """An object that is equal as long as nothing in a run changes; None while it may change."""
-        row = self._judge_run(ids)
-        if row is None or (self.model.is_settled(row) and not self._awaits_logs(row)):
-            return json.dumps(row)
-        return None
-
-    def _judge_run(self, ids: Ids) -> RunRow | None:
-        if ids not in self._judged_runs:
-            self._judged_runs[ids] = self.model.run(ids)
-        return self._judged_runs[ids]
-
-    def _judge_tasks(self, ids: Ids) -> list[AttemptRow]:
-        if ids not in self._judged_tasks:
-            self._judged_tasks[ids] = self.model.tasks(ids, self.now)
-        return self._judged_tasks[ids]
+        row = self.run(ids)
+        may_change = row is not None and (
+            row["finished_at"] is None or not self.model.is_settled(row) or self._awaits_logs(row)
+        )
+        return None if may_change else json.dumps(row)
 
     def _awaits_logs(self, row: RunRow) -> bool:
         """Whether a log of a run that has ended may still be stored."""
-        if not self._has_ended_within(STORING_SECONDS, row):
-            return False
-        tasks = self._judge_tasks(run_row_ids(row))
-        return any(not t["is_log_stored"] for t in tasks if t["finished_at"] is not None)
+        tasks = self.tasks(run_row_ids(row)) if self._has_ended_within(STORING_SECONDS, row) else ()
+        return not all(task["is_log_stored"] for task in tasks)
 
     def _delay_attempt_end(self, row: AttemptRow) -> AttemptRow:
         """An attempt, in a live snapshot without its end while its log is expected."""
-        return without_end(row) if self.is_live and self._lacks_log(row) else row
-
-    def _lacks_log(self, row: AttemptRow) -> bool:
-        return not row["is_log_stored"] and self._has_ended_within(LOG_WAIT_SECONDS, row)
+        is_early = not row["is_log_stored"] and self._has_ended_within(LOG_WAIT_SECONDS, row)
+        return without_end(row) if self.is_live and is_early else row
 
     def _delay_run_end(self, row: RunRow) -> RunRow:
-        """A run, in a live snapshot without its end for a while after the ends of its attempts."""
+        """A run, in a live snapshot without its end until a while after those of its attempts."""
         if not self.is_live:
             return row
         ids, now = run_row_ids(row), time.monotonic()
-        if row["finished_at"] is None or (
-            self._has_ended_within(LOG_WAIT_SECONDS, row)  # else there is no need to read its tasks
-            and any(map(self._lacks_log, self._judge_tasks(ids)))
-        ):
+        # The attempts are only read if the end of one may be delayed.
+        tasks = self.tasks(ids) if self._has_ended_within(LOG_WAIT_SECONDS, row) else ()
+        if row["finished_at"] is None or any(task["status"] == RUNNING for task in tasks):
             self._last_running[ids] = now
-        is_due = now - self._last_running.get(ids, -math.inf) >= RUN_END_DELAY_SECONDS
-        return row if is_due else without_end(row)
+        is_early = now - self._last_running.get(ids, -math.inf) < RUN_END_DELAY_SECONDS
+        return without_end(row) if is_early else row
 
     def _has_ended_within(self, seconds: float, row: RunRow | AttemptRow) -> bool:
         end = row["finished_at"]
@@ -10276,10 +10266,6 @@ class Resource(NamedTuple):
     version: VersionReader  # equal as long as the rows are the same; None if that is not known
     existing_keys: KeyReader  # of all rows, whatever the filters; none if no deletion is announced
 
-    def rows(self, snapshot: Snapshot, query: Query, ids: Ids) -> list[Mapping[str, Any]]:
-        """The rows that pass the filters of a query, in its order."""
-        return select_rows(self.read_rows(snapshot, query, ids), query, self.columns)
-
 
 def version_of_run(snapshot: Snapshot, query: Query, ids: Ids) -> object:
     """The version of the run in which an object is."""
@@ -10310,7 +10296,8 @@ def ui_resource(
         resource = Resource(read_rows, columns, key, version, existing_keys)
 
         def fetch(model: Model, request: Request, *names: str) -> Response:
-            found = resource.rows(Snapshot(model), request.query, object_ids(*names))
+            rows = read_rows(Snapshot(model), request.query, object_ids(*names))
+            found = select_rows(rows, request.query, columns)
             if not key:
                 return object_response(request, found[0] if found else None)
             page = paginate_rows(request.query, found, columns) if is_paged else ListPage(found)
@@ -10449,9 +10436,9 @@ def ui_list_runs(model: Model, request: Request, flow: str | None = None) -> Res
     """A page of the runs of all flows or of one flow, or of groups of them."""
     order = parse_order(request.query, {*UI_RUN_COLUMNS, *UI_JUDGED_COLUMNS})
     runs = filter_runs(model, request.query, list_runs_since(model, request.query, flow))
-    if order not in ([], [NEWEST_FIRST]):  # in that order they come, and not all have to be read
-        has_judged = any(name in UI_JUDGED_COLUMNS for name, _ in order)
-        runs = [model.judge(run) if has_judged else run for run in runs]
+    if order not in ([], [NEWEST_FIRST]):  # they come in this order; for another, all are read
+        needs_verdict = any(name in UI_JUDGED_COLUMNS for name, _ in order)
+        runs = [model.judge(run) if needs_verdict else run for run in runs]
         sort_rows(runs, order)
     page = paginate_rows(request.query, runs, UI_RUN_GROUPS)
     return page_response(request, page._replace(rows=[model.judge(run) for run in page.rows]))
@@ -11047,7 +11034,7 @@ class Subscription:
         version = resource.version(*arguments)
         if version is not None and version == self._version:
             return []
-        rows = resource.rows(*arguments)
+        rows = select_rows(resource.read_rows(*arguments), self._query, resource.columns)
         existing = set(resource.existing_keys(*arguments) if self._wants_deletions else ())
         # All is read now; only then may a row count as announced.
         frames = [*filter(None, map(self._announce, rows)), *self._announce_deletions(existing)]
