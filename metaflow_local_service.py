@@ -6536,20 +6536,17 @@ def create_flow(model: Model, request: Request, flow: str) -> Response:
 def list_runs(model: Model, request: Request, flow: str) -> Response:
     """The runs of a flow that pass the filters; with their status if a filter asks for it."""
     conditions = parse_filters(request.query, RUN_FIELDS)
-    plain = [test for name, test in conditions if name != "status"] + parse_tag_filters(
-        request.query
-    )
     by_status = [test for name, test in conditions if name == "status"]
+    by_record = [test for name, test in conditions if name != "status"]
+    by_record += parse_tag_filters(request.query)
 
     def runs(before: SortKey | None) -> Iterable[Run]:
-        found = filter_records(model.store.runs((flow,), before), plain)
-        return (
-            filter_records(map(partial(with_status, model), found), by_status)
-            if by_status
-            else found
-        )
+        found = filter_records(model.store.runs((flow,), before), by_record)
+        if not by_status:
+            return found
+        return filter_records((with_status(model, run) for run in found), by_status)
 
-    return paginate(model, request, RUN_ORDER, runs, filtered=bool(plain or by_status))
+    return paginate(model, request, RUN_ORDER, runs, filtered=bool(by_record or by_status))
 
 
 def with_status(model: Model, run: Run) -> Run:
