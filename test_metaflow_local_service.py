@@ -513,6 +513,20 @@ def test_the_readme_names_every_environment_variable_and_subcommand() -> None:
 
 
 @structural
+def test_the_stories_of_the_readme_name_functions_that_exist() -> None:
+    existing = set()
+    for node in ast.parse(SOURCE).body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            existing.add(node.name)
+            inner = node.body if isinstance(node, ast.ClassDef) else ()
+            existing |= {f"{node.name}.{s.name}" for s in inner if isinstance(s, ast.FunctionDef)}
+    stories = text_of("README.md").partition("### Four stories")[2].partition("### How to add")[0]
+    named = re.findall(r"`(\w+(?:\.\w+)*)`", stories)
+    assert len(named) > 30
+    assert [name for name in named if name not in existing | {"run"}] == []
+
+
+@structural
 def test_ci_runs_the_one_test_command_of_the_readme_and_ends_as_it_does(tmp_path: Path) -> None:
     command = r"^ *python3 -m venv .*pytest.*$"
     assert len(re.findall(command, text_of("README.md"), re.MULTILINE)) == 1
