@@ -25,6 +25,14 @@ The file is read from top to bottom. Each layer uses only what stands above it:
 A record is a dict, because it is JSON; the TypedDicts say which. An object is addressed by its
 `ids`, the parts of its pathspec: ("MyFlow", "1795448419531000", "start", "1").
 
+What this design is bad at. It ends at one machine: the locks, and the check whose a connection is,
+are those of one kernel. Every record is a small file of its own, so that a root with many runs is
+slow to copy and to delete. There is no index on the disk: a list looks at every record that it
+shows with a stat, and one of tens of thousands takes tenths of a second. Nobody records the end of
+a run, so that its status has to be inferred from what its tasks have left. And flows of many short
+tasks run faster in local mode, because Metaflow's client starts a process for the heartbeats of
+each task in service mode.
+
 PYTEST_DONT_REWRITE: as a plugin of pytest's this is taken as it stands, its bytecode too.
 """
 
@@ -337,7 +345,8 @@ def proxy_exceptions(host: str, environment: Environment) -> dict[str, str]:
 # - The files are the only state, and they are those of local mode. Whatever is in memory is a
 #   cache: to lose it costs time and nothing else.
 # - Other processes change files at any moment: local mode, other tools, people. So every call looks
-#   at the disk before it believes a cache, except as said at PAGING_SECONDS.
+#   at the disk before it believes a cache. There are two exceptions: the pages of a long list (see
+#   PAGING_SECONDS), and heartbeats, which nobody but the service of the root records.
 # - What goes into a record is decided by Metaflow's LocalMetadataProvider, and is completed here.
 #   Only writing imports Metaflow.
 # - A request that cannot be carried out is a StoreError with a sentence for the client. A failure
@@ -363,16 +372,16 @@ def proxy_exceptions(host: str, environment: Environment) -> dict[str, str]:
 # _meta of a task also vouches for the contents of its metadata and artifacts, which neither mode
 # changes in place; these are not looked at again while the version stays the same.
 #
-# What is cached, each up to a limit beyond which the oldest entries are forgotten:
+# What is cached, by what, and up to which limit; beyond it, the oldest entries are forgotten:
 #
-#     _records         records, by the path of their file         RECORDS_IN_MEMORY
-#     _listings        the children of an object, sorted          NAMES_IN_MEMORY
-#     _task_files      the names of a task's files, sorted        TASK_FILES_IN_MEMORY
-#     _task_values     what tasks say in one metadata field       VALUES_IN_MEMORY
-#     _indexes         lists over all tasks of a run or step      INDEX_ENTRIES_IN_MEMORY
-#     _last_task_ids   the last number given to a task of a run   RECORDS_IN_MEMORY
-#     _step_folders    the names of a run's steps                 RECORDS_IN_MEMORY
-#     _newest_runs     the newest run of a flow at first sight    none: one number for each flow
+#     _records         records, by path                            RECORDS_IN_MEMORY
+#     _listings        the children of an object, by its folder    NAMES_IN_MEMORY
+#     _task_files      the files of a task, by their folder        TASK_FILES_IN_MEMORY
+#     _task_values     the texts of one metadata field, by step    VALUES_IN_MEMORY
+#     _indexes         lists over several tasks, by kind and ids   INDEX_ENTRIES_IN_MEMORY
+#     _last_task_ids   the last number of a task, by run           RECORDS_IN_MEMORY
+#     _step_folders    the names of the steps, by run              RECORDS_IN_MEMORY
+#     _newest_runs     the newest run at first sight, by flow      none: one number for each flow
 #
 # Locks. `_writing` is held by whoever creates an object, adds metadata or artifacts, or changes
 # tags, and so these happen one after another. Other processes do not take it. Against them new ids
@@ -382,10 +391,10 @@ def proxy_exceptions(host: str, environment: Environment) -> dict[str, str]:
 # and TimestampGenerator are held for a few operations in memory, never while the disk is used.
 #
 # How files are written. A new record is written to a file without a name, which is then linked into
-# its place, so that nobody ever sees half a record. Where the system has no such files, it gets a
-# temporary name (TEMPORARY) and is renamed. As in local mode, it is left to the kernel when a new
-# record reaches the disk itself. A record that replaces another is synced before it is renamed, and
-# its folder is synced afterwards.
+# its place, so that nobody ever sees half a record. Where the system has no such files, the file
+# has a temporary name (TEMPORARY) until it is renamed; whether its final name is free is checked
+# before. As in local mode, it is left to the kernel when a new record reaches the disk itself. A
+# record that replaces another is synced before it is renamed, and its folder is synced afterwards.
 #
 # Symbolic links are followed for reading, and those that lead nowhere or in a circle are left out.
 # Nothing is written where one leads: not through a linked folder, and not through a linked file.
@@ -404,7 +413,7 @@ def proxy_exceptions(host: str, environment: Environment) -> dict[str, str]:
 
 Ids = tuple[str, ...]
 Id = Union[int, str]
-Tags = Optional[list[str]]
+Tags = Optional[list[str]]  # None if the client has not said anything of tags
 RawRecord = dict[str, Any]
 """A record as it is in its file, by whatever version of Metaflow or other client it was made."""
 
@@ -502,8 +511,10 @@ class RunTags(TypedDict):
 
 
 class Record(dict[str, Any]):
-    """A cached record. It is never changed, and so its JSON is made only once: making it would be a
-    third of what a list of records takes."""
+    """A cached record, which is never changed.
+
+    Its JSON is made only once, since that would be a third of what a list of records takes.
+    """
 
     __slots__ = ("_json",)
     _json: str  # set by the first call of json()
@@ -552,8 +563,7 @@ class NewArtifact(NamedTuple):
 
 
 class StoreError(Exception):
-    """A request to the store that cannot be carried out; its text is one sentence for the
-    client."""
+    """A request that the store cannot carry out; its text is one sentence for the client."""
 
 
 class NotFound(StoreError):
@@ -570,20 +580,6 @@ class NotStorable(StoreError):
 
 class SystemTagRemoval(StoreError):
     """System tags cannot be removed."""
-
-
-def local_metadata_provider(root: str) -> Any:
-    """Metaflow's LocalMetadataProvider, set to the .metaflow in `root`.
-
-    This is the only place that knows Metaflow's versions: the class was moved in 2.12.29. The
-    import takes most of a second, and so nothing else imports Metaflow.
-    """
-    try:
-        from metaflow.plugins.metadata_providers.local import LocalMetadataProvider
-    except ImportError:
-        from metaflow.plugins.metadata.local import LocalMetadataProvider
-    LocalMetadataProvider.INFO = root
-    return LocalMetadataProvider
 
 
 # -- ids and sort keys -----------------------------------------------------------------------------
@@ -616,25 +612,12 @@ def wire_id(name: str) -> Id:
 
 
 def numeric_ids(names: Iterable[str]) -> Iterator[int]:
-    """Those names that are numeric ids, as the service and local mode give them."""
+    """The numbers among some names: ids as the service and local mode give them."""
     return (int(name) for name in names if wire_id(name) != name)
 
 
-def validate_client_id(identifier: str, kind: str) -> str:
-    """An id that a client brings, which may be any name that is not a number: the service gives
-    those. NotStorable if it is one, or cannot be a name."""
-    if identifier.isnumeric():
-        raise NotStorable(f"A {kind} id that the client brings must not be a number.")
-    try:
-        identifier.encode()  # a file name may have surrogates in it, a path of a request may not
-    except UnicodeEncodeError:
-        raise NotStorable(f"{identifier!r} cannot be a name: it is not valid Unicode.") from None
-    check_name(identifier)
-    return identifier
-
-
 def id_sort_key(identifier: Id) -> IdSortKey:
-    """Sorts numbers by value, and names after them by code point."""
+    """Sorts numbers by value and puts names after them, sorted by code point."""
     return (isinstance(identifier, str), identifier)
 
 
@@ -697,8 +680,10 @@ EntryT = TypeVar("EntryT", bound="tuple[Any, ...]")
 
 
 def entries_before(entries: Sequence[EntryT], before: SortKey | None) -> Iterator[EntryT]:
-    """The entries of a sorted list from the newest on, or from the first that is older than
-    `before`."""
+    """The entries of a list, from the newest on; only those older than `before`, if given.
+
+    The list is sorted, oldest first.
+    """
     end = len(entries) if before is None else bisect.bisect_left(entries, before)
     return map(entries.__getitem__, range(end - 1, -1, -1))
 
@@ -737,7 +722,7 @@ DIGEST_NAME = re.compile(r".*~[0-9a-f]{32}", re.DOTALL)
 
 @lru_cache(maxsize=4096)
 def check_name(name: str) -> None:
-    """Raise NotStorable if a flow, run, step or task cannot have this name, as a folder cannot."""
+    """Raise NotStorable if no flow, run, step or task can have a name, because no folder can."""
     if name in ("", ".", "..", META_DIR) or "/" in name or "\0" in name:
         raise NotStorable(f"{name!r} cannot be a name: it cannot name a folder.")
     try:
@@ -745,6 +730,21 @@ def check_name(name: str) -> None:
             raise NotStorable(f"A name has at most {NAME_BYTES} bytes.")
     except UnicodeEncodeError:
         raise NotStorable(f"{name!r} cannot be a name: it is not valid Unicode.") from None
+
+
+def validate_client_id(identifier: str, kind: str) -> str:
+    """Return an id that a client brings, or raise NotStorable if it cannot be used.
+
+    It may be any name that is not a number, since the service gives those.
+    """
+    if identifier.isnumeric():
+        raise NotStorable(f"A {kind} id that the client brings must not be a number.")
+    try:
+        identifier.encode()  # a file name may have surrogates in it, a path of a request may not
+    except UnicodeEncodeError:
+        raise NotStorable(f"{identifier!r} cannot be a name: it is not valid Unicode.") from None
+    check_name(identifier)
+    return identifier
 
 
 def metadatum_file_name(field_name: str, timestamp: int) -> str:
@@ -758,9 +758,9 @@ def artifact_file_name(attempt: int, name: str) -> str:
 def encode_file_name(prefix: str, name: str, suffix: str) -> str:
     """A file name that contains the name of a field or artifact, which may be any text.
 
-    The name stands there unchanged wherever local mode could have written it, so that each mode
-    finds the other's files. Otherwise its beginning stands there, quoted, and a digest of it, so
-    that no two names have the same file.
+    The name is left as it is wherever local mode could have written it, so that each mode finds the
+    files of the other. Otherwise its beginning is quoted and a digest of the whole follows, so that
+    no two names share a file.
     """
     encoded = name.encode("utf-8", "surrogatepass")
     is_short = len(prefix) + len(encoded) + len(suffix) <= NAME_BYTES
@@ -940,8 +940,10 @@ def file_version(status: os.stat_result) -> Version:
 
 
 def settled_version(status: os.stat_result) -> Version | None:
-    """The version of a folder, whose status is that of now; None if it may change without a new
-    one."""
+    """The version of a folder; None if the folder may change without getting a new one.
+
+    The status must be that of now.
+    """
     is_settled = time.time_ns() - status.st_mtime_ns > SETTLED_NS
     return file_version(status) if is_settled else None
 
@@ -962,8 +964,10 @@ def are_unchanged(folders: FolderVersions) -> bool:
 
 
 def stat_or_none(path: str, folder: int | None = None) -> os.stat_result | None:
-    """The status of a file or folder, or None if there is none. `folder`: a descriptor of the
-    folder that the path is relative to."""
+    """The status of a file or folder, or None if there is none.
+
+    A path may be relative to `folder`, a descriptor.
+    """
     try:
         return os.stat(path, dir_fd=folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -1009,19 +1013,21 @@ def writable_folder(path: str) -> Iterator[int]:
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        if opened_path(descriptor) != path and os.path.realpath(path) != path:
+        if is_behind_link(descriptor, path):
             raise NotStorable(f"{path} is behind a symbolic link, and nothing is written there.")
         yield descriptor
     finally:
         os.close(descriptor)
 
 
-def opened_path(descriptor: int) -> str | None:
-    """The path of an open file without any link in it; None if the kernel does not tell."""
+def is_behind_link(descriptor: int, path: str) -> bool:
+    """Whether the path by which a folder has been opened goes through a symbolic link."""
     try:
-        return os.readlink(f"/proc/self/fd/{descriptor}")
+        if os.readlink(f"/proc/self/fd/{descriptor}") == path:
+            return False
     except OSError:
-        return None
+        pass  # there is no /proc, or the folder has no path any more
+    return os.path.realpath(path) != path
 
 
 def make_folder(parent: int, name: str) -> bool:
@@ -1034,8 +1040,10 @@ def make_folder(parent: int, name: str) -> bool:
 
 
 def ensure_folder(parent: int, name: str) -> bool:
-    """Make a private folder in an open one unless there is one, and return whether it was made.
-    NotStorable if there is a file or link of that name."""
+    """Make a private folder in an open one unless there is one; return whether it was made.
+
+    NotStorable if there is a file or link of that name.
+    """
     if make_folder(parent, name):
         return True
     if not stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
@@ -1044,12 +1052,13 @@ def ensure_folder(parent: int, name: str) -> bool:
 
 
 def create_file(folder: int, name: str, content: bytes, temporary: str) -> bool:
-    """Make a private file below an open folder, which has its whole content once it has its name.
-    False if the name is taken, by whatever it may be.
+    """Make a private file that has its whole content once it has its name.
 
-    Without a name until then if the system can do that: on ext4 this takes a fifth less of the
-    processor than a `temporary` name does (48 and 60 microseconds), it finds out whether the name
-    is free, and it leaves nothing behind when the service is killed.
+    The name is relative to `folder`, a descriptor. False if it is taken, by whatever it may be.
+
+    The file has no name until then if the system can do that. On ext4 this takes a fifth less of
+    the processor than a `temporary` name does (48 and 60 microseconds), it finds out whether the
+    name is free, and it leaves nothing behind when the service is killed.
     """
     parent = os.path.dirname(name) or "."
     try:
@@ -1073,8 +1082,10 @@ def create_file(folder: int, name: str, content: bytes, temporary: str) -> bool:
 
 
 def create_unnamed_file(folder: int, parent: str, name: str, content: bytes) -> None:
-    """Write a file without a name into `parent`, below an open folder, and then link it to
-    `name`."""
+    """Make a file without a name in `parent`, write it, and then link it to `name`.
+
+    Both are relative to `folder`, a descriptor. FileExistsError if the name is taken.
+    """
     if not hasattr(os, "O_TMPFILE"):
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
     descriptor = os.open(parent, os.O_TMPFILE | os.O_WRONLY, 0o600, dir_fd=folder)
@@ -1086,7 +1097,7 @@ def create_unnamed_file(folder: int, parent: str, name: str, content: bytes) -> 
 
 
 def is_taken(folder: int, name: str) -> bool:
-    """Whether there is anything of that name in an open folder, even a link that leads nowhere."""
+    """Whether there is anything of a name in an open folder, even a link that leads nowhere."""
     try:
         os.stat(name, dir_fd=folder, follow_symlinks=False)
         return True
@@ -1162,8 +1173,10 @@ class Cache(dict[str, T]):
                 self._evict(next(iter(self)))
 
     def modify(self, key: str, change: Callable[[T], T]) -> T | None:
-        """Replace a value, if it is still there, by what `change` makes of it, and return that. It
-        must weigh the same."""
+        """Replace a value by what `change` makes of it, and return that; None if it is not there.
+
+        The new value must weigh the same.
+        """
         with self._lock:
             if key not in self:
                 return None
@@ -1176,7 +1189,7 @@ class Cache(dict[str, T]):
 
 
 class CachedRecord(NamedTuple):
-    """What was found in a file."""
+    """What a file contained."""
 
     version: Version
     record: Any  # None if there was no record in the file
@@ -1206,6 +1219,9 @@ class Listing(NamedTuple):
 
 NO_CHILDREN = Listing(None, [], [])
 
+DatedFile = tuple[int, int, str]
+"""A file with a metadatum: its ts_epoch, its id, and the name of the file."""
+
 
 class TaskFiles(NamedTuple):
     """The names of the files in the _meta folder of a task, by what they hold."""
@@ -1213,13 +1229,14 @@ class TaskFiles(NamedTuple):
     version: Version | None  # of the folder, if settled
     folder: str
     has_record: bool
-    metadata: list[tuple[int, int, str]]  # ts_epoch, id, file name; oldest first
+    metadata: list[DatedFile]  # oldest first
     undated: list[str]  # other metadata, as local mode names them: the ts_epoch is in the file
     artifacts: dict[int, list[str]]  # by attempt
 
     @classmethod
     def from_names(cls, version: Version | None, folder: str, names: Sequence[str]) -> TaskFiles:
-        metadata: list[tuple[int, int, str]] = []
+        """Sort the names in the folder into those of metadata and of artifacts."""
+        metadata: list[DatedFile] = []
         undated: list[str] = []
         artifacts: dict[int, list[str]] = {}
         for name in names:
@@ -1278,13 +1295,27 @@ class RecordIndex(NamedTuple):
 # -- the store -------------------------------------------------------------------------------------
 
 
+def local_metadata_provider(root: str) -> Any:
+    """Metaflow's LocalMetadataProvider, set to the .metaflow in `root`.
+
+    This is the only place that knows Metaflow's versions: the class was moved in 2.12.29. The
+    import takes most of a second, and so nothing else imports Metaflow.
+    """
+    try:
+        from metaflow.plugins.metadata_providers.local import LocalMetadataProvider
+    except ImportError:
+        from metaflow.plugins.metadata.local import LocalMetadataProvider
+    LocalMetadataProvider.INFO = root
+    return LocalMetadataProvider
+
+
 class Store:
     """The records of one root.
 
-    Any thread may call any method. What a method writes is in its file when it returns. A record
-    that is returned may be the cached one and must not be changed; only a single run is always a
-    copy. In lists, `before` is the sort key of a record: what follows are the records older than
-    that one.
+    Any thread may call any method. When a method that writes returns, its records are in their
+    files. What a method returns may be the cached record, which must not be changed; `run` and
+    `create_run` return copies. Lists are newest first, and their `before` is a sort key: only what
+    is older than that follows.
     """
 
     def __init__(self, root: str) -> None:
@@ -1292,14 +1323,12 @@ class Store:
         self._root = root
         self.folder = os.path.realpath(os.path.join(root, DATASTORE_DIR))
         self._provider_class: Any = None  # None until something is to be written
-        # By path of a file; by folder; by the _meta folder of a task.
+        # The caches; the head of this layer says by what each is keyed.
         self._records: Cache[CachedRecord] = Cache(RECORDS_IN_MEMORY, CachedRecord.weight)
         self._listings: Cache[Listing] = Cache(NAMES_IN_MEMORY, Listing.weight)
         self._task_files: Cache[TaskFiles] = Cache(TASK_FILES_IN_MEMORY, TaskFiles.weight)
-        # By folder of a step and name of a field, and then by task; by kind and ids.
         self._task_values: Cache[dict[str, TaskValues]] = Cache(VALUES_IN_MEMORY, values_weight)
         self._indexes: Cache[RecordIndex] = Cache(INDEX_ENTRIES_IN_MEMORY, RecordIndex.weight)
-        # By folder of a run; by folder of a flow.
         self._last_task_ids: Cache[int] = Cache(RECORDS_IN_MEMORY)
         self._step_folders: Cache[tuple[Version | None, list[str]]] = Cache(RECORDS_IN_MEMORY)
         self._newest_runs: dict[str, int] = {}
@@ -1368,8 +1397,10 @@ class Store:
         return self.list_below(step)[1]
 
     def list_below(self, ids: Ids) -> tuple[Version | None, list[Ids]]:
-        """The ids of the steps of a run or of the tasks of a step, oldest first. Before them, the
-        version that vouches for them; None if it is not settled."""
+        """The version that vouches for the children of a run or step, and their ids, oldest first.
+
+        The version is None if it is not settled.
+        """
         parse = parse_step_record if len(ids) == RUN_DEPTH else parse_task_record
         listing = self._list_children(ids, parse)
         return listing.version, [(*ids, name_in_key(key)) for key in listing.sort_keys]
@@ -1385,9 +1416,11 @@ class Store:
                     yield self._with_tags(self._self_path(ids), task, tags)
 
     def version(self, ids: Ids) -> Version | None:
-        """The version of an object's folder, which changes with the names of its children; of a
-        task, that of its _meta folder, which changes with its metadata and artifacts. None if the
-        folder is not settled or does not exist."""
+        """The version of an object, which changes when children of it are added or removed.
+
+        That of a task changes with its metadata and artifacts. None if it is not settled, or if
+        there is no such object.
+        """
         status = stat_or_none(self.versioned_folder(ids))
         return None if status is None else settled_version(status)
 
@@ -1416,11 +1449,13 @@ class Store:
         return self._read_record(self._self_path(ids), ids, parse)
 
     def _read_record(self, path: str, ids: Ids, parse: RecordParser[T]) -> T | None:
-        """The record that is now in a file. None if there is none; if there is something else, that
-        is logged."""
+        """The record that is in a file now; None if there is none.
+
+        If there is something else, that is logged.
+        """
         try:
             status = os.stat(path)
-            version = (status.st_mtime_ns, status.st_ino, status.st_size)
+            version = file_version(status)
             cached = self._records.get(path)
             if cached is None or cached.version != version:
                 if not stat.S_ISREG(status.st_mode):
@@ -1517,8 +1552,10 @@ class Store:
         return self._read_metadata(self._list_task_files(ids), ids, before, prefixes)
 
     def artifacts(self, ids: Ids, attempt: int | None = None) -> list[Artifact]:
-        """The artifacts of one attempt of a task, newest first. None stands for the latest attempt
-        that has artifacts."""
+        """The artifacts of an attempt of a task, newest first.
+
+        If no attempt is given, it is the latest one that has artifacts.
+        """
         run, files = self._read_object(ids[:2], parse_run_record), self._list_task_files(ids)
         if run is None or not files.artifacts:
             return []
@@ -1534,8 +1571,10 @@ class Store:
         )
 
     def artifact(self, ids: Ids, name: str, attempt: int | None = None) -> Artifact | None:
-        """An artifact of one attempt of a task. None stands for the latest attempt that has any
-        artifacts, even if this one is not among them."""
+        """An artifact of an attempt of a task.
+
+        If no attempt is given, it is the latest one that has artifacts, whichever these are.
+        """
         files = self._list_task_files(ids)
         if attempt is None:
             attempt = files.latest_attempt()
@@ -1554,11 +1593,10 @@ class Store:
     def values_of_tasks(
         self, step: Ids, field: str | None, convert: Callable[[Metadatum], str]
     ) -> dict[str, TaskValues]:
-        """What the tasks of a step say in their metadata of one field, or of any if it is None, by
-        task id from the oldest task on.
+        """What each task of a step says in its metadata of a field, by task id, oldest task first.
 
-        `convert` makes a text of a metadatum. Tasks whose folder has not changed are not read
-        again: 1,000 tasks take 6 ms instead of 16.
+        `field`: None stands for all fields. `convert` makes a text of a metadatum. Tasks whose
+        folder has not changed are not read again: 1,000 tasks take 6 ms instead of 16.
         """
         tasks = self._list_children(step, parse_task_record).sort_keys
         if not tasks:
@@ -1610,8 +1648,10 @@ class Store:
         before: SortKey | None = None,
         prefixes: Container[str] | None = None,
     ) -> Iterator[Metadatum]:
-        """The metadata in a task's files, newest first; only of those with the prefixes, if
-        given."""
+        """The metadata in the files of a task, newest first.
+
+        With `prefixes`, only from files whose names have one of these before the timestamp.
+        """
         metadata = self._sort_metadata(files, ids, prefixes)
         for _, _, name in entries_before(metadata, before):
             if prefixes is None or name.rpartition("_")[0] in prefixes:
@@ -1621,8 +1661,8 @@ class Store:
 
     def _sort_metadata(
         self, files: TaskFiles, ids: Ids, prefixes: Container[str] | None
-    ) -> list[tuple[int, int, str]]:
-        """The metadata files of a task with ts_epoch and id, oldest first.
+    ) -> list[DatedFile]:
+        """The files with metadata of a task, oldest first.
 
         Undated ones must be read for that, and so are left out if they have none of the prefixes.
         """
@@ -1665,8 +1705,10 @@ class Store:
         return record if record is None or tags is None else self._with_tags(path, record, tags)
 
     def _with_tags(self, path: str, record: Any, tags: RunTags) -> Any:
-        """A record with the tags of its run. It is cached with them, so that its JSON can be
-        too."""
+        """A record with the tags of its run.
+
+        It replaces the cached one, so that its JSON need not be made again.
+        """
         if record["tags"] is tags["tags"] and record["system_tags"] is tags["system_tags"]:
             return record
         cached = self._records.modify(path, lambda c: c.with_fields(tags))
@@ -1680,8 +1722,10 @@ class Store:
         return self._read_index(index, before, parse_metadatum_record)
 
     def artifacts_below(self, ids: Ids, before: SortKey | None = None) -> Iterator[Artifact]:
-        """The artifacts of a task, or of all tasks of a run or step, newest first; of each task,
-        those of the latest attempt that has artifacts."""
+        """The artifacts of all tasks of a run or step, or of one task, newest first.
+
+        Of each task, these are the artifacts of the latest attempt that has any.
+        """
         run = self._read_object(ids[:2], parse_run_record)
         if run is not None:
             index = self._get_index("artifacts", ids, before, self._index_artifacts)
@@ -1694,8 +1738,10 @@ class Store:
         before: SortKey | None,
         index_task: Callable[[Ids, TaskFiles], Iterable[IndexEntry]],
     ) -> RecordIndex:
-        """The index of a list: the cached one if its folders have not changed or, as PAGING_SECONDS
-        says, need not be looked at; otherwise a new one."""
+        """The index of a list: the cached one if it is current, else a new one.
+
+        It counts as current without a look for as long as PAGING_SECONDS says.
+        """
         cache_key, now = "/".join((kind, *ids)), time.monotonic()
         cached = self._indexes.get(cache_key)
         if cached is not None:
@@ -1716,8 +1762,10 @@ class Store:
         return index
 
     def _walk_tasks(self, ids: Ids, folders: FolderVersions) -> Iterator[tuple[Ids, TaskFiles]]:
-        """A task, or all tasks of a run or step, with their files. Every folder that is looked at
-        on the way is appended to `folders`."""
+        """The tasks of a run or step, or the task itself, with their files.
+
+        Every folder that is looked at on the way is appended to `folders`.
+        """
         if len(ids) == TASK_DEPTH:
             files = self._list_task_files(ids)
             folders.append((files.folder, files.version))
@@ -1766,7 +1814,7 @@ class Store:
     def create_run(
         self, flow: Ids, run_id: str | None, labels: Labels, has_heartbeats: bool
     ) -> Run:
-        """Create a run, with the id that the client brings or, if that is None, with a new one.
+        """Create a run, with the id that the client brings or else with a new one.
 
         `has_heartbeats`: whether the client is going to send heartbeats, so that this is the first.
         NotFound if there is no such flow, AlreadyExists if there is such a run.
@@ -1783,8 +1831,10 @@ class Store:
             return run.copy()
 
     def create_step(self, ids: Ids, labels: Labels) -> Step:
-        """Create a step. NotFound if there is no such run, AlreadyExists if there is such a
-        step."""
+        """Create a step.
+
+        NotFound if there is no such run, AlreadyExists if there is such a step.
+        """
         run = self._require(ids[:2], parse_run_record)
         with self._writing, writable_folder(self._folder_path(ids[:2])) as parent:
             raw = self._new_record(ids, labels)
@@ -1794,8 +1844,10 @@ class Store:
     def create_task(
         self, step: Ids, task_id: str | None, labels: Labels, has_heartbeats: bool
     ) -> Task:
-        """Create a task, with the id that the client brings or, if that is None, with the next
-        number of its run. Otherwise like `create_run`; it is a heartbeat of the run too."""
+        """Create a task, with an id that the client brings or else the next number of its run.
+
+        Otherwise this is like `create_run`. A first heartbeat counts for the run too.
+        """
         run = self._require(step[:2], parse_run_record)
         self._require(step, parse_step_record)
         with self._writing, writable_folder(self._folder_path(step)) as parent:
@@ -1818,8 +1870,10 @@ class Store:
         return record
 
     def _make_run_folder(self, parent: int, flow: Ids) -> str:
-        """Make the folder of a new run, and return its name: the time in microseconds, or a later
-        one if there is a run of the flow that has a later one."""
+        """Make the folder of a new run, and return its name.
+
+        That is the time in microseconds, or a later one if the flow has a run with a later one.
+        """
         folder = self._folder_path(flow)
         if folder not in self._newest_runs:
             limit = 2 * time.time_ns() // 1000  # no clock has given a number above this
@@ -1831,8 +1885,10 @@ class Store:
                 return name
 
     def _make_task_folder(self, parent: int, step: Ids) -> str:
-        """Make the folder of a new task, and return its name: the next number that no task has in
-        any step of the run, whoever has numbered the others."""
+        """Make the folder of a new task, and return its name.
+
+        That is the next number that no task has in any step of the run, whoever gave the others.
+        """
         run = self._folder_path(step[:2])
         steps = self._list_step_folders(run)
         number = self._last_task_ids.get(run)
@@ -1849,8 +1905,10 @@ class Store:
                 return str(number)
 
     def _list_step_folders(self, run: str) -> list[str]:
-        """The names of the folders in a run's folder. They are cached, since to see that it has not
-        changed takes one system call instead of five."""
+        """The names of the folders in a run's folder.
+
+        They are cached: to see that the folder is unchanged takes one system call instead of five.
+        """
         version, names = self._step_folders.get(run, (None, []))
         status = os.stat(run)
         if version != file_version(status):
@@ -1888,12 +1946,13 @@ class Store:
         parse: RecordParser[T],
         has_new_folder: bool = False,
     ) -> T:
-        """Write the record of a new object, and return it. `parent`: a descriptor of the folder
-        that its folder is in. `has_new_folder`: whether its own was just made. AlreadyExists
-        otherwise.
+        """Write the record of a new object, and return it. AlreadyExists if there is one.
 
-        There may be a folder without a record, as local mode's datastore can be the first to make
-        it. A file that is no record, as a crash of the machine may leave one, is replaced.
+        `parent`: a descriptor of the folder in which the folder of the object is to be.
+        `has_new_folder`: whether that has just been made, so that there cannot be a record in it.
+
+        Otherwise it may be there without a record, as local mode's datastore can be the first to
+        make it. A file that is no record, as a crash of the machine may leave one, is replaced.
         """
         name, path = ids[-1], self._self_path(ids)
         if not has_new_folder:
@@ -1922,8 +1981,10 @@ class Store:
     # -- adding to tasks, and changing objects ---------------------------------------------------
 
     def create_metadata(self, ids: Ids, rows: Sequence[NewMetadatum]) -> int:
-        """Add metadata to a task, all of them or none, and return how many. NotFound if there is no
-        such task. Each becomes a record, even if one of the same field is there."""
+        """Add metadata to a task, all or none, and return how many.
+
+        NotFound if there is no such task. Each becomes a record, even if the field has one already.
+        """
         self._require_task(ids)
         data = [SimpleNamespace(**row._asdict(), field=row.field_name, tags=()) for row in rows]
         raws = self._provider(ids[0])._metadata_to_json(*ids[1:], data)
@@ -1941,10 +2002,10 @@ class Store:
                 remove_files(meta, files.keys() - taken)
 
     def create_artifacts(self, ids: Ids, rows: Sequence[NewArtifact]) -> int:
-        """Add artifacts to a task, all of them or none, and return how many are new. NotFound if
-        there is no such task.
+        """Add artifacts to a task, all or none, and return how many of them are new.
 
-        An artifact stays what it was: one whose attempt already has one of that name is ignored.
+        An artifact stays what it was: if the attempt has one of that name, the other is ignored.
+        NotFound if there is no such task.
         """
         self._require_task(ids)
         arts = [SimpleNamespace(**row._asdict(), url=row.location, ds_root=None) for row in rows]
@@ -1968,8 +2029,7 @@ class Store:
         return count
 
     def heartbeat(self, ids: Ids) -> bool:
-        """Record a heartbeat of a run, or of a task and its run. False if there is no such
-        object."""
+        """Record a heartbeat of a run, or of a task and its run; return whether there is one."""
         if len(ids) == TASK_DEPTH:
             self._record_heartbeat(ids[:2])
         return self._record_heartbeat(ids)
@@ -1977,8 +2037,7 @@ class Store:
     def change_tags(self, ids: Ids, add: Iterable[str], remove: Iterable[str]) -> list[str]:
         """Remove tags from a run, then add others, and return the tags that it has then.
 
-        SystemTagRemoval if one to remove is a system tag. One to add that is a system tag already
-        is ignored.
+        SystemTagRemoval if one to remove is a system tag. A system tag to add is ignored.
         """
         with self._writing:
             self._require(ids, parse_run_record)
@@ -2034,11 +2093,10 @@ class Store:
         return True
 
     def _create_files(self, folder: int, files: Mapping[str, RawRecord]) -> list[str]:
-        """Write new records into an open folder, all of them or none. Names that are taken are left
-        alone and returned.
+        """Write new records into an open folder, all or none, and return which names were taken.
 
-        Nobody waits until the records are on the disk, as in local mode: a flow would have to do so
-        at every step.
+        What has these names is left alone. As in local mode, nobody waits until the records are on
+        the disk: a flow would have to do so at every step.
         """
         created: list[str] = []
         taken: list[str] = []
@@ -2053,8 +2111,10 @@ class Store:
         return taken
 
     def _replace_file(self, folder: int, name: str, raw: RawRecord) -> None:
-        """Replace a record. The new one is on the disk first, so that a crash of the machine leaves
-        one of the two."""
+        """Replace a record by another, which is on the disk first.
+
+        So a crash of the machine leaves one of the two.
+        """
         temporary = self._temporary_name()
         try:
             write_file(folder, temporary, json.dumps(raw).encode(), is_synced=True)

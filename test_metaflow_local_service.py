@@ -1350,13 +1350,13 @@ def test_links_that_lead_nowhere_are_left_out(store: mls.Store) -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(0, 9))), st.integers(1, 20))
-def test_a_recent_dict_weighs_no_more_than_its_limit(puts: list[Any], limit: int) -> None:
-    recent = mls.Cache(limit, weigh=lambda value: value)
+def test_a_cache_weighs_no_more_than_its_limit(puts: list[Any], limit: int) -> None:
+    cache = mls.Cache(limit, weigh=lambda value: value)
     for key, value in puts:
-        recent.put(key, value)
-        assert sum(recent.values()) <= limit
-        assert key not in recent or recent[key] == value
-        assert key in recent or value > limit
+        cache.put(key, value)
+        assert sum(cache.values()) <= limit
+        assert key not in cache or cache[key] == value
+        assert key in cache or value > limit
 
 
 def test_what_the_memory_does_not_hold_is_read_again(
