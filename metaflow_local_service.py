@@ -1051,18 +1051,35 @@ def ensure_folder(parent: int, name: str) -> bool:
     return False
 
 
-def create_file(folder: int, name: str, content: bytes, temporary: str) -> bool:
+def create_files(folder: int, records: Mapping[str, RawRecord]) -> list[str]:
+    """Write new records into an open folder, all or none, and return which names were taken.
+
+    What has these names is left alone. As in local mode, nobody waits until the records are on the
+    disk: a flow would have to do so at every step.
+    """
+    created: list[str] = []
+    taken: list[str] = []
+    try:
+        for name, raw in records.items():
+            is_new = create_file(folder, name, json.dumps(raw).encode())
+            (created if is_new else taken).append(name)
+    except OSError:
+        remove_files(folder, created)
+        raise
+    return taken
+
+
+def create_file(folder: int, name: str, content: bytes) -> bool:
     """Make a private file that has its whole content once it has its name.
 
     The name is relative to `folder`, a descriptor. False if it is taken, by whatever it may be.
 
     The file has no name until then if the system can do that. On ext4 this takes a fifth less of
-    the processor than a `temporary` name does (48 and 60 microseconds), it finds out whether the
-    name is free, and it leaves nothing behind when the service is killed.
+    the processor than a temporary name does (48 and 60 microseconds), it finds out whether the name
+    is free, and it leaves nothing behind when the service is killed.
     """
-    parent = os.path.dirname(name) or "."
     try:
-        create_unnamed_file(folder, parent, name, content)
+        create_unnamed_file(folder, name, content)
         return True
     except FileExistsError:
         return False
@@ -1071,23 +1088,15 @@ def create_file(folder: int, name: str, content: bytes, temporary: str) -> bool:
             raise
     if is_taken(folder, name):
         return False
-    temporary = f"{parent}/{temporary}"
-    try:
-        write_file(folder, temporary, content)
-        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
-        return True
-    except OSError:
-        remove_files(folder, [temporary])
-        raise
+    rename_into_place(folder, name, content)
+    return True
 
 
-def create_unnamed_file(folder: int, parent: str, name: str, content: bytes) -> None:
-    """Make a file without a name in `parent`, write it, and then link it to `name`.
-
-    Both are relative to `folder`, a descriptor. FileExistsError if the name is taken.
-    """
+def create_unnamed_file(folder: int, name: str, content: bytes) -> None:
+    """Write a file that has no name, and then link it to one. FileExistsError if that is taken."""
     if not hasattr(os, "O_TMPFILE"):
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+    parent = os.path.dirname(name) or "."
     descriptor = os.open(parent, os.O_TMPFILE | os.O_WRONLY, 0o600, dir_fd=folder)
     try:
         write_all(descriptor, content)
@@ -1096,13 +1105,29 @@ def create_unnamed_file(folder: int, parent: str, name: str, content: bytes) -> 
         os.close(descriptor)
 
 
-def is_taken(folder: int, name: str) -> bool:
-    """Whether there is anything of a name in an open folder, even a link that leads nowhere."""
+def replace_file(folder: int, name: str, raw: RawRecord) -> None:
+    """Replace a record below an open folder by another, which is on the disk first.
+
+    So a crash of the machine leaves one of the two.
+    """
+    rename_into_place(folder, name, json.dumps(raw).encode(), is_synced=True)
+    os.fsync(folder)
+
+
+def rename_into_place(folder: int, name: str, content: bytes, is_synced: bool = False) -> None:
+    """Write a file with a temporary name, and then rename it, which replaces what has that name."""
+    temporary = os.path.join(os.path.dirname(name), temporary_name())
     try:
-        os.stat(name, dir_fd=folder, follow_symlinks=False)
-        return True
-    except FileNotFoundError:
-        return False
+        write_file(folder, temporary, content, is_synced)
+        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+    except OSError:
+        remove_files(folder, [temporary])
+        raise
+
+
+def temporary_name() -> str:
+    """A file name that no other thread uses now, and that no earlier service has left behind."""
+    return f"{TEMPORARY}{time.time_ns()}-{threading.get_ident()}"
 
 
 def write_file(folder: int, name: str, content: bytes, is_synced: bool = False) -> None:
@@ -1120,6 +1145,15 @@ def write_all(descriptor: int, content: bytes) -> None:
     """Write to a file at once. OSError if only a part could be written, as on a full disk."""
     if os.write(descriptor, content) != len(content):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def is_taken(folder: int, name: str) -> bool:
+    """Whether there is anything of a name in an open folder, even a link that leads nowhere."""
+    try:
+        os.stat(name, dir_fd=folder, follow_symlinks=False)
+        return True
+    except FileNotFoundError:
+        return False
 
 
 def remove_folder(parent: int, name: str) -> None:
@@ -1287,10 +1321,6 @@ class RecordIndex(NamedTuple):
     def weight(self) -> int:
         return len(self.folders) + len(self.entries) + 1
 
-    def is_current(self) -> bool:
-        """Whether the folders have the same versions as before."""
-        return are_unchanged(self.folders)
-
 
 # -- the store -------------------------------------------------------------------------------------
 
@@ -1338,7 +1368,6 @@ class Store:
         self.long_reads = threading.Lock()
         self._run_timestamps = TimestampGenerator(FUTURE_ID_STEP)
         self._metadatum_timestamps = TimestampGenerator()
-        self._temporary_numbers = itertools.count(time.time_ns())
 
     def prepare_to_write(self) -> None:
         """Import Metaflow, which otherwise the first write does."""
@@ -1455,7 +1484,7 @@ class Store:
         """
         try:
             status = os.stat(path)
-            version = file_version(status)
+            version = (status.st_mtime_ns, status.st_ino, status.st_size)  # saves a call
             cached = self._records.get(path)
             if cached is None or cached.version != version:
                 if not stat.S_ISREG(status.st_mode):
@@ -1747,7 +1776,7 @@ class Store:
         if cached is not None:
             if before is not None and now - cached.verified_at < PAGING_SECONDS:
                 return cached
-            if cached.is_current():
+            if are_unchanged(cached.folders):
                 self._indexes.put(cache_key, cached._replace(verified_at=now))
                 return cached
         folders: FolderVersions = []
@@ -1964,8 +1993,8 @@ class Store:
         meta = f"{name}/{META_DIR}"
         try:
             ensure_folder(parent, meta)
-            for taken in self._create_files(parent, {f"{meta}/{SELF_FILE}": raw}):
-                self._replace_file(parent, taken, raw)
+            for taken in create_files(parent, {f"{meta}/{SELF_FILE}": raw}):
+                replace_file(parent, taken, raw)
         except OSError:
             if has_new_folder:
                 remove_folder(parent, meta)
@@ -1995,7 +2024,7 @@ class Store:
                     timestamp = self._metadatum_timestamps.next()
                     name = metadatum_file_name(row.field_name, timestamp)
                     files[name] = add_labels(raw, row.labels, timestamp // 1000)
-                taken = self._create_files(meta, files)
+                taken = create_files(meta, files)
                 if not taken:
                     return len(files)
                 # The clock has been set back since an earlier service wrote there: once more.
@@ -2021,11 +2050,11 @@ class Store:
         path = self._meta_path(ids)
         with self._writing, writable_folder(path) as meta:
             count = len(files)
-            for name in self._create_files(meta, files):
+            for name in create_files(meta, files):
                 if self._read_record(f"{path}/{name}", (*ids, name), parse_artifact_record):
                     count -= 1
                 else:
-                    self._replace_file(meta, name, files[name])
+                    replace_file(meta, name, files[name])
         return count
 
     def heartbeat(self, ids: Ids) -> bool:
@@ -2053,12 +2082,12 @@ class Store:
             tags = list(dict.fromkeys((*kept, *added)))
             if tags != old_tags:
                 with writable_folder(self._meta_path(ids)) as meta:
-                    self._replace_file(meta, SELF_FILE, {**raw, "tags": tags})
+                    replace_file(meta, SELF_FILE, {**raw, "tags": tags})
         return tags
 
     def check_writable(self) -> None:
         """Raise OSError if no record could be written now."""
-        name = self._temporary_name()
+        name = temporary_name()
         with writable_folder(self.folder) as folder:
             try:
                 write_file(folder, name, b"{}")
@@ -2091,41 +2120,6 @@ class Store:
             self._self_path(ids), lambda cached: cached.with_fields({"last_heartbeat_ts": now})
         )
         return True
-
-    def _create_files(self, folder: int, files: Mapping[str, RawRecord]) -> list[str]:
-        """Write new records into an open folder, all or none, and return which names were taken.
-
-        What has these names is left alone. As in local mode, nobody waits until the records are on
-        the disk: a flow would have to do so at every step.
-        """
-        created: list[str] = []
-        taken: list[str] = []
-        try:
-            for name, raw in files.items():
-                content = json.dumps(raw).encode()
-                is_new = create_file(folder, name, content, self._temporary_name())
-                (created if is_new else taken).append(name)
-        except OSError:
-            remove_files(folder, created)
-            raise
-        return taken
-
-    def _replace_file(self, folder: int, name: str, raw: RawRecord) -> None:
-        """Replace a record by another, which is on the disk first.
-
-        So a crash of the machine leaves one of the two.
-        """
-        temporary = self._temporary_name()
-        try:
-            write_file(folder, temporary, json.dumps(raw).encode(), is_synced=True)
-            os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
-        except OSError:
-            remove_files(folder, [temporary])
-            raise
-        os.fsync(folder)
-
-    def _temporary_name(self) -> str:
-        return f"{TEMPORARY}{next(self._temporary_numbers)}"
 
 
 # ==================================================================================================
