@@ -350,7 +350,7 @@ def proxy_exceptions(host: str, environment: Environment) -> dict[str, str]:
 # - What goes into a record is decided by Metaflow's LocalMetadataProvider, and is completed here.
 #   Only writing imports Metaflow.
 # - A request that cannot be carried out is a StoreError with a sentence for the client. A failure
-#   of the machine is an OSError, after which nothing of the write is left.
+#   of the machine is an OSError, and a write that fails so while it creates records leaves none.
 #
 # Where things are. The ids of an object are the path of its folder: FLOW/RUN/STEP/TASK. Beside the
 # folders of its children it has a folder _meta, in which are
@@ -1666,7 +1666,8 @@ class Store:
         cached = self._task_files.get(folder)
         if cached is not None and cached.version == file_version(status):
             return cached
-        files = TaskFiles.from_names(settled_version(status), folder, os.listdir(folder))
+        version = settled_version(status)  # before the names are listed, which may change then
+        files = TaskFiles.from_names(version, folder, os.listdir(folder))
         self._task_files.put(folder, files)
         return files
 
@@ -1836,9 +1837,8 @@ class Store:
         if ids[0].startswith(PROGRAM):
             raise NotStorable(f"{ids[0]!r} cannot be a flow: the name is the service's own.")
         with self._writing, writable_folder(self.folder) as parent:
-            return self._create_object(
-                parent, ids, self._new_record(ids, labels), parse_flow_record
-            )
+            raw = self._new_record(ids, labels)
+            return self._create_object(parent, ids, raw, parse_flow_record)
 
     def create_run(
         self, flow: Ids, run_id: str | None, labels: Labels, has_heartbeats: bool
