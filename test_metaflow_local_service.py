@@ -735,24 +735,6 @@ def test_an_idle_time_out_is_nothing_else(text: str) -> None:
         mls.parse_seconds(text)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "environment"),
-    [
-        (["--port", "65536"], {}),
-        (["--idle-timeout", "soon"], {}),
-        ([], {"METAFLOW_LOCAL_SERVICE_PORT": "http"}),
-        ([], {"METAFLOW_LOCAL_SERVICE_IDLE_TIMEOUT": "-1"}),
-    ],
-)
-def test_a_bad_number_is_one_sentence_and_exit_code_2(
-    cli: Cli, arguments: list[str], environment: dict[str, str]
-) -> None:
-    refused = cli("start", *arguments, **environment)
-    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
-    assert (arguments or list(environment))[0] in refused.stderr
-    assert not all_paths(cli.folder)
-
-
 def test_an_empty_variable_is_as_good_as_none() -> None:
     assert mls.from_environment({"PORT": ""}, "PORT", mls.parse_port) is None
     assert mls.from_environment({}, "PORT", mls.parse_port) is None
@@ -1141,9 +1123,11 @@ def test_a_run_without_tags_can_be_tagged(store: mls.Store) -> None:
 
 def test_tags_added_at_once_are_all_kept(store: mls.Store) -> None:
     run = new_run(store)
+    gone = [f"gone-{n}" for n in range(80)]
+    store.change_tags(run, add=["stays", *gone], remove=["t"])
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda n: store.change_tags(run, add=[str(n)], remove=["t"]), range(80)))
-    assert set(store.run(run)["tags"]) == {str(n) for n in range(80)}
+        list(pool.map(lambda n: store.change_tags(run, add=[str(n)], remove=[gone[n]]), range(80)))
+    assert set(store.run(run)["tags"]) == {"stays", *map(str, range(80))}
 
 
 def test_heartbeats_outlive_the_store(store: mls.Store, project: Path) -> None:
@@ -1208,21 +1192,27 @@ def test_changes_within_one_tick_of_the_time_stamps_are_seen(store: mls.Store) -
         assert len(list(store.metadata(task))) == 2 + n
 
 
-UNREADABLE = [
-    b"",
-    b'{"ts_epoch": 1',
-    b"[]",
-    b"null",
-    b"\xff\xfe",
-    b"[" * 100_000,
-    b'{"tags": []}',
-    b'{"ts_epoch": "soon", "field_name": "", "value": "", "type": ""}',
-]
+UNREADABLE: dict[str, Callable[[Path], object]] = {  # what stands in the place of a record
+    "nothing": lambda path: path.write_bytes(b""),
+    "zeros": lambda path: path.write_bytes(bytes(100)),
+    "half a record": lambda path: path.write_bytes(b'{"ts_epoch": 1'),
+    "another shape": lambda path: path.write_bytes(b"[]"),
+    "null": lambda path: path.write_bytes(b"null"),
+    "no UTF-8": lambda path: path.write_bytes(b"\xff\xfe"),
+    "absurdly deep": lambda path: path.write_bytes(b"[" * 100_000),
+    "no fields": lambda path: path.write_bytes(b'{"tags": []}'),
+    "text for a number": lambda path: path.write_bytes(
+        b'{"ts_epoch": "soon", "field_name": "", "value": "", "type": ""}'
+    ),
+    "a folder": lambda path: path.mkdir(),
+    "a link to itself": lambda path: path.symlink_to(path),
+    "a pipe": lambda path: os.mkfifo(path),
+}
 
 
-@pytest.mark.parametrize("content", [*UNREADABLE, None])
+@pytest.mark.parametrize("kind", UNREADABLE)
 def test_a_file_that_is_no_record_is_left_out_named_in_the_log_and_kept(
-    store: mls.Store, caplog: pytest.LogCaptureFixture, content: bytes | None
+    store: mls.Store, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
     good = new_task(store, new_run(store))
     store.create_metadata(good, [a_field("f")])
@@ -1234,10 +1224,7 @@ def test_a_file_that_is_no_record_is_left_out_named_in_the_log_and_kept(
     ]
     for path in bad:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if content is None:
-            path.mkdir()  # not even a file
-        else:
-            path.write_bytes(content)
+        UNREADABLE[kind](path)
     assert len(list(store.runs(("Flow",)))) == 1
     assert len(list(store.tasks(good[:3]))) == 1
     assert len(list(store.metadata(good))) == 1
@@ -1245,7 +1232,7 @@ def test_a_file_that_is_no_record_is_left_out_named_in_the_log_and_kept(
     assert store.run(("Flow", "bad")) is None
     for path in bad:
         assert str(path) in caplog.text
-        assert path.exists()
+        assert os.path.lexists(path)
 
 
 LISTS_OF_FILES: dict[str, Callable[[mls.Store, Ids], Iterable[Any]]] = {
@@ -1822,7 +1809,7 @@ any_record = st.fixed_dictionaries(
         "step_name": st.text(max_size=5),
     }
 )
-ORDERS = ["FLOW_ORDER", "RUN_ORDER", "TASK_ORDER", "METADATA_ORDER", "ARTIFACT_ORDER"]
+ORDERS = ["FLOW_ORDER", "RUN_ORDER", "STEP_ORDER", "TASK_ORDER", "METADATA_ORDER", "ARTIFACT_ORDER"]
 
 
 @pytest.mark.parametrize("name", ORDERS)
@@ -2146,9 +2133,9 @@ def test_a_bulk_post_with_one_bad_row_stores_nothing(
 
 def test_what_the_reference_loses_in_a_bulk_post_is_kept(api: Api) -> None:
     task = api.new_task_of_its_own()
-    given = [5, True, 1.5, "", ["a", "b"], "x" * 10_000]
+    given = [5, True, 1.5, "", ["a", "b"], "x" * 10_000, None]
     rows = [metadatum("n" * 300, value) for value in given]
-    assert api.post(f"{task}/metadata", rows).json == {"metadata_created": 6}
+    assert api.post(f"{task}/metadata", rows).json == {"metadata_created": 7}
     read = api.get(f"{task}/metadata").json
     assert [m["value"] for m in read[::-1]] == ["5", "true", "1.5", *given[3:]]
     assert {m["field_name"] for m in read} == {"n" * 300}
@@ -2306,14 +2293,21 @@ def lists(api: Api, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     for n in range(6):
         api.new_run(flow, run_number=f"argo-{n}" if n % 2 else None)
     run = api.new_run(flow)
-    step = api.new_step(run)
+    step = [api.new_step(run, f"step{n}") for n in range(7)][-1]
     for n in range(6):
         api.new_task(step, task_id=f"t{n}" if n % 2 else None)
     task = api.new_task(step)
     for n in range(7):
         api.post(f"{task}/artifact", [artifact(f"x{n}")])
         api.post(f"{task}/metadata", [metadatum(f"f{n}")])
-    paths = ["/flows", f"{flow}/runs", f"{step}/tasks", f"{task}/metadata", f"{run}/metadata"]
+    paths = [
+        "/flows",
+        f"{flow}/runs",
+        f"{step}/tasks",
+        f"{task}/metadata",
+        f"{run}/metadata",
+        f"{run}/steps",
+    ]
     paths += [f"{owner}/artifacts" for owner in (task, step, run)]
     return {path: api.get(path).json for path in paths}
 
@@ -2446,21 +2440,6 @@ def test_every_list_says_how_long_its_pages_are(api: Api) -> None:
         assert (reply.status, reply.headers.get("x-limit")) == (200, "100"), path
 
 
-def test_steps_come_in_pages(api: Api) -> None:
-    run = api.new_run(api.new_flow())
-    for name in ("a", "b", "c"):
-        api.new_step(run, name)
-    found, cursor = [], ""
-    while len(found) < 3:
-        page = api.get(f"{run}/steps?_limit=1&_cursor={quote(cursor)}")
-        found += [step["step_name"] for step in page.json]
-        cursor = page.headers.get("x-next-cursor", "")
-        if cursor:
-            assert list(json.loads(base64.b64decode(cursor))) == ["ts_epoch", "step_name"]
-    assert found == [step["step_name"] for step in api.get(f"{run}/steps").json]
-    assert not cursor
-
-
 def test_a_walk_through_pages_does_not_look_at_all_tasks_again(
     store: mls.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -2485,12 +2464,6 @@ def test_a_first_page_sees_what_has_come(store: mls.Store) -> None:
     for count in range(3):
         store.create_metadata(task, [mls.NewMetadatum("f", str(count), "t", labels())])
         assert [m["value"] for m in store.metadata_below(task[:2])] == list("210")[-count - 1 :]
-
-
-def test_a_metadatum_may_be_null_as_in_local_mode(api: Api) -> None:
-    task = api.new_task(api.new_step(api.new_run(api.new_flow())))
-    assert api.post(f"{task}/metadata", [metadatum("field", None)]).status == 200
-    assert [m["value"] for m in api.get(f"{task}/metadata").json] == [None]
 
 
 def test_what_is_filtered_comes_in_pages_too(api: Api) -> None:
@@ -3241,6 +3214,8 @@ def test_the_decorators_of_a_step_say_how_many_attempts_it_has(
         (["outer=a", "inner=3"], "outer=a, inner=3"),
         ([], None),
         ([1], None),
+        (None, None),
+        ("xs=b=c", "b=c"),  # as text, from older clients
     ],
 )
 def test_a_nested_foreach_is_told_by_its_path_and_clones_by_their_origins(
@@ -4261,7 +4236,7 @@ print("done", flush=True)
 @of_replica
 def test_a_kill_at_any_moment_of_a_deletion_leaves_runs_whole_or_gone(replica: Replica) -> None:
     """As often as KILLS says; with -s, prints in how many a run was being removed."""
-    kills, halves, ended = int(os.environ.get("KILLS", "3")), 0, 0
+    kills, halves, ended = int(os.environ.get("KILLS", "2")), 0, 0
     folder = replica.project / ".metaflow"
     for _ in range(kills):
         retention = replica.put_back()
@@ -4797,23 +4772,6 @@ def test_values_are_shown_or_why_they_are_not(zoo: Api) -> None:
     assert value("end", "big")["postprocess_error"]["id"] == "artifact-too-large"
 
 
-@pytest.mark.parametrize(
-    ("stack", "label"),
-    [
-        (["xs=a"], "a"),
-        (["xs=a", "ys=1"], "xs=a, ys=1"),
-        ("xs=b=c", "b=c"),
-        ([], None),
-        (None, None),
-    ],
-)
-def test_a_task_in_a_foreach_is_named_by_its_value(ui: Api, stack: Any, label: str | None) -> None:
-    task = ui.new_task_of_its_own()
-    ui.post(f"{task}/metadata", [metadatum("attempt", "0"), metadatum("foreach-stack", stack)])
-    (row,) = ui.get(f"/api{task}/attempts").json["data"]
-    assert row["foreach_label"] == label
-
-
 def test_a_cloned_task_and_a_resumed_run_say_where_they_come_from(ui: Api) -> None:
     task = ui.new_task_of_its_own()
     origin = [metadatum("origin-run-id", "1234"), metadatum("origin-task-id", "7")]
@@ -4928,6 +4886,9 @@ def test_cards_are_found_that_go_where_the_command_works_and_not_into_the_root(c
     elsewhere.mkdir()
     ran = cli("run", "--root", elsewhere, sys.executable, "flow.py", "run")
     assert ran.returncode == 0, ran.stderr
+    (flow,) = (path.parent for path in cli.folder.parent.rglob(".metaflow/*/data"))
+    assert flow == elsewhere / ".metaflow" / "CardFlow"
+    assert [path.name for path in flow.iterdir() if path.name.isdigit()]
     told = cli("card", "CardFlow/latest/start", "--root", elsewhere)
     assert told.returncode == 0, told.stderr
     assert Path(told.stdout.strip()).is_file()
@@ -5165,7 +5126,6 @@ def names(reply: Reply) -> str:
         ("_order=-ts_epoch", "edcba"),
         ("_order=%2Bts_epoch", "abcde"),
         ("_order=+ts_epoch", "abcde"),
-        ("_order=ts_epoch", "edcba"),
         ("_order=-flow_id,%2Bts_epoch", "deabc"),
         ("_order=%2Buser,ts_epoch", "dabec"),
         ("_order=-user,ts_epoch", "ecbda"),
@@ -5175,22 +5135,16 @@ def names(reply: Reply) -> str:
         ("_order=-finished_at&status=completed", "c"),
         ("flow_id=Other", "ed"),
         ("flow_id=Other,Flow", "edcba"),
-        ("flow_id:co=LO", "cba"),
-        ("flow_id:le=Flow", "cba"),
         ("user=alice", "da"),
         ("user=alice,null", "edca"),
         ("user=null", "ec"),
-        ("user:ne=alice", "b"),
         ("_tags=x", "eba"),
-        ("_tags=x,y", "b"),
         ("_tags:any=x,y", "edba"),
         ("_tags=user:alice", "da"),
         ("status=completed", "c"),
         ("status=completed,failed", "ec"),
         ("status=running&flow_id=Flow", "ba"),
         ("status=unheard-of", ""),
-        ("ts_epoch:ge=0", "edcba"),
-        ("ts_epoch:ge=99999999999999", ""),
         ("ts_epoch:le=0", ""),
         ("run=a,e", "ea"),
         ("nonsense=1&_nonsense=2", "edcba"),
@@ -5228,9 +5182,7 @@ def test_groups_of_runs_are_pages_and_cut_to_a_length(
     assert (names(reply), reply.json["pages"]["next"]) == (expected, following)
 
 
-@pytest.mark.parametrize(
-    "query", ["ts_epoch:zz=1", "ts_epoch=abc", "_limit=x", "_page=-1", "_tags:zz=1", "duration=x"]
-)
+@pytest.mark.parametrize("query", ["ts_epoch:zz=1", "_limit=x", "_page=-1", "duration=x"])
 def test_a_query_that_means_nothing_is_refused(five: Api, query: str) -> None:
     assert five.get(f"/api/runs?{query}").status == 400
 
@@ -5314,12 +5266,9 @@ def test_a_log_of_another_root_is_read_only_if_that_is_a_datastore(
     ("location", "sha"),
     [
         (":root:/etc", "passwd"),
-        (":root:/proc/self", "0" * 40),
-        (":root:relative/.metaflow", "0" * 40),
         ("/etc/passwd", "0" * 40),
         (":root:{root}", "../../../secret"),
         (":root:{root}", "0" * 40),
-        (":root:\0", "0" * 40),
     ],
 )
 def test_an_artifact_that_points_elsewhere_is_not_read(
@@ -5716,7 +5665,10 @@ def test_a_browser_that_takes_nothing_blocks_nobody(
         assert eventually(lambda: not ui.server._pages)  # type: ignore[attr-defined]
 
 
-def test_an_open_page_keeps_the_service_and_a_stop_closes_it(store: mls.Store) -> None:
+def test_an_open_page_keeps_the_service_and_a_stop_closes_it(
+    store: mls.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mls, "TICK_SECONDS", 0.05)
     idle: list[float] = []
     server = mls.Server("127.0.0.1", 0, None)
     thread = threading.Thread(
@@ -6128,7 +6080,6 @@ def answer_to(api: Api, line: str, *headers: str, body: bytes = b"", **options: 
 
 # -- bodies ----------------------------------------------------------------------------------------
 
-
 BAD_BODIES = {
     "half": b"{",
     "form": b"user_name=me",
@@ -6301,9 +6252,8 @@ def test_a_client_that_waits_for_a_continue_gets_one_unless_it_is_refused_anyway
 
 # -- request lines, paths and methods --------------------------------------------------------------
 
-
 FOUND = ["/ping", "/p%69ng", "/ping?", "http://localhost/ping", "/flows/Fl%6Fw"]
-MISSING = ["http://localhost", "/", "//ping", "/ping/", "/./ping", "/flows/../ping", "/flows//runs"]
+MISSING = ["http://localhost", "/./ping", "/flows/../ping"]
 MISSING += ["/flows/Flow+", "/flows/%zz", "/flows/" + "x" * 255]
 BAD = ["ping", "*", "/flows/..", "/flows/%2e%2E", "/flows/_meta", "/flows/..%2F..%2Fetc"]
 BAD += ["/flows/Flow%00", "/flows/%FF", "/flows/\udcff", "/flows/%ED%A0%80", "/flows?_limit=%FF"]
@@ -6343,7 +6293,7 @@ def test_what_is_no_request_of_ours_is_refused(api: Api, sent: bytes) -> None:
     assert [reply.status for reply in answers(api, sent)] == [STATUS_OF_REQUESTS[sent]]
 
 
-@pytest.mark.parametrize("path", ["/ping", "/flows/Flow", "/flows", "/flows/None", "/nothing"])
+@pytest.mark.parametrize("path", ["/ping", "/flows/Flow", "/nothing"])
 def test_head_is_get_without_the_body(api: Api, path: str) -> None:
     api.new_flow("Flow")
     with Wire(api) as wire:
@@ -6481,7 +6431,6 @@ def test_whatever_comes_is_answered_without_a_failure_and_stays_in_the_root(
 
 # -- who may talk to it ----------------------------------------------------------------------------
 
-
 OUR_HOSTS = ["localhost", "LocalHost:1", "127.0.0.1:65535", "127.1.2.3", "[::1]:80"]
 FOREIGN_HOSTS = ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "127.evil"]
 FOREIGN_HOSTS += ["evil.example#@localhost", "192.0.2.1", "0.0.0.0", "[::2]", "[", ""]
@@ -6496,7 +6445,7 @@ def test_only_a_host_header_that_means_us_is_answered(api: Api, host: str) -> No
     assert (answer_to(api, "GET /ping", host=host).status == 403) == (host in FOREIGN_HOSTS)
 
 
-@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
+@pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.parametrize(
     ("host", "origin", "is_let_in"),
     [
@@ -6558,7 +6507,7 @@ def test_the_host_of_an_absolute_target_counts_in_place_of_the_header(api: Api) 
         assert answer_to(api, f"GET http://{host}/ping").status == 403
 
 
-@pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
+@pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.parametrize(
     ("site", "is_let_in"),
     [("none", True), ("same-origin", True), ("same-site", False), ("cross-site", False)],
@@ -6566,11 +6515,7 @@ def test_the_host_of_an_absolute_target_counts_in_place_of_the_header(api: Api) 
 def test_what_a_browser_says_is_another_sites_request_is_refused(
     api: Api, method: str, site: str, is_let_in: bool
 ) -> None:
-    line, headers = f"{method} /flows/Flow", [f"Sec-Fetch-Site: {site}"]
-    with Wire(api) as wire:
-        wire.send(http_request(line, "Content-Length: 2", *headers, body=b"{}"))
-        reply = wire.answer(to=method)
-    assert reply is not None
+    reply = answer_to(api, f"{method} /flows/Flow", f"Sec-Fetch-Site: {site}", body=b"{}")
     assert (reply.status != 403) == is_let_in
     assert len(api.get("/flows").json) == (is_let_in and method == "POST")
 
@@ -6607,82 +6552,16 @@ def test_other_machines_are_not_let_in_without_a_key(
     assert all_paths(project) == []
 
 
-def test_a_key_is_made_on_demand_and_kept_in_the_pidfile(cli: Cli, project: Path) -> None:
-    started = cli("start", "--host", "0.0.0.0", "--generate-key")
-    pidfile = project / ".metaflow" / "metaflow-local-service.pid"
-    key = json.loads(pidfile.read_text())["key"]
-    assert len(key) >= 32
-    assert f"export METAFLOW_SERVICE_AUTH_KEY={key}" in started.stdout.splitlines()
-    assert pidfile.stat().st_mode & 0o777 == 0o600
-    assert (
-        cli("run", "--generate-key", "printenv", "METAFLOW_SERVICE_AUTH_KEY").stdout == f"{key}\n"
-    )
-
-
-def test_everything_that_the_program_makes_is_private(
-    daemon: Api, cli: Cli, tmp_path: Path
-) -> None:
-    task = daemon.new_task_of_its_own()
-    daemon.post(f"{task}/metadata", [metadatum("field")])
-    daemon.post(f"{task}/heartbeat")
-    assert cli("run", "true").returncode == 0
+def test_everything_that_a_service_makes_is_private_whatever_the_umask(cli: Cli) -> None:
+    assert in_shell(cli, "umask 0; PROGRAM", "run", "true").returncode == 0
+    with contextlib.closing(Api(running(cli.folder).url)) as client:
+        client.post(f"{client.new_task_of_its_own()}/heartbeat")
     made = [*all_paths(cli.folder), *all_paths(cli.home)]
     assert len(made) > 10
     assert [p for p in made if not p.is_symlink() and p.stat().st_mode & 0o077] == []
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
-@pytest.mark.parametrize("path", ["services", "pidfile"])
-def test_what_belongs_to_somebody_else_is_not_trusted(cli: Cli, project: Path, path: str) -> None:
-    if path == "services":
-        foreign = cli.home / "services"
-        foreign.mkdir()
-    else:
-        (project / ".metaflow").mkdir()
-        foreign = project / ".metaflow" / "metaflow-local-service.pid"
-        foreign.touch()
-    os.chown(foreign, 65534, 65534)
-    refused = cli("start")
-    os.chown(foreign, 0, 0)
-    assert (refused.returncode, refused.stdout) == (1, "")
-    assert f"{foreign} belongs to another user" in refused.stderr
-
-
 # -- links, and names that lead elsewhere ----------------------------------------------------------
-
-
-@pytest.mark.parametrize("level", range(5))
-def test_nothing_is_written_where_a_link_leads_out_of_the_root(
-    api: Api, project: Path, tmp_path: Path, level: int
-) -> None:
-    task = api.new_task_of_its_own()
-    run = "/".join(task.split("/")[:5])
-    ids = [*task.split("/")[2::2], "_meta"]  # the folders from the flow's to the task's own record
-    inside = project.joinpath(".metaflow", *ids[: level + 1])
-    outside = tmp_path / "outside"
-    inside.rename(outside)
-    inside.symlink_to(outside)
-
-    def state() -> list[tuple[Path, int]]:
-        return [(p, p.lstat().st_mtime_ns) for p in (outside, *all_paths(outside))]
-
-    before = state()
-    for path, body in [
-        ("/flows/Flow", {}),
-        ("/flows/Flow/run", {}),
-        ("/flows/Flow/run", {"run_number": "given"}),
-        (f"{run}/heartbeat", {}),
-        (f"{run}/steps/start/step", {}),
-        (f"{run}/steps/other/step", {}),
-        (f"{run}/steps/start/task", {}),
-        (f"{run}/steps/start/task", {"task_id": "given"}),
-        (f"{task}/heartbeat", {}),
-        (f"{task}/metadata", [metadatum("field")]),
-        (f"{task}/artifact", [artifact("name")]),
-    ]:
-        assert api.post(path, body).status in (200, 400, 409)
-    assert api.patch(f"{run}/tag/mutate", {"tags_to_add": ["tag"]}).status in (200, 400)
-    assert state() == before
 
 
 def test_a_link_in_the_way_of_a_record_is_not_followed(
@@ -6712,35 +6591,6 @@ def test_a_datastore_that_is_a_link_is_the_users_choice(project: Path, tmp_path:
     with served(mls.Store(str(project))) as api:
         api.new_task_of_its_own()
     assert (tmp_path / "elsewhere" / "Flow").is_dir()
-
-
-def test_no_name_reaches_outside_the_root(api: Api, project: Path, tmp_path: Path) -> None:
-    known = api.new_task_of_its_own()
-    run, step = known.split("/steps/")[0], known.split("/tasks/")[0]
-    names = st.one_of(
-        st.sampled_from(["..", "../..", "../../outside", "/tmp/x", "a/../../b", "_meta", "./x"]),
-        st.text(max_size=12),
-        st.lists(st.sampled_from(["..", ".", "", "a", "\0", "~"]), max_size=5).map("/".join),
-    )
-    outside = [p for p in all_paths(tmp_path) if project / ".metaflow" not in p.parents]
-
-    @settings(max_examples=60, deadline=None)
-    @given(names)
-    def write(name: str) -> None:
-        path = quote(name.encode("utf-8", "surrogatepass"), safe="")
-        for target, body in [
-            (f"/flows/{path}", {}),
-            ("/flows/Flow/run", {"run_number": name}),
-            (f"{run}/steps/{path}/step", {}),
-            (f"{step}/task", {"task_id": name}),
-            (f"{known}/metadata", [metadatum(name)]),
-            (f"{known}/artifact", [artifact(name)]),
-        ]:
-            assert api.post(target, body).status in (200, 400, 404, 409)
-
-    write()
-    assert outside == [p for p in all_paths(tmp_path) if project / ".metaflow" not in p.parents]
-    assert [p for p in all_paths(project / ".metaflow") if p.is_symlink()] == []
 
 
 # -- slow, stuck and many clients ------------------------------------------------------------------
@@ -6942,7 +6792,6 @@ def test_connections_beyond_the_limit_are_told_so(
 
 
 # -- other users of this machine -------------------------------------------------------------------
-
 
 AS_ANOTHER_USER = ("setpriv", "--reuid=1000", "--regid=1000", "--clear-groups")
 
@@ -7198,26 +7047,22 @@ def test_a_full_disk_costs_single_requests(disk: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, None])
-def test_a_write_that_ends_half_way_leaves_nothing(
-    api: Api, project: Path, monkeypatch: pytest.MonkeyPatch, error: int | None
+def test_a_disk_that_takes_no_more_is_a_507(
+    api: Api, monkeypatch: pytest.MonkeyPatch, error: int | None
 ) -> None:
-    task = api.new_task_of_its_own()
-    before = all_paths(project)
     write = os.write
 
-    def half(descriptor: int, content: bytes) -> int:
+    def write_half(descriptor: int, content: bytes) -> int:
         written = write(descriptor, content[: len(content) // 2])
         if error is not None:
             raise OSError(error, os.strerror(error))
         return written
 
     with monkeypatch.context() as patched:
-        patched.setattr(os, "write", half)
-        assert api.post(f"{task}/metadata", [metadatum("field")] * 2).status == 507
-        assert api.post("/flows/Other").status == 507
-        assert api.post("/flows/Flow/run").status == 507
-    assert all_paths(project) == before
-    assert api.post("/flows/Other").status == 200
+        patched.setattr(os, "write", write_half)
+        reply = api.post("/flows/Flow")
+    assert (reply.status, list(reply.json)) == (507, ["message"])
+    assert api.post("/flows/Flow").status == 200
 
 
 def test_a_root_that_cannot_be_written_is_still_read(disk: Path) -> None:
@@ -7297,56 +7142,6 @@ def test_too_many_open_files_cost_single_requests(cli: Cli) -> None:
         assert not listed & {name for name, status in replies.items() if status == 503}
 
 
-SPOILERS: dict[str, Any] = {  # what stands in the place of a record instead
-    "truncated": lambda path, content: path.write_bytes(content[:-5]),
-    "empty": lambda path, content: path.write_bytes(b""),
-    "zeros": lambda path, content: path.write_bytes(bytes(100)),
-    "another shape": lambda path, content: path.write_bytes(b"[1]"),
-    "no fields": lambda path, content: path.write_bytes(b"{}"),
-    "absurdly deep": lambda path, content: path.write_bytes(b"[" * 100_000),
-    "text for a number": lambda path, content: path.write_bytes(
-        json.dumps({**json.loads(content), "ts_epoch": "yesterday"}).encode()
-    ),
-    "folder": lambda path, content: path.mkdir(),
-    "link": lambda path, content: path.symlink_to(path),
-    "pipe": lambda path, content: os.mkfifo(path),
-}
-
-
-@pytest.mark.parametrize("spoil", SPOILERS)
-@pytest.mark.parametrize("kind", ["run", "task", "metadata", "artifact"])
-def test_a_spoiled_file_is_left_out_and_named_and_the_rest_is_served(
-    api: Api, project: Path, caplog: pytest.LogCaptureFixture, kind: str, spoil: str
-) -> None:
-    flow = api.new_flow()
-    run = api.new_run(flow)
-    api.new_run(flow, run_number="other")
-    task = api.new_task(api.new_step(run))
-    api.new_task(f"{run}/steps/start")
-    api.post(f"{task}/metadata", [metadatum("first"), metadatum("second")])
-    api.post(f"{task}/artifact", [artifact("first"), artifact("second")])
-    folder = project.joinpath(".metaflow", *task.split("/")[2::2])
-    listing, pattern = {
-        "run": (f"{flow}/runs", f"{project}/.metaflow/Flow/other/_meta/_self.json"),
-        "task": (f"{run}/steps/start/tasks", f"{folder}/_meta/_self.json"),
-        "metadata": (f"{task}/metadata", f"{folder}/_meta/sysmeta_first_*.json"),
-        "artifact": (f"{task}/artifacts", f"{folder}/_meta/0_artifact_first.json"),
-    }[kind]
-    (path,) = Path("/").glob(pattern[1:])
-    assert len(api.get(listing).json) == 2
-    content = path.read_bytes()
-    path.unlink()
-    SPOILERS[spoil](path, content)
-    reply = api.get(listing)
-    assert reply.status == 200
-    assert len(reply.json) == 1
-    assert str(path) in caplog.text
-    assert os.path.lexists(path)
-    path.rmdir() if path.is_dir() else path.unlink()
-    path.write_bytes(content)
-    assert len(api.get(listing).json) == 2
-
-
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 @pytest.mark.parametrize("of", ["the file", "its folder"])
 def test_what_may_not_be_read_is_left_out_until_it_may(api: Api, project: Path, of: str) -> None:
@@ -7380,22 +7175,6 @@ def test_a_time_zone_changes_nothing(cli: Cli) -> None:
         assert api.get("/flows/Flow/runs?status=failed").json == []
 
 
-def test_ids_increase_also_when_the_clock_goes_back(
-    project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (project / ".metaflow").mkdir()
-    now = time.time_ns()
-    ids = []
-    for hours in (0, 1, 5):
-        monkeypatch.setattr(time, "time_ns", lambda hours=hours: now - hours * 3_600 * 10**9)
-        with served(mls.Store(str(project))) as api:  # as after a restart
-            flow = "/flows/Flow" if ids else api.new_flow()
-            ids += [api.post(f"{flow}/run").json["run_number"] for _ in range(3)]
-            monkeypatch.setattr(time, "time_ns", lambda: now - 9_000 * 10**9)
-            ids += [api.post(f"{flow}/run").json["run_number"] for _ in range(3)]
-    assert ids == sorted(set(ids))
-
-
 def test_a_run_after_one_of_a_wrong_clock_shows_its_own_time(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -7426,7 +7205,7 @@ def test_a_run_after_one_of_a_wrong_clock_shows_its_own_time(
 # -- what a crash of the machine leaves ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content", [b"", b"\0" * 100, b'{"flow_id', b"[]", b"null"])
+@pytest.mark.parametrize("content", [b"", b"[]"])
 def test_a_record_that_cannot_be_read_counts_as_none_and_is_replaced(
     api: Api, project: Path, content: bytes
 ) -> None:
@@ -7589,30 +7368,6 @@ def test_64_clients_at_once_lose_nothing(api: Api, cli: Cli, project: Path) -> N
         assert sorted(names) == ["x", "y", "z"]
 
 
-def test_32_clients_that_change_the_tags_of_a_run_lose_no_change(
-    api: Api, cli: Cli, project: Path
-) -> None:
-    gone = [f"gone-{n}" for n in range(32)]
-    run = api.new_run(api.new_flow(), tags=["stays", *gone])
-
-    def change(number: int) -> None:
-        for n in range(5):
-            tags = {"tags_to_add": [f"{number}-{n}"], "tags_to_remove": [gone[number]]}
-            assert api.patch(f"{run}/tag/mutate", tags).status == 200
-        api.close()
-
-    with RunningFlow(cli, METAFLOW_DEFAULT_METADATA="local") as local_mode:
-        with ThreadPoolExecutor(32) as pool:
-            list(pool.map(change, range(32)))
-        local_mode.go_on()
-    assert local_mode.exit_code == 0, local_mode.output
-    wanted = {"stays", *(f"{number}-{n}" for number in range(32) for n in range(5))}
-    tags = api.get(run).json["tags"]
-    assert (set(tags), len(tags)) == (wanted, len(wanted))
-    (read,) = (r for r in by_local_mode(project, "run", "Flow") if r["run_number"] in run)
-    assert set(read["tags"]) == wanted
-
-
 class Told:
     """What clients have been told is stored."""
 
@@ -7693,7 +7448,7 @@ def test_output_that_cannot_be_written_is_one_sentence(cli: Cli, words: str) -> 
 @pytest.mark.skipif(not shutil.which("ps"), reason="there is no ps here")
 def test_what_was_acknowledged_outlives_a_kill_at_any_moment(cli: Cli, project: Path) -> None:
     """As often as KILLS says; with -s, prints how much there was to lose."""
-    kills, acknowledged = int(os.environ.get("KILLS", "5")), 0
+    kills, acknowledged = int(os.environ.get("KILLS", "2")), 0
     assert cli("start").returncode == 0
     service = cli.status()
     api = Api(service["url"])
@@ -7753,39 +7508,17 @@ def traces(cli: Cli) -> list[str]:
 
 
 @pytest.mark.skipif(not shutil.which("ps"), reason="there is no ps here")
-@pytest.mark.parametrize("how", ["stop", "SIGTERM", "idle", "root removed"])
+@pytest.mark.parametrize("how", ["SIGTERM", "idle", "root removed"])
 def test_a_service_that_has_stopped_leaves_nothing(cli: Cli, how: str) -> None:
-    command = ["start"] if how == "root removed" else ["run", "true"]
-    timeout = 1 if how in ("idle", "root removed") else 60
-    assert cli(command[0], "--idle-timeout", timeout, *command[1:]).returncode == 0
-    (pidfile,) = cli.folder.glob(".metaflow/*.pid")
-    pid = json.loads(pidfile.read_text())["pid"]
-    if how == "stop":
-        assert cli("stop").returncode == 0
-        assert traces(cli) == []
-    elif how == "SIGTERM":
+    timeout = "60" if how == "SIGTERM" else "0.2"
+    assert cli("start", METAFLOW_LOCAL_SERVICE_IDLE_TIMEOUT=timeout).returncode == 0
+    (pid,) = {json.loads(path.read_text())["pid"] for path in cli.folder.glob(".metaflow/*.pid")}
+    if how == "SIGTERM":
         os.kill(pid, signal.SIGTERM)
     elif how == "root removed":
         shutil.rmtree(cli.folder / ".metaflow")
     assert eventually(lambda: not is_running(pid))
     assert traces(cli) == []
-
-
-def test_a_start_that_fails_leaves_nothing(cli: Cli) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        failed = cli("start", "--port", taken.getsockname()[1])
-    assert (failed.returncode, "Cannot listen on" in failed.stderr) == (1, True)
-    assert traces(cli) == []
-
-
-def test_a_start_without_a_metaflow_that_works_leaves_nothing(cli: Cli, tmp_path: Path) -> None:
-    broken = tmp_path / "broken" / "metaflow"
-    broken.mkdir(parents=True)
-    (broken / "__init__.py").write_text("raise ImportError('it is broken')")
-    failed = cli("start", PYTHONPATH=str(broken.parent))
-    assert (failed.returncode, "it is broken" in failed.stderr) == (1, True)
-    assert eventually(lambda: traces(cli) == [])
-    assert cli("start").returncode == 0
 
 
 # -- another machine -------------------------------------------------------------------------------
@@ -8237,15 +7970,6 @@ def test_a_root_of_another_user_hides_no_other(daemon: Api, cli: Cli, tmp_path: 
     assert (listed.returncode, daemon.url in listed.stdout) == (0, True), listed
 
 
-def test_the_files_of_a_service_are_its_users_alone(cli: Cli) -> None:
-    assert in_shell(cli, "umask 0; PROGRAM", "start").returncode == 0
-    datastore = cli.folder / ".metaflow"
-    files = (pidfile(cli.folder), datastore / mls.LOG_FILE)
-    assert [file.stat().st_mode & 0o777 for file in files] == [0o600, 0o600]
-    folders = (datastore, cli.home / "services")
-    assert [folder.stat().st_mode & 0o777 for folder in folders] == [0o700, 0o700]
-
-
 def test_stop_returns_when_all_but_the_log_and_the_port_is_gone(daemon: Api, cli: Cli) -> None:
     assert cli("stop").stdout == f"Stopped {daemon.url} for {cli.folder}\n"
     with pytest.raises(ConnectionRefusedError):
@@ -8273,19 +7997,16 @@ def test_commands_keep_their_service_past_its_time_out_until_the_last_is_killed(
     assert eventually(lambda: not running(cli.folder))
 
 
-def test_a_service_that_nobody_uses_goes_by_itself(cli: Cli) -> None:
-    assert cli("start", METAFLOW_LOCAL_SERVICE_IDLE_TIMEOUT="0.2").returncode == 0
-    assert eventually(lambda: not running(cli.folder))
-    assert list((cli.home / "services").iterdir()) == []
-
-
 def test_an_idle_time_out_of_zero_is_never_and_wins_over_the_environment(cli: Cli) -> None:
     assert cli("start", "--idle-timeout", 0, METAFLOW_LOCAL_SERVICE_IDLE_TIMEOUT="0.1")
     assert stays(cli.folder)
 
 
 @pytest.mark.parametrize("path", ["/ping", "{task}/heartbeat", "/nothing"])
-def test_every_request_starts_the_idle_clock_anew(store: mls.Store, path: str) -> None:
+def test_every_request_starts_the_idle_clock_anew(
+    store: mls.Store, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr(mls, "TICK_SECONDS", 0.05)
     server = mls.Server("127.0.0.1", 0, None)
     last_requests: list[float] = []  # when the last one was, each time that the server looks
 
@@ -8377,7 +8098,7 @@ def test_where_it_cannot_listen_is_one_sentence_and_leaves_nothing(cli: Cli) -> 
             assert is_refused(cli(command, "--port", port), port, "in use")
     for host in ("192.0.2.1", "ü..b"):
         assert is_refused(cli("start", "--generate-key", "--host", host), host)
-    assert not pidfile(cli.folder).exists()
+    assert traces(cli) == []
     assert cli("start", "--port", port).returncode == 0
 
 
@@ -8410,6 +8131,7 @@ def test_a_broken_metaflow_is_one_sentence(cli: Cli, tmp_path: Path, error: str)
     (tmp_path / "metaflow.py").write_text(f"raise {error}('out of\\norder')")
     broken = {"PYTHONPATH": str(tmp_path)}
     assert is_refused(cli("start", **broken), "out of order")
+    assert eventually(lambda: traces(cli) == [])
     with cli.popen("run", "sleep", 60, **broken) as command:
         with contextlib.closing(Api(running_soon(cli.folder).url)) as client:
             reply = client.post("/flows/Flow")
@@ -8439,8 +8161,16 @@ def test_a_daemon_lets_the_pipes_and_files_of_its_starter_go(cli: Cli) -> None:
     assert piped.stdout == f"{running(cli.folder).url}\n" * 2
 
 
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
-@pytest.mark.parametrize("command", ["start", "run true"])
+@pytest.mark.parametrize(
+    ("command", "closed"),
+    [
+        ("start", "<&-"),
+        ("start", ">&-"),
+        ("start", "2>&-"),
+        ("start", "<&- >&- 2>&-"),
+        ("run true", "<&- >&- 2>&-"),
+    ],
+)
 def test_a_starter_may_lack_standard_streams(cli: Cli, command: str, closed: str) -> None:
     started = in_shell(cli, f"PROGRAM {closed}", *command.split())
     assert (started.returncode, without_mention(started.stderr)) == (0, "")
@@ -8566,14 +8296,11 @@ def test_the_log_has_no_character_that_a_terminal_takes_for_a_command() -> None:
 # -- searches --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pattern", ["(?:.|a)" * 26 + "b", "(a+)+$", "a*a*a*a*a*a*a*$x"])
-def test_a_search_that_takes_for_ever_is_ended(
-    pattern: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_search_that_takes_for_ever_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mls, "SEARCH_SECONDS", 0.5)
     search = mls.PatternSearcher().search
     with pytest.raises(mls.BadQuery, match="takes more than"):
-        mls.find_matches(f"^(?:{pattern})$", ["a" * 3000 + "!"], search)
+        mls.find_matches("^(?:(a+)+$)$", ["a" * 3000 + "!"], search)
 
 
 def test_a_process_finds_what_a_search_in_place_finds() -> None:
@@ -8790,12 +8517,11 @@ def readme_blocks(language: str, containing: str) -> list[str]:
     return [block for block in blocks if containing in block]
 
 
-@pytest.mark.parametrize("before", ["", "import metaflow"])
-def test_a_notebook_does_what_the_readme_says_of_its_cell(cli: Cli, before: str) -> None:
+def test_a_notebook_does_what_the_readme_says_of_its_cell(cli: Cli) -> None:
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     (cli.folder / "train.py").write_text(SHORT_FLOW.replace("Flow(", "TrainFlow("))
     (cell,) = readme_blocks("python", "mls.use()")
-    cells = [before, cell, "print(running.run.data.value, running.run.pathspec)"]
+    cells = [cell, "print(running.run.data.value, running.run.pathspec)"]
     notebook = nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, cells)))
     client = nbclient.NotebookClient(notebook, resources={"metadata": {"path": cli.folder}})
     client.execute(env=library_environment(cli))
@@ -8826,26 +8552,15 @@ TEST_OF_USER = """
 def test_each_pytest_worker_has_a_service_of_its_own_and_leaves_nothing(cli: Cli) -> None:
     (cli.folder / "conftest.py").write_text(textwrap.dedent(CONFTEST))
     (cli.folder / "test_user.py").write_text(textwrap.dedent(TEST_OF_USER))
-    pytest_command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "xdist",
-        "-n",
-        "8",
-        "--dist",
-        "each",
-    ]
+    command = f"{sys.executable} -m pytest -q -p xdist -n 3 --dist each -p no:cacheprovider"
     ran = cli.execute(
-        [*pytest_command, "-p", "no:cacheprovider", "--basetemp", cli.home / "pytest"],
+        [*command.split(), "--basetemp", cli.home / "pytest"],
         **library_environment(cli),
         PYTEST_DISABLE_PLUGIN_AUTOLOAD="1",
     )
-    assert (ran.returncode, "8 passed" in ran.stdout) == (0, True), ran.stdout
+    assert (ran.returncode, "3 passed" in ran.stdout) == (0, True), ran.stdout
     roots = (cli.folder / "seen").read_text().split()
-    assert len(set(roots)) == 8
+    assert len(set(roots)) == 3
     assert not any(map(os.path.exists, roots))
     assert list((cli.home / "services").iterdir()) == []
 
@@ -8885,9 +8600,13 @@ def test_run_says_which_command_there_is_not_or_cannot_be_executed(daemon: Api, 
 
 
 def test_a_key_is_made_once_and_is_the_services_from_then_on(cli: Cli) -> None:
-    first, second = (cli("start", "--generate-key").stdout.splitlines() for _ in range(2))
-    assert first[1:] == second[1:] == cli("env").stdout.splitlines()
-    assert re.fullmatch(r"export METAFLOW_SERVICE_AUTH_KEY=[\w-]{32}", first[-1])
+    key, name = "--generate-key", "METAFLOW_SERVICE_AUTH_KEY"
+    first = cli("start", "--host", "0.0.0.0", key).stdout.splitlines()
+    kept = running(cli.folder).key
+    assert re.fullmatch(r"[\w-]{32}", kept)
+    assert first[-1] == f"export {name}={kept}"
+    assert first[1:] == cli("start", key).stdout.splitlines()[1:] == cli("env").stdout.splitlines()
+    assert cli("run", key, "printenv", name).stdout == f"{kept}\n"
 
 
 def test_run_gives_its_command_the_settings(daemon: Api, cli: Cli) -> None:
@@ -8925,38 +8644,11 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("how", ["tilde", "relative", "project", "root over another", "sub"])
-def test_run_gives_its_command_the_root_that_its_service_serves(cli: Cli, how: str) -> None:
-    (cli.folder / "sub" / ".metaflow").mkdir(parents=True)
-    options: list[str] = []
-    folder, environment = cli.folder / "sub", {}
-    if how == "tilde":
-        environment, root = {SYSROOT: "~/x"}, cli.folder / "sub" / "~" / "x"
-    elif how == "relative":
-        environment, root = {SYSROOT: "other"}, cli.folder / "sub" / "other"
-    elif how == "project":
-        root = cli.home / "elsewhere"
-        configuration = folder / ".metaflow" / "config.json"
-        configuration.write_text(json.dumps({SYSROOT: str(root)}))
-    elif how == "root over another":
-        environment, root = {SYSROOT: str(cli.home)}, cli.home / "named"
-        options = ["--root", str(root)]
-    else:
-        folder = root = cli.folder
-    ran = cli("run", *options, "printenv", SYSROOT, cwd=folder, **environment)
-    assert ran.stdout == f"{root}\n"
-    assert running(root)
-
-
-def test_records_and_artifacts_of_a_flow_stay_together(cli: Cli) -> None:
-    (cli.folder / "flow.py").write_text(SHORT_FLOW)
+def test_run_gives_its_command_the_root_of_its_service_as_an_absolute_path(cli: Cli) -> None:
     (cli.folder / "sub").mkdir()
-    command = f"cd sub; {shlex.quote(sys.executable)} ../flow.py run"
-    ran = cli("run", "sh", "-c", command, **{SYSROOT: "other"})
-    assert ran.returncode == 0, ran.stderr
-    (flow,) = [path.parent for path in cli.folder.rglob(".metaflow/*/data")]
-    assert flow.parent == cli.folder / "other" / ".metaflow"
-    assert [path.name for path in flow.iterdir() if path.name.isdigit()]
+    ran = cli("run", "printenv", SYSROOT, cwd=cli.folder / "sub", **{SYSROOT: "other"})
+    assert ran.stdout == f"{cli.folder}/sub/other\n"
+    assert running(cli.folder / "sub" / "other")
 
 
 def test_within_another_projects_shell_run_means_the_project_it_is_in(
@@ -9082,26 +8774,25 @@ def test_another_port_is_refused_with_the_one_there_is(daemon: Api, cli: Cli) ->
 
 
 @pytest.mark.parametrize(
-    ("command_line", "word"),
+    ("words", "said"),
     [
         ("", "COMMAND"),
         ("dance", "dance"),
         ("run", "command"),
-        ("start --port x", "--port"),
         ("start --port 65536", "65536"),
         ("start --idle-timeout nan", "nan"),
-        ("start --host 0.0.0.0", "0.0.0.0"),
     ],
 )
-def test_a_bad_command_line_is_one_sentence(cli: Cli, command_line: str, word: str) -> None:
-    assert is_refused(cli(*command_line.split()), word, code=2)
+def test_a_bad_command_line_is_one_sentence(cli: Cli, words: str, said: str) -> None:
+    assert is_refused(cli(*words.split()), said, code=2)
+    assert all_paths(cli.folder) == []
 
 
 @pytest.mark.parametrize("name", ["PORT", "IDLE_TIMEOUT"])
 def test_a_bad_value_in_the_environment_is_one_sentence(cli: Cli, name: str) -> None:
     variable = f"METAFLOW_LOCAL_SERVICE_{name}"
     assert is_refused(cli("start", **{variable: "many"}), variable, "many", code=2)
-    assert cli("start", **{variable: ""}).returncode == 0  # as good as unset
+    assert all_paths(cli.folder) == []
 
 
 @pytest.mark.parametrize("command", ["start", "status", "stop", "run true", "demo"])
@@ -9638,6 +9329,7 @@ def test_du_tells_of_flows_and_of_their_runs(cli: Cli, runs_to_delete: list[mls.
 # ==================================================================================================
 # Real flows, recorded and read by both modes
 # ==================================================================================================
+
 
 # -- the flows -------------------------------------------------------------------------------------
 
