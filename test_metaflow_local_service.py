@@ -1,8 +1,33 @@
-"""What metaflow-local-service promises, layer by layer, in the order of the module.
+"""The specification of metaflow-local-service, layer by layer, in the order of the module.
 
-Most tests talk HTTP to a real server over a real root: `api` is one in this process (a millisecond
-to start), `daemon` is one that the command line started. Nothing outside a test's own temporary
-folders is read or written, and no process outlives its test.
+Sections bear the names of the module's layers, and a fact is tested once, in the section of the
+lowest layer that can break it. Before them stand the tools of all tests and what can be said of the
+source alone; behind them the package and the whole: real flows, and what only everything together
+can lose. Nothing outside a test's own temporary folders is read or written, no process outlives its
+test, and no test depends on another, on the order, or on how fast the machine is.
+
+Where does a new test go?
+
+* A route of the metadata API: a line in `test_every_route_of_the_protocol_answers`, one in
+  `test_every_list_says_how_long_its_pages_are` if it lists, and its fields beside those of others
+  at the beginning of API.
+* A route of the UI: a row in GOLDEN (UI API). A frame over the socket: beside those of "sockets".
+* A column, filter or order: a row in the tables of Queries. A field of a record: Store and API. A
+  fact about a run or an attempt: Model; a new way to fail: CAUSES_FLOW and CAUSES.
+* A command or option: Commands; it needs a help with an example, an exit code and one sentence for
+  what is wrong. Output that must look alike everywhere: `printable` and `shorten` there.
+* A Metaflow version: nothing, if all passes (`nox` runs every pair); what only newer ones have is
+  asked of Metaflow itself, as in `can_name_the_last_step`.
+
+What is there to start from? `store` and `local` (an empty root, through us and through local mode);
+`api` and `ui` (a client of a service in this process, ready in a millisecond); `cli` and `daemon`
+(the command line in an empty project, and a service that it has started, in a second); `library`
+(the module as a script has it). Recorded once for a whole session, also with pytest-xdist:
+`recorded` and `seen` (two flows), `failures` (every way to fail), `history` (both recorders).
+
+A test hangs: run it alone with `pytest -n 0 -o faulthandler_timeout=60 -k NAME`, which prints the
+stack of every thread; what a service was doing is in `.metaflow/metaflow-local-service.log` below
+`--basetemp`, at length with METAFLOW_LOCAL_SERVICE_DEBUG=1.
 """
 
 from __future__ import annotations
@@ -331,6 +356,58 @@ def daemon(cli: Cli) -> Iterator[Api]:
     client.close()
 
 
+@contextlib.contextmanager
+def ui_served(store: mls.Store, key: str | None = None, **options: Any) -> Iterator[Api]:
+    """Serve a store and its UI from this process."""
+    server = mls.Server("127.0.0.1", 0, key)
+    service = mls.UiService(store, credentials=server.access.credentials, **options)
+    thread = threading.Thread(target=server.serve, args=(service, lambda idle: True))
+    thread.start()
+    client = Api(server.url, key)
+    client.server = server  # type: ignore[attr-defined]
+    try:
+        yield client
+    finally:
+        client.close()
+        server.stop()
+        thread.join()
+        server.finish()
+
+
+@pytest.fixture
+def ui(store: mls.Store) -> Iterator[Api]:
+    """A client of a service with a UI, on an empty root."""
+    with ui_served(store) as client:
+        yield client
+
+
+def new_store(tmp_path_factory: pytest.TempPathFactory) -> mls.Store:
+    folder = tmp_path_factory.mktemp("shared").resolve()
+    (folder / ".metaflow").mkdir()
+    return mls.Store(str(folder))
+
+
+def session_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
+    """A folder of that name which all workers of a session share."""
+    folder = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        folder = folder.parent
+    return folder.resolve() / name
+
+
+@contextlib.contextmanager
+def recording(folder: Path) -> Iterator[bool]:
+    """Whether to record in the folder, made anew with a home; done by one worker for all."""
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        is_new = not (folder / "done").exists()
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
+            (folder / "home").mkdir(parents=True)
+        yield is_new
+        (folder / "done").touch()
+
+
 def eventually(condition: Any, seconds: float = 20) -> bool:
     """Whether a condition comes true in time."""
     deadline = time.monotonic() + seconds
@@ -346,9 +423,38 @@ def all_paths(folder: Path) -> Sequence[Path]:
     return sorted(folder.rglob("*"))
 
 
+def ids_in(path: str) -> list[str]:
+    return path.split("/")[2::2]
+
+
+def by_local_mode(project: Path, what: str, *ids: str) -> list[dict[str, Any]]:
+    """The runs, steps, tasks, metadata or artifacts of an object, as local mode reads them."""
+    parents = ["root", "flow", "run", "step", "task"]
+    provider = mls.local_metadata_provider(str(project))
+    attempt = 0 if what == "artifact" else None
+    return list(provider.get_object(parents[len(ids)], what, {}, attempt, *ids) or ())
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there, and not only waits for its end to be noticed."""
+    ps = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    return ps.stdout.strip()[:1] not in ("", "Z")
+
+
+def refuses_connections(api: Api) -> bool:
+    try:
+        socket.create_connection((api.host, api.port), 5).close()
+    except ConnectionError:
+        return True
+    return False
+
+
 # ==================================================================================================
-# The source: what can be said of it without running it (`pytest -m structural`)
+# The source
 # ==================================================================================================
+
+# Order, imports, words and lists that must agree, read from the text of the repository. These tests
+# (`pytest -m structural`) need neither Metaflow nor the module and take a few seconds.
 
 REPOSITORY = MODULE.parent
 SOURCE = MODULE.read_text(encoding="utf-8")
@@ -430,6 +536,12 @@ def test_the_layers_stand_in_their_order_as_the_docstring_lists_them() -> None:
     docstring = ast.get_docstring(ast.parse(SOURCE))
     listed = re.findall(r"^    ([A-Z]\w+(?: \w+)?) {2,}\w", docstring, re.MULTILINE)
     assert tuple(listed) == tuple(banners()) == LAYERS
+
+
+@structural
+def test_the_sections_of_the_tests_stand_in_the_order_of_the_layers() -> None:
+    titles = re.findall(r"^# =+\n# (.+)\n# =+$", text_of(Path(__file__).name), re.MULTILINE)
+    assert tuple(title for title in titles if title in LAYERS) == LAYERS
 
 
 @structural
@@ -542,6 +654,9 @@ def test_ci_runs_the_one_test_command_of_the_readme_and_ends_as_it_does(tmp_path
 # ==================================================================================================
 # Settings
 # ==================================================================================================
+
+# Which root, port and time-out are meant by options, variables and configuration files, and what is
+# handed on to a command. Pure functions; one test asks Metaflow itself, in a process of its own.
 
 
 @pytest.mark.parametrize(
@@ -751,6 +866,10 @@ def test_debugging_is_asked_for_by_a_variable(text: str, expected: bool) -> None
 # ==================================================================================================
 # Store
 # ==================================================================================================
+
+# Records on disk: the files of local mode, ids, tags, heartbeats, what others do to the files, and
+# what a write that fails leaves. In this process, on an empty root; `local` is local mode's own
+# recorder on the same root. A store of threads or of generated names takes a second or two.
 
 Ids = tuple[str, ...]
 
@@ -1506,9 +1625,667 @@ def test_what_a_killed_service_left_half_written_troubles_nobody(
     assert_both_tell_the_same(store, local)
 
 
+def test_a_link_in_the_way_of_a_record_is_not_followed(
+    api: Api, project: Path, tmp_path: Path
+) -> None:
+    task = api.new_task_of_its_own()
+    folder = project.joinpath(".metaflow", *task.split("/")[2::2])
+    outside = tmp_path / "outside"
+    for path in (
+        project / ".metaflow" / "Other",
+        folder.parent / "2",
+        folder / "_meta" / "0_artifact_name.json",
+        folder / "_meta" / "_heartbeat",
+    ):
+        path.symlink_to(outside)
+    assert api.post("/flows/Other").status == 400
+    assert api.new_task(task.rsplit("/tasks/", 1)[0]).endswith("/3")
+    # A record that cannot be read counts as not there: the link itself is replaced.
+    assert api.post(f"{task}/artifact", [artifact("name")]).json == {"artifacts_created": 1}
+    api.post(f"{task}/heartbeat")
+    assert not outside.exists()
+
+
+def test_a_datastore_that_is_a_link_is_the_users_choice(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (project / ".metaflow").symlink_to(tmp_path / "elsewhere")
+    with served(mls.Store(str(project))) as api:
+        api.new_task_of_its_own()
+    assert (tmp_path / "elsewhere" / "Flow").is_dir()
+
+
+@pytest.mark.parametrize("content", [b"", b"[]"])
+def test_a_record_that_cannot_be_read_counts_as_none_and_is_replaced(
+    api: Api, project: Path, content: bytes
+) -> None:
+    task = api.new_task(api.new_step(api.new_run(api.new_flow(), run_number="run-1")), task_id="t")
+    assert api.post(f"{task}/artifact", [artifact("x")]).json == {"artifacts_created": 1}
+    flow, run, step = task.split("/runs")[0], task.split("/steps")[0], task.split("/tasks")[0]
+    made = [
+        (flow, flow, {}),
+        (run, f"{flow}/run", {"run_number": "run-1"}),
+        (step, f"{step}/step", {}),
+        (task, f"{step}/task", {"task_id": "t"}),
+    ]
+    for path, way, body in made:
+        (project / ".metaflow").joinpath(*ids_in(path), "_meta", "_self.json").write_bytes(content)
+        assert api.get(path).status == 404
+        assert api.post(way, body).status == 200
+        assert (api.get(path).status, api.post(way, body).status) == (200, 409)
+    (file,) = project.rglob("0_artifact_x.json")
+    file.write_bytes(content)
+    assert api.get(f"{task}/artifacts").json == []
+    assert api.post(f"{task}/artifact", [artifact("x")]).json == {"artifacts_created": 1}
+    assert [a["name"] for a in api.get(f"{task}/artifacts").json] == ["x"]
+    assert [r["run_number"] for r in api.get(f"{flow}/runs").json] == ["run-1"]
+    assert by_local_mode(project, "run", "Flow")
+
+
+def test_a_folder_in_place_of_a_record_is_one_sentence(api: Api, project: Path) -> None:
+    (project / ".metaflow" / "Flow" / "_meta" / "_self.json").mkdir(parents=True)
+    refused = api.post("/flows/Flow")
+    assert refused.status in range(400, 500)
+    assert "is a folder" in refused.json["message"]
+
+
+def test_tags_are_on_the_disk_before_they_replace_others(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the order of the system calls; what a crash leaves then is the file system's promise."""
+    run = api.new_run(api.new_flow())
+    calls: list[tuple[str, str]] = []
+    fsync, rename = os.fsync, os.rename
+
+    def note_fsync(descriptor: int) -> None:
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        calls.append(("fsync", "folder" if is_folder else "file"))
+        fsync(descriptor)
+
+    def note_rename(source: str, target: str, **folders: int) -> None:
+        calls.append(("rename", os.path.basename(target)))
+        rename(source, target, **folders)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "rename", note_rename)
+    assert api.patch(f"{run}/tag/mutate", {"tags_to_add": ["new"]}).status == 200
+    assert calls == [("fsync", "file"), ("rename", "_self.json"), ("fsync", "folder")]
+    calls.clear()
+    api.new_run("/flows/Flow")
+    assert "fsync" not in [call for call, _ in calls]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("of", ["the file", "its folder"])
+def test_what_may_not_be_read_is_left_out_until_it_may(api: Api, project: Path, of: str) -> None:
+    flow = api.new_flow()
+    api.new_run(flow)
+    spoiled = project.joinpath(".metaflow", *api.new_run(flow).split("/")[2::2], "_meta")
+    if of == "the file":
+        spoiled /= "_self.json"
+        os.utime(spoiled)  # or what is in memory of it would do
+    mode = spoiled.stat().st_mode
+    spoiled.chmod(0)
+    reply = api.get(f"{flow}/runs")
+    assert (reply.status, len(reply.json)) == (200, 1)
+    spoiled.chmod(mode)
+    assert len(api.get(f"{flow}/runs").json) == 2
+
+
+def test_a_run_after_one_of_a_wrong_clock_shows_its_own_time(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (project / ".metaflow").mkdir()
+    now, future = time.time_ns(), 2_208_988_800 * 10**9  # 2040
+    monkeypatch.setattr(time, "time_ns", lambda: future)
+    with served(mls.Store(str(project))) as api:
+        wrong = api.post(f"{api.new_flow()}/run").json
+    monkeypatch.setattr(time, "time_ns", lambda: now)
+    store = mls.Store(str(project))
+    with served(store) as api:
+        right = [api.post("/flows/Flow/run").json for _ in range(3)]
+        api.new_run(api.new_flow("Other"))
+    ids = [run["run_number"] for run in (wrong, *right)]
+    assert ids == sorted(set(ids))
+    assert [run["ts_epoch"] // 10**6 for run in (wrong, *right)] == [
+        moment // 10**12 for moment in (future, now, now, now)
+    ]
+    rows = list(mls.Model(store).runs())
+    assert [row["ts_epoch"] for row in rows] == sorted((r["ts_epoch"] for r in rows), reverse=True)
+    assert {r["run_number"]: r["ts_epoch"] for r in rows if r["flow_id"] == "Flow"} == {
+        run["run_number"]: run["ts_epoch"] for run in (wrong, *right)
+    }
+    listed = [run["run_number"] for run in store.runs(("Flow",))]
+    assert listed == [ids[0], *ids[:0:-1]]
+
+
+def test_a_walk_through_pages_does_not_look_at_all_tasks_again(
+    store: mls.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = new_task(store, new_run(store))
+    store.create_metadata(task, [mls.NewMetadatum(n, n, "t", labels()) for n in "abc"])
+    newest = next(store.metadata_below(task[:2]))
+    looked: list[object] = []
+    list_files = mls.Store._list_task_files
+    monkeypatch.setattr(
+        mls.Store, "_list_task_files", lambda *a: looked.append(a) or list_files(*a)
+    )
+    place = mls.metadatum_sort_key(newest)
+    assert [m["field_name"] for m in store.metadata_below(task[:2], place)] == ["b", "a"]
+    assert not looked
+    monkeypatch.setattr(mls, "PAGING_SECONDS", 0.0)
+    assert [m["field_name"] for m in store.metadata_below(task[:2], place)] == ["b", "a"]
+    assert looked
+
+
+def test_a_first_page_sees_what_has_come(store: mls.Store) -> None:
+    task = new_task(store, new_run(store))
+    for count in range(3):
+        store.create_metadata(task, [mls.NewMetadatum("f", str(count), "t", labels())])
+        assert [m["value"] for m in store.metadata_below(task[:2])] == list("210")[-count - 1 :]
+
+
+# ==================================================================================================
+# Datastore
+# ==================================================================================================
+
+# Files of the datastore are opened without leaving it, logs are merged, and values are shown
+# without being unpickled. In this process, on files that a test writes; only root can try foreign
+# owners.
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def datastore(tmp_path: Path) -> Path:
+    """A local datastore with a file, beside a secret that is not in it."""
+    root = tmp_path / ".metaflow"
+    (root / "Flow").mkdir(parents=True)
+    (root / "Flow" / "file").write_text("here")
+    (tmp_path / "secret").write_text("secret")
+    return root
+
+
+def content_of(root: Path | str, *names: str) -> str | None:
+    """What is in a file of a datastore, None where there is none."""
+    opener = mls.FileOpener(str(root))
+    with contextlib.suppress(FileNotFoundError), opener.open_file(str(root), *names) as file:
+        return mls.read_content(file, 1000).decode()
+    return None
+
+
+def test_a_datastore_is_left_neither_by_names_nor_by_links_to_files(datastore: Path) -> None:
+    (datastore / "Flow" / "link").symlink_to(datastore.parent / "secret")
+    (datastore / "Flow" / "inner").symlink_to("file")
+    assert content_of(datastore, "Flow", "file") == "here"
+    for names in (("Flow", "link"), ("Flow", "inner"), ("..", "secret"), ("Flow", "../../secret")):
+        assert content_of(datastore, *names) is None
+    for names in (
+        ("Flow", "\0"),
+        ("Flow", "\ud800"),
+        ("Flow", "x" * 300),
+        ("Flow",),
+        ("None", "x"),
+    ):
+        assert content_of(datastore, *names) is None
+
+
+@pytest.mark.parametrize(
+    "root", ["", "relative/.metaflow", "/", "/etc", "{root}\0", "{root}config"]
+)
+def test_what_is_no_datastore_by_its_name_is_not_opened(datastore: Path, root: str) -> None:
+    (datastore.parent / ".metaflowconfig").mkdir()
+    (datastore.parent / ".metaflowconfig" / "passwd").write_text("secret")
+    assert content_of(root.format(root=datastore), "passwd") is None
+
+
+def test_links_to_folders_that_the_owner_has_made_are_followed(tmp_path: Path) -> None:
+    disk, project = tmp_path / "disk", tmp_path / "project"
+    for folder in (disk / ".metaflow" / "Flow", disk / "data", project):
+        folder.mkdir(parents=True)
+    (project / ".metaflow").symlink_to(disk / ".metaflow")
+    (disk / ".metaflow" / "Flow" / "data").symlink_to("../../data")
+    (disk / "data" / "blob").write_text("far away")
+    assert content_of(project / ".metaflow", "Flow", "data", "blob") == "far away"
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+
+
+@needs_root
+@pytest.mark.parametrize("given_away", [".metaflow", ".metaflow/Flow", ".metaflow/Flow/file"])
+def test_what_belongs_to_another_user_is_not_there(datastore: Path, given_away: str) -> None:
+    with mls.FileOpener(str(datastore.parent)).open_file(str(datastore), "Flow", "file"):
+        os.chown(datastore.parent / given_away, 1000, 1000)
+    with pytest.raises(FileNotFoundError):
+        mls.FileOpener(str(datastore.parent)).open_file(str(datastore), "Flow", "file")
+
+
+@needs_root
+def test_a_root_of_another_user_that_is_served_is_read(datastore: Path) -> None:
+    for path in (datastore, datastore / "Flow", datastore / "Flow" / "file"):
+        os.chown(path, 1000, 1000)
+    assert content_of(datastore, "Flow", "file") == "here"
+
+
+@needs_root
+def test_a_link_of_another_user_leads_to_nothing_of_ours(datastore: Path) -> None:
+    (datastore.parent / "ours").mkdir()
+    (datastore.parent / "ours" / "file").write_text("secret")
+    (datastore / "Flow" / "link").symlink_to(datastore.parent / "ours")
+    assert content_of(datastore, "Flow", "link", "file") == "secret"
+    os.chown(datastore / "Flow" / "link", 1000, 1000, follow_symlinks=False)
+    os.chown(datastore, 1000, 1000)
+    os.chown(datastore / "Flow", 1000, 1000)
+    assert content_of(datastore, "Flow", "link", "file") is None
+
+
+@needs_root
+def test_a_root_that_is_a_link_of_another_user_leads_to_nothing_of_ours(datastore: Path) -> None:
+    theirs = datastore.parent / "theirs"
+    theirs.mkdir()
+    (theirs / ".metaflow").symlink_to(datastore)
+    assert content_of(theirs / ".metaflow", "Flow", "file") == "here"
+    os.chown(theirs / ".metaflow", 1000, 1000, follow_symlinks=False)
+    assert content_of(theirs / ".metaflow", "Flow", "file") is None
+    os.chown(theirs / ".metaflow", 0, 0, follow_symlinks=False)
+    os.chown(theirs, 1000, 1000)  # who may exchange the link while it is read
+    assert content_of(theirs / ".metaflow", "Flow", "file") is None
+
+
+@needs_root
+def test_a_link_of_ours_may_lead_to_a_folder_of_any_owner_that_is_trusted(datastore: Path) -> None:
+    (datastore.parent / "disk").mkdir()
+    (datastore.parent / "disk" / "blob").write_text("far away")
+    (datastore / "Flow" / "data").symlink_to(datastore.parent / "disk")
+    for path in (datastore, datastore.parent / "disk"):
+        os.chown(path, 1000, 1000)
+    assert content_of(datastore, "Flow", "data", "blob") == "far away"
+
+
+def test_in_a_folder_that_others_may_write_to_no_link_of_any_kind_is_followed(
+    datastore: Path,
+) -> None:
+    (datastore.parent / "disk").mkdir()
+    (datastore.parent / "disk" / "blob").write_text("far away")
+    os.link(datastore.parent / "secret", datastore / "Flow" / "hard")
+    (datastore / "Flow" / "soft").symlink_to(datastore.parent / "disk")
+    for mode, hard, soft in ((0o755, "secret", "far away"), (0o777, None, None)):
+        os.chmod(datastore / "Flow", mode)
+        assert content_of(datastore, "Flow", "hard") == hard
+        assert content_of(datastore, "Flow", "soft", "blob") == soft
+        assert content_of(datastore, "Flow", "file") == "here"
+
+
+def test_a_group_counts_as_others_unless_it_is_the_owners_own() -> None:
+    def folder(mode: int, gid: int) -> os.stat_result:
+        return os.stat_result((stat.S_IFDIR | mode, 1, 1, 2, 1000, gid, 0, 0, 0, 0))
+
+    assert not mls.is_writable_by_others(folder(0o755, 100))
+    assert not mls.is_writable_by_others(folder(0o775, 1000))
+    assert mls.is_writable_by_others(folder(0o775, 100))
+    assert mls.is_writable_by_others(folder(0o757, 1000))
+
+
+def test_a_file_that_flips_between_itself_and_a_link_tells_no_secret(datastore: Path) -> None:
+    folder, is_over = datastore / "Flow", threading.Event()
+
+    def flip() -> None:
+        for number in itertools.count():
+            other = folder / f"other{number % 2}"
+            if number % 2:
+                other.symlink_to(datastore.parent / "secret")
+            else:
+                other.write_text("here")
+            os.replace(other, folder / "file")
+            if is_over.is_set():
+                return
+
+    thread = threading.Thread(target=flip)
+    thread.start()
+    try:
+        found = {content_of(datastore, "Flow", "file") for _ in range(3000)}
+    finally:
+        is_over.set()
+        thread.join()
+    assert "here" in found and found <= {"here", None}
+
+
+def test_what_is_no_file_is_not_read(datastore: Path) -> None:
+    os.mkfifo(datastore / "Flow" / "pipe")
+    before = len(os.listdir("/dev/fd"))
+    assert content_of(datastore, "Flow", "pipe") is None
+    assert content_of(datastore, "Flow") is None
+    assert len(os.listdir("/dev/fd")) == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_file_that_may_not_be_read_is_not_there(datastore: Path) -> None:
+    os.chmod(datastore / "Flow" / "file", 0)
+    assert content_of(datastore, "Flow", "file") is None
+
+
+# -- logs ------------------------------------------------------------------------------------------
+
+
+def log_line(text: str, second: int, source: str = "task") -> bytes:
+    stamp = f"2026-01-01T00:00:{second:02}.000000Z"
+    return f"[MFLOG|0|{stamp}|{source}|an-id]{text}\n".encode()
+
+
+def test_the_lines_of_all_files_of_a_log_are_merged_by_time() -> None:
+    task = log_line("second", 2) + log_line("fourth", 4)
+    runtime = log_line("first", 1, "runtime") + log_line("third", 3, "runtime")
+    lines = mls.merge_logs([task, runtime])
+    assert [line["line"] for line in lines] == ["first", "second", "third", "fourth"]
+    assert [line["row"] for line in lines] == [0, 1, 2, 3]
+    assert lines[0]["timestamp"] == 1767225601000, "times of logs are in UTC"
+
+
+def test_a_line_without_a_time_stays_behind_the_one_that_it_follows() -> None:
+    lines = mls.merge_logs([log_line("one", 1) + b"[MFLOG|oops\n\xff\n" + log_line("two", 2)])
+    assert [line["line"] for line in lines] == ["one", "[MFLOG|oops", "\ufffd", "two"]
+    assert lines[1]["timestamp"] is None
+
+
+@given(st.lists(st.binary(max_size=200), max_size=3))
+@settings(deadline=None, max_examples=50)
+def test_any_bytes_are_a_log(files: list[bytes]) -> None:
+    for line in mls.merge_logs(files):
+        assert "\n" not in line["line"]
+
+
+def test_of_a_log_of_many_lines_the_last_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mls, "MOST_LOG_LINES", 3)
+    lines = mls.merge_logs([b"".join(log_line(str(n), n) for n in range(9))])
+    assert [line["line"] for line in lines] in (["6", "7", "8"], ["7", "8"])
+
+
+# -- values ----------------------------------------------------------------------------------------
+
+
+def shown(value: object, protocol: int = 4) -> str:
+    return mls.format_value(mls.PickleReader().read(pickle.dumps(value, protocol)))
+
+
+# What numpy and pandas have pickled, packed, so that neither need be installed.
+PICKLED_ELSEWHERE: dict[str, tuple[str, str]] = {
+    "scalar of numpy 2, pandas 3": (
+        "scalar",
+        "eNprYJkawwABPWJ5pbkFlXrxyflFqXq5pTklmYlFRYmVPWzFyYk5iUWTe1jBCnpYU0oqC1In9zClWXR2tAdpeDP3"
+        "MNr4+fl5/QcCMOHNUJLkzAExlsuhLUgPAEdGJTU=",
+    ),
+    "array of numpy 2, pandas 3": (
+        "array",
+        "eNprYJk6gwECesTySnMLKvXik/OLUvVyS3NKMhOLihIre3jii1KT8/OKS4pKk0sm97CClU3pYc9LActP9mZodWZM"
+        "ag/S8Gb0ZvJmastg6GFNKaksSJ3cw5Rp0dkBkmHuYbTx8/Pz+g8EYMKboSSpw1mBEWo5M5RmgtIsULokSQ8A2Dsx"
+        "cw==",
+    ),
+    "frame of numpy 2, pandas 3": (
+        "frame",
+        "eNp9U0Fv0zAUTtKkW7uOHZDGDgiu5ZIzB6SxrQKxiCCV82Q5qVtHS5wodrRmYhoc1m7SuzX8UG67wXOSUooQjhTb"
+        "eZ+/930vz1/t77xj1AO6GRUTKivojaii73KasNWrbzdDsEkyy+FFE3bDNGduJBTLBY2lm1BBZyyXMDiN0/DyY7Nd"
+        "wWELJ3EUyA0eDkghsii8jBkJ9IFVBYeiSLLSJTVzUsQqonlOSxiQnIWpkCovQoU4p8ZVsIPEGrCqPOPuzAyq5Xjo"
+        "mfh0FrwDzkSVGUO4Fb1+uNehDphvKt/3z3/iqF+eoYKHsyOzcW5Y7dxWAoOwGxQRChESHBlHIdO5dI7l2LOWY25y"
+        "i9uYnTt/5O6CNV2n5Dv/StjQPx43s/223d+qgO8ih7Xhh6db9av9SnhOSFbONxX0Ryc6cErDSzZBy/vtoRa+91nl"
+        "kZidNMU6f9n9YftIbqwDo7ZS3axUPBXV+9vHRtFi/Je/zp1296l2V9UV/bLt7xj9XQzBnINZgnnNVLDQniyvs/a0"
+        "xPDRdg9N2JxJN6CSQZ8IdkU+6E+rChU6zVJ33wS7kfd4/7f+PT74r9L9WgkFMwAzrJWALbCbK79A+BNk74+pmLF1"
+        "Cn7g419WNFeeAbZUaYYGcWaZZ+IJthjjFcBSQU9LmeqLAT2SMEX1/gIcqlQub6BLpjGd4eIZjeP0SpJJkWHvUMVI"
+        "TAMWy3tZBO4vMUs1rw==",
+    ),
+    "series of numpy 2, pandas 3": (
+        "series",
+        "eNpVUT2P1DAQTbKb3N6KAlHAVdShiTiJggIJxFVgkSJXr6xJMhdHOM7KHxxbrATFsXfSdMn9T/4BOAkNLuzxG4/n"
+        "vTc/1o+rKJgXJXtQNZiRkmvULZrh1c9jSmveNZpeLrms6jVmrbKoFUiTdaCgQW3o2XWrGokfZV99/bKAvjzdjXTx"
+        "f2WN39FkJRikLVd4yz9N0DCKgLYFqAb/3afOCjocc4qNBW1HFtDa2H4/smgK0Aeh+1XAjp4r1+0PGZ9bdE7aFrSG"
+        "Az3hGqteGatdZQeK52cjnXk+U35gwd1VWJ6KMWUhi+7EhuLaHvY4UHTz9uH+VKRsReG7PM8///Fr3lhgy4erp4tl"
+        "v98vZ/DBlrATkVgdU7HORcwCkbBInC0Mj5S8zi7fZJeTKPD6RUhJOVlldh5KvoF0Hjynjbeae9zQpnSt16GMVy/b"
+        "Cj1XFrHwVDhwxpZ+Kp4oJWYeFJ3zDi3UYL0ZMZ9tA4rBWm18b34jofHBC5CyvzW8dnv/JVjkEkqU5t6ILYXGldlf"
+        "Om6+AQ==",
+    ),
+    "scalar of numpy 1, pandas 1": (
+        "scalar",
+        "eNprYJkazQABPaJ5pbkFlXrJ+UWpermlOSWZiUVFiZU9bMXJiTmJRZN7WMHyPawpJZUFqZN7mNIsOjvagzS8mXsY"
+        "bfz8/Lz+AwGY8GYoSXLmgJjK5dAWpAcAIt4k1A==",
+    ),
+    "array of numpy 1, pandas 1": (
+        "array",
+        "eNprYJk6nQECekTzSnMLKvWS84tS9XJLc0oyE4uKEit7eOKLUpPz84pLikqTSyb3sIJVTelhz0sBy0/2Zmh1Zkxq"
+        "D9LwZvRm8mZqy2DoYU0pqSxIndzDlGnR2QGSYe5htPHz8/P6DwRgwpuhJKnDWYERajczlGaC0ixQuiRJDwCc2zES",
+    ),
+    "frame of numpy 1, pandas 1": (
+        "frame",
+        "eNqFUk1v1DAQjfPRdpdKiANQLpyXS84ckIooQoKIIOVeWXbWu47qeCPbUbuICjh0t5XmtuFvcuYG42RXtKgSjuSZ"
+        "sV/eG8/Mt/jHzzDoFzxqmJ4ym5YLI9KZYbWA0Vvm2Dvvbl58v5xATOu5gee3gZV2wmimbFozzebCWDh8oxbl2cch"
+        "3MCTLZyqitu/eHhIW91U5ZkSlPsfNh081m3dLAfiulWuYsawJRxSI8qFts60pUNY0sM62EdeD9h0WXB1Qni3LiYZ"
+        "wS9ayRCSqVs2AuFh9fLm2l9FQF51eZ5/+I2r37LA8ZuTIzKUINiWIoi21nE44G2FiWgLiVVVKbyW11gXWbguZCCJ"
+        "jFBdxre0EwhnO0m5d5/gQP/reLDx62381XG5jxzhf/k/9fxd/6YvdxWOUeF0AuQCyBLIZ9Fzhlm041zj5dHdFk7F"
+        "hbApZ1Z0MKZanNP3/mzTyREkg+u7P8Vp+Cef6Eoe9GoMCAdSohrEGgemy9tVIcfw7D4lw/RcwLjwZkcvH+RYYseM"
+        "ywKIrVs0+Da0oskIUolVgeOHHYWRT2M7n7QWjvn4FBLmnLGXsEdnis3RecqUWpxbOm0bbBxzgirGhbLXtuXpH2IR"
+        "CuE=",
+    ),
+    "series of numpy 1, pandas 1": (
+        "series",
+        "eNptUbGO1DAQTbKb3IIo0EkIaBBlaCJOoqBAAnEVWKTI1atokviSCMeJPDbHFitBceydNF3Cf/IHMNlcARJTeEbP"
+        "b+z3Zr6tfz4PvGPQ6QC6AkzK3sgEpWklUnRxzOOL7/uY1nlXG3r2N63VVhoNCpMONNTSIJ1etLpW8r3qy8+fFpDb"
+        "4+1ET/7trORXiUkBKOl+ruVV/mGGxome/o9nQNdMzOZ0R5wlaejklFKIFoydhEdrtP0wiWAuJBe++5HBlh5p1w27"
+        "5cnOKduCMbCjB7mRZa/RGlfakcIja6IT/n++H4V3fe4Xh2yKhS+C6+aEwsruBjlScPn69uaQxWJF/ps0TT/+5jge"
+        "wrPF7fnDZaq/3i7Ze2cL2DZ+E+zjZpU2a+E1oQiaaBG4p+hlcvYqOZs9AfttPIqKeYS4ZSj6AsoxuKENryBnHGlT"
+        "uJZ9aGTzqi0laxWB8A+ZA4e24G2xUIruFnkv76SFCiyLWAGFYK1B/jW/VFBz8RiU6q8wr9zAj4GVuYJCKrzBhg2i"
+        "K5I/1UHI4A==",
+    ),
+}
+
+SHOWN_AS = {
+    "scalar": "3.25",
+    "array": "array([[1, 2], [3, 4]], dtype=int64)",
+    "series": "Series of 2 rows\nfloat64\n1.0\n2.0",
+    "frame": "DataFrame of 3 rows and 3 columns\na: int64, b: float64, c: {text}\n"
+    "1  1.5  x\n2  2.5  y\n3  nan  z",
+}
+
+
+@pytest.mark.parametrize("name", PICKLED_ELSEWHERE)
+def test_arrays_and_tables_are_shown_for_what_they_hold(name: str) -> None:
+    kind, packed = PICKLED_ELSEWHERE[name]
+    content = zlib.decompress(base64.b64decode(packed))
+    text = "StringDtype" if "pandas 3" in name else "object"
+    assert mls.format_value(mls.PickleReader().read(content)) == SHOWN_AS[kind].format(text=text)
+
+
+class Colour(enum.Enum):
+    RED = "red"
+
+
+@dataclass
+class Point:
+    x: int
+    tags: list[str]
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (Point(1, ["a"]), f"<{__name__}.Point x=1 tags=['a']>"),
+        (Path("/a/b"), "/a/b"),
+        (Decimal("1.50"), "1.50"),
+        (datetime(2024, 1, 2, tzinfo=timezone.utc), "2024-01-02 00:00:00+00:00"),
+        (timedelta(days=1, seconds=2), "1 day, 0:00:02"),
+        (Counter("aab"), "{'a': 2, 'b': 1}"),
+        (b"\x89PNG\r\n\x1a\n" + b"0" * 200, None),
+        (b"x" * 5000, None),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_objects_of_the_standard_library_are_shown_for_what_they_are(
+    value: object, text: str | None, protocol: int
+) -> None:
+    if isinstance(value, bytes):
+        kind = "image/png" if value.startswith(b"\x89PNG") else "application/octet-stream"
+        assert shown(value, protocol).startswith(f"<{len(value)} bytes, {kind}")
+    else:
+        assert shown(value, protocol) == text
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_member_of_an_enum_is_shown_by_name_or_value(protocol: int) -> None:
+    assert shown(Colour.RED, protocol) in (
+        f"<{__name__}.Colour('red')>",
+        f"<{__name__}.Colour.RED>",
+    )
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary()
+
+
+@given(
+    st.recursive(
+        SCALARS,
+        lambda inner: (
+            st.lists(inner, max_size=4)
+            | st.tuples(inner)
+            | st.tuples(inner, inner, inner, inner)
+            | st.dictionaries(st.text() | st.integers(), inner, max_size=4)
+        ),
+        max_leaves=10,
+    ),
+    st.integers(2, 5),
+)
+@settings(deadline=None, max_examples=60)
+def test_a_value_is_shown_as_str_would_show_it(value: object, protocol: int) -> None:
+    assert shown(value, protocol) == str(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ({1}, "{1}"),
+        (set(), "set()"),
+        (OrderedDict(a=1), "{'a': 1}"),
+        (datetime(2026, 1, 2, 3, 4, 5), "2026-01-02 03:04:05"),
+        (datetime(2026, 1, 2).date(), "2026-01-02"),
+        (threading.Thread, "<class threading.Thread>"),
+        (SimpleNamespace(a=1), "<types.SimpleNamespace a=1>"),
+    ],
+)
+def test_values_of_other_types_are_shown_as_what_they_are(value: object, text: str) -> None:
+    assert shown(value) == text
+
+
+def test_an_integer_whose_digits_nobody_can_wait_for_is_only_measured() -> None:
+    assert shown(2**20000) == "<integer of 20001 bits>"
+
+
+class Bomb:
+    """What runs a command when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_a_pickle_that_is_looked_at_runs_nothing(tmp_path: Path, protocol: int) -> None:
+    pickled = pickle.dumps([Bomb(tmp_path / "boom")], protocol)
+    value = mls.PickleReader().read(pickled)
+    assert "system" in mls.format_value(value)
+    assert not (tmp_path / "boom").exists()
+    pickle.loads(pickled)
+    assert (tmp_path / "boom").exists(), "it is a bomb"
+
+
+def test_a_value_that_holds_itself_or_a_billion_is_shown_up_to_a_length() -> None:
+    itself: list[Any] = []
+    itself.append(itself)
+    assert len(shown(itself)) < 1000
+    laughs: Any = ["ha"]
+    for _ in range(40):
+        laughs = [laughs, laughs]
+    assert len(shown(laughs)) <= mls.LONGEST_TEXT + 3
+
+
+def test_a_small_pickle_becomes_no_large_json() -> None:
+    value = mls.PickleReader().read(pickle.dumps(["x" * 100_000] * 10_000))
+    with pytest.raises(ValueError, match="too large"):
+        mls.to_json(value)
+    plain = mls.PickleReader().read(pickle.dumps({"a": (1, None, {2}), 3: 1.5}))
+    assert mls.to_json(plain) == {"a": [1, None, [2]], "3": 1.5}
+
+
+@given(st.binary(max_size=100))
+@settings(deadline=None, max_examples=200)
+def test_what_is_no_pickle_is_refused_and_nothing_else_happens(noise: bytes) -> None:
+    for beginning in (b"", b"\x80\x04", pickle.dumps({"a": [1, (2,)]})[:-1]):
+        with contextlib.suppress(ValueError):
+            mls.format_value(mls.PickleReader().read(beginning + noise))
+
+
+def test_a_gzip_bomb_is_not_blown_up() -> None:
+    with pytest.raises(mls.TooLarge):
+        mls.decompress(gzip.compress(bytes(50_000_000)), 1000)
+
+
+# -- pickles that are hostile or make no sense -----------------------------------------------------
+
+
+def nested_names(depth: int) -> bytes:
+    """A pickle that names a class by tuples, each of which has the one before twice."""
+    pairs = b"".join(b"h%ch%c\x86\x94" % (n, n) for n in range(depth))
+    return b"]\x94" + pairs + b"\x8c\x01a\x93."
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        nested_names(60),
+        b"}K\x01a.",  # appends to a dict
+        b"\x8f(K\x01K\x02u.",  # sets items of a set
+        b"cbuiltins\nset\n\x94(" + b"N" * 50000 + b"l\x94]" + b"h\x00h\x01\x85Ra" * 10000 + b".",
+        b"c_codecs\nencode\n\x94\x8d" + (100_000).to_bytes(8, "little") + b"a" * 100_000 + b"\x94]"
+        + b"h\x00h\x01\x85Ra" * 10000 + b".",
+    ],
+    ids=["nested names", "append to a dict", "items of a set", "copied sets", "copied bytes"],
+)  # fmt: skip
+def test_a_pickle_that_would_take_for_ever_or_makes_no_sense_is_refused_or_shown(
+    pickled: bytes,
+) -> None:
+    with contextlib.suppress(ValueError):
+        value = mls.PickleReader().read(pickled)
+        assert len(mls.format_value(value)) <= mls.LONGEST_TEXT + 3
+        mls.to_json(value)
+
+
+@pytest.mark.parametrize("called", [b"ccopyreg\n__newobj__\n", b"cpathlib\nPath\n"])
+def test_calls_of_the_same_long_arguments_are_counted(called: bytes) -> None:
+    arguments = b"(c__main__\nPoint\n" + b"N" * 2_000 + b"t\x94"
+    pickled = called + b"\x94" + arguments + b"]" + b"h\x00h\x01Ra" * 3_000 + b"."
+    with pytest.raises(mls.TooLarge):
+        mls.PickleReader().read(pickled)
+
+
+def test_an_attribute_whose_name_is_no_text_is_no_member_of_an_enum() -> None:
+    pickled = b"cbuiltins\ngetattr\n(c__main__\nColour\n]tR."
+    shown_as = mls.format_value(mls.PickleReader().read(pickled))
+    assert shown_as == "<builtins.getattr(<class __main__.Colour>, [])>"
+
+
+def test_long_bytes_of_an_old_pickle_are_shown() -> None:
+    assert shown(b"x" * 90, protocol=2) == str(b"x" * 90)
+
+
+def test_of_an_object_only_few_attributes_are_shown() -> None:
+    assert shown(SimpleNamespace(**{f"a{n}": n for n in range(100)})) == "<types.SimpleNamespace>"
+
+
 # ==================================================================================================
 # Queries
 # ==================================================================================================
+
+# Filters, patterns, orders, cursors and limits: pure functions over rows, many checked by generated
+# examples. Each new column or filter gets its row in one of the tables here.
 
 
 def a_run(number: int | str, **fields: Any) -> dict[str, Any]:
@@ -1883,8 +2660,1509 @@ def test_a_page_of_another_size_is_refused(text: str) -> None:
 
 
 # ==================================================================================================
+# Model
+# ==================================================================================================
+
+# What has become of runs, tasks and attempts, and why. Most tests write records through a service
+# in this process; causes are read from runs of real flows, once recorded (`recorded` and
+# `failures`), which is what takes long: 10 and 20 seconds for the first test that needs them.
+
+FLOWS_TO_SEE = {
+    "zoo.py": '''
+from metaflow import FlowSpec, Parameter, card, catch, current, project, retry, step
+
+@project(name="zoo_project")
+class ZooFlow(FlowSpec):
+    """Two branches, a foreach, a retry, a caught failure and a card."""
+
+    size = Parameter("size", default=3)
+
+    @step
+    def start(self):
+        """Fans out."""
+        print("hello from start", "\\u20ac <b>html</b>")
+        self.names = ["a", "b"]
+        self.next(self.left, self.right)
+
+    @card(type="blank", id="report")
+    @step
+    def left(self):
+        from metaflow.cards import Markdown
+        current.card["report"].append(Markdown("# Report"))
+        self.next(self.work, foreach="names")
+
+    @retry(times=1, minutes_between_retries=0)
+    @step
+    def work(self):
+        self.letter = self.input
+        if self.input == "b" and current.retry_count == 0:
+            raise ValueError("fails once")
+        self.next(self.collect)
+
+    @step
+    def collect(self, inputs):
+        self.letters = tuple(i.letter for i in inputs)
+        self.next(self.join)
+
+    @catch(var="problem", print_exception=False)
+    @step
+    def right(self):
+        raise ValueError("caught")
+        self.next(self.join)
+
+    @step
+    def join(self, inputs):
+        self.next(self.end)
+
+    @step
+    def end(self):
+        self.big = b"x" * 17_000_000
+
+if __name__ == "__main__":
+    ZooFlow()
+''',
+    "custom.py": """
+from metaflow import FlowSpec, Parameter, step
+
+class CustomFlow(FlowSpec):
+    mode = Parameter("mode", default="fast")
+
+    @step(start=True)
+    def begin(self):
+        self.next({"fast": self.fast, "slow": self.slow}, condition="mode")
+
+    @step
+    def fast(self):
+        self.next(self.finish)
+
+    @step
+    def slow(self):
+        self.next(self.finish)
+
+    @step(end=True)
+    def finish(self):
+        pass
+
+if __name__ == "__main__":
+    CustomFlow()
+""",
+}
+
+
+def can_name_the_last_step() -> bool:
+    """Whether this Metaflow has `@step(end=True)`, and `condition` in `self.next`."""
+    return "end" in inspect.signature(metaflow.step).parameters
+
+
+def record_flows(folder: Path, home: Path) -> None:
+    """Run the flows in a folder at the same time: one through the service, one in local mode."""
+    cli = Cli(folder, home)
+    for name, text in FLOWS_TO_SEE.items():
+        (folder / name).write_text(text)
+    (folder / ".metaflow").mkdir()
+    flows = [cli.popen("run", sys.executable, "zoo.py", "run", "--tag", "demo")]
+    if can_name_the_last_step():
+        custom = subprocess.Popen(
+            [sys.executable, "custom.py", "run"],
+            cwd=folder,
+            env={**cli.environment, "METAFLOW_DEFAULT_METADATA": "local"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        flows.append(custom)
+    try:
+        for flow in flows:
+            _, errors = flow.communicate(timeout=300)
+            assert flow.returncode == 0, errors
+    finally:
+        cli("stop", "--all")
+
+
+@pytest.fixture(scope="session")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which flows have run; recorded once, also where tests run in parallel."""
+    folder = session_folder(tmp_path_factory, "recorded")
+    with recording(folder) as is_new:
+        if is_new:
+            record_flows(folder, folder / "home")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def seen(recorded: Path) -> mls.Model:
+    """The flows that ran, as a person sees them a while later."""
+    return mls.Model(mls.Store(str(recorded)), lambda: time.time() + 100)
+
+
+def runs_of(model: mls.Model, flow: str) -> list[Any]:
+    """The runs of a flow, oldest first."""
+    rows = [model.judge(row) for row in model.runs() if row["flow_id"] == flow]
+    return rows[::-1]
+
+
+def attempts_of(model: mls.Model, run: Any, step: str) -> list[Any]:
+    tasks = model.tasks(mls.run_row_ids(run), model.clock())
+    return [task for task in tasks if task["step_name"] == step]
+
+
+def task_in(model: mls.Model, flow: str, step: str, which: int = 0) -> mls.Ids:
+    """The ids of a task of the first run of a flow."""
+    ids = mls.run_row_ids(runs_of(model, flow)[0])
+    return model.store.task_ids((*ids, step))[which]
+
+
+def content(model: mls.Model, ids: mls.Ids, name: str) -> Any:
+    artifact = model.store.artifact(ids, name)
+    assert artifact is not None
+    return model.with_value(mls.artifact_row(artifact)).get("content")
+
+
+def test_a_run_that_reached_its_end_is_completed_when_its_last_task_was(seen: mls.Model) -> None:
+    (run,) = runs_of(seen, "ZooFlow")
+    (end,) = attempts_of(seen, run, "end")
+    assert (run["status"], end["status"]) == ("completed", "completed")
+    assert run["finished_at"] == end["finished_at"]
+    assert run["duration"] == run["finished_at"] - run["ts_epoch"]
+    assert (run["user"], run["tags"]) == ("tester", ["demo"])
+
+
+def test_every_attempt_has_a_row_with_its_own_status_and_times(seen: mls.Model) -> None:
+    (run,) = runs_of(seen, "ZooFlow")
+    retried = [t for t in attempts_of(seen, run, "work") if t["task_id"] == max_retried(seen, run)]
+    assert [(t["attempt_id"], t["status"]) for t in retried] == [(0, "failed"), (1, "completed")]
+    begun, ended = retried[0]["started_at"], retried[0]["finished_at"]
+    assert begun <= ended <= retried[1]["started_at"] <= retried[1]["finished_at"]
+    assert all(t["duration"] == t["finished_at"] - t["started_at"] for t in retried)
+
+
+def max_retried(model: mls.Model, run: Any) -> Any:
+    attempts = attempts_of(model, run, "work")
+    return max(attempts, key=lambda task: task["attempt_id"])["task_id"]
+
+
+def test_a_caught_failure_is_a_completed_task_that_shows_the_exception(seen: mls.Model) -> None:
+    (run,) = runs_of(seen, "ZooFlow")
+    assert [t["status"] for t in attempts_of(seen, run, "right")] == ["completed"]
+    problem = content(seen, task_in(seen, "ZooFlow", "right"), "problem")
+    assert "MetaflowExceptionWrapper" in problem and "'caught'" in problem
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        (None, True),
+        ([], False),
+        (["user:x", "version:2.19"], False),
+        (["metaflow_version:2.2.12"], True),
+        (["metaflow_version:2.2.11"], False),
+        (["metaflow_version:2.19.38+local"], True),
+        (["metaflow_version:2.3"], True),
+        (["metaflow_version:1.14.0"], True),
+        (["metaflow_version:1.13.9"], False),
+        (["metaflow_version:2.0.0"], False),
+        (["metaflow_version:unknown"], True),
+        (["metaflow_version:"], True),
+    ],
+)
+def test_newer_clients_send_heartbeats(tags: list[str] | None, expected: bool) -> None:
+    assert mls.sends_heartbeats(tags) is expected
+
+
+# -- causes: runs that failed, each in a way of its own, by either recorder ------------------------
+
+CAUSES_FLOW = """
+import os, signal, sys, time
+from metaflow import FlowSpec, Parameter, card, catch, current, retry, step, timeout
+
+HOW = os.environ["HOW"]
+if HOW == "import" and "step" in sys.argv:
+    import nothing_of_this_name  # import
+if HOW == "never" and "step" in sys.argv:
+    sys.exit(5)
+
+class CausesFlow(FlowSpec):
+    speed = Parameter("speed", default=7)
+
+    @step
+    def start(self):
+        print("on stdout")
+        print("\\033[31mit is about to happen\\033[0m", file=sys.stderr)
+        if HOW == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if HOW == "exit":
+            sys.exit(3)
+        if HOW == "pickle":
+            self.unpicklable = (number for number in [1])
+        with open(f"begun-{HOW}", "w") as begun:
+            begun.write(current.run_id)
+        if HOW in ("interrupt", "both"):
+            time.sleep(100)
+        while HOW == "scheduler" and not os.path.exists("scheduler-is-gone"):
+            time.sleep(0.02)
+        self.letters = ["a", "b", "c"] if HOW in ("fine", "foreach") else ["a"]
+        self.next(self.each, foreach="letters")
+
+    @step
+    def each(self):
+        if HOW == "foreach" and self.input == "b":
+            self.reject()
+        self.next(self.join)
+
+    def reject(self):
+        import json
+        json.loads("no \\033[31mJSON")  # foreach
+
+    @step
+    def join(self, inputs):
+        if HOW == "join":
+            try:
+                inputs[7]
+            except IndexError as error:
+                raise RuntimeError("two\\nlines") from error  # join
+        self.next(self.limited)
+
+    @timeout(seconds=1)
+    @step
+    def limited(self):
+        if HOW == "timeout":
+            time.sleep(100)  # timeout
+        self.next(self.retried)
+
+    @retry(times=1, minutes_between_retries=0)
+    @step
+    def retried(self):
+        if HOW == "retry" or current.retry_count == 0:
+            raise ValueError(f"attempt {current.retry_count}")  # retry
+        self.next(self.caught)
+
+    @card(type="blank", id="report")
+    @catch(var="problem", print_exception=False)
+    @step
+    def caught(self):
+        raise LookupError("caught")  # catch
+        self.next(self.end)
+
+    @step
+    def end(self):
+        pass
+
+if __name__ == "__main__":
+    CausesFlow()
+"""
+
+
+class Expected(NamedTuple):
+    """What is to be told of a run that failed."""
+
+    kind: str
+    step: str | None
+    attempt: str | None  # "1 of 2"
+    type: str | None
+    message: str
+    line: str | None  # the comment that stands behind it
+
+
+TIMEOUT_EXCEPTION = "metaflow.plugins.timeout_decorator.TimeoutException"
+
+CAUSES = {
+    "import": Expected(
+        "raised", "start", "1 of 1", "ModuleNotFoundError", "nothing_of_this_name", "import"
+    ),
+    "kill": Expected("killed", "start", "1 of 1", None, "signal 9 (SIGKILL)", None),
+    "exit": Expected("killed", "start", "1 of 1", None, "exit code 3", None),
+    "never": Expected("never started", "start", "1 of 1", None, "exit code 5", None),
+    "pickle": Expected("raised", "start", "1 of 1", None, "unpicklable", None),
+    "foreach": Expected(
+        "raised", "each", "1 of 1", "json.decoder.JSONDecodeError", "Expecting value", "foreach"
+    ),
+    "join": Expected("raised", "join", "1 of 1", "RuntimeError", "two\nlines", "join"),
+    "timeout": Expected(
+        "timed out", "limited", "1 of 1", TIMEOUT_EXCEPTION, "timed out after", "timeout"
+    ),
+    "retry": Expected("raised", "retried", "2 of 2", "ValueError", "attempt 1", "retry"),
+    # A task that is slow to end after Ctrl-C is killed by its scheduler.
+    "interrupt": Expected("killed", "start", "1 of 1", None, "interrupted|scheduler", None),
+    "scheduler": Expected("scheduler gone", None, None, None, "without a word", None),
+    "both": Expected("scheduler gone", None, None, None, "while start/", None),
+}
+ENDED_BY_HAND = {"interrupt", "scheduler", "both"}
+RECORDED: Mapping[str, Sequence[str]] = {
+    "local": list(CAUSES),
+    "service": ["kill", *sorted(ENDED_BY_HAND)],  # of which it has other traces
+}
+
+
+def record_causes(folder: Path, recorder: str) -> None:
+    """Let the flow fail in every way, tagged with it, and in local mode once not at all."""
+    cli = Cli(folder, folder / "home")
+    (folder / "causes.py").write_text(CAUSES_FLOW)
+    (folder / ".metaflow").mkdir()
+
+    def record(how: str) -> None:
+        command = [sys.executable, "causes.py", "run", "--max-workers", "1", "--tag", how]
+        run = subprocess.Popen(
+            cli.command("run", *command) if recorder == "service" else command,
+            cwd=folder,
+            env={**cli.environment, "HOW": how, "METAFLOW_DEFAULT_METADATA": "local"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        if how in ENDED_BY_HAND:
+            end_by_hand(folder, run, how)
+        assert (run.wait(timeout=300) == 0) == (how == "fine"), how
+
+    hows = ["fine", *RECORDED[recorder]] if recorder == "local" else RECORDED[recorder]
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(record, hows))
+    finally:
+        cli("stop")
+
+
+def end_by_hand(folder: Path, process: subprocess.Popen[Any], how: str) -> None:
+    """End a run while its first task runs: by Ctrl-C, or without a chance to say a word."""
+    begun = folder / f"begun-{how}"
+    try:
+        assert eventually(begun.exists, seconds=120)
+        if how == "scheduler":
+            process.kill()
+            (folder / "scheduler-is-gone").touch()
+            of_task = f".metaflow/CausesFlow/{begun.read_text()}/start/*/{mls.META_DIR}"
+            ended = f"{of_task}/sysmeta_attempt_ok*"
+            assert eventually(lambda: list(folder.glob(ended)), seconds=120)
+        elif how == "interrupt":
+            os.killpg(process.pid, signal.SIGINT)
+    finally:
+        if how != "interrupt":
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def failures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Finds the folder in which a recorder has seen the flow fail in every way."""
+
+    def recorded_by(recorder: str) -> Path:
+        folder = session_folder(tmp_path_factory, f"failures-{recorder}")
+        with recording(folder) as is_new:
+            if is_new:
+                record_causes(folder, recorder)
+        return folder
+
+    return recorded_by
+
+
+EVERY_FAILURE = [(recorder, how) for recorder, hows in RECORDED.items() for how in hows]
+
+
+def much_later(folder: Path) -> mls.Model:
+    """Those runs as one sees them when all signs of life have ceased."""
+    return mls.Model(mls.Store(str(folder)), lambda: time.time() + 4000)
+
+
+def failure(model: mls.Model, how: str) -> Any:
+    (run,) = (row for row in model.runs() if how in (row["tags"] or ()))
+    return model.judge(run)
+
+
+@pytest.mark.parametrize(("recorder", "how"), EVERY_FAILURE)
+def test_a_run_that_failed_tells_the_task_the_attempt_the_exception_and_the_line(
+    failures: Callable[[str], Path], recorder: str, how: str
+) -> None:
+    folder, expected = failures(recorder), CAUSES[how]
+    run = failure(much_later(folder), how)
+    cause = run["cause"]
+    assert (run["status"], cause["kind"], cause["step_name"]) == (
+        "failed",
+        expected.kind,
+        expected.step,
+    )
+    of_task = f"/{cause['step_name']}/{cause['task_id']}" if expected.step else ""
+    assert cause["pathspec"] == f"CausesFlow/{run['run']}{of_task}"
+    attempt = f"{cause['attempt_id'] + 1} of {cause['attempts']}" if expected.step else None
+    assert (attempt, cause["type"]) == (expected.attempt, expected.type)
+    told = [message for message in expected.message.split("|") if message in cause["message"]]
+    assert told
+    lines = CAUSES_FLOW.splitlines()
+    line = lines[cause["line"] - 1].partition("  # ")[2] if cause["line"] else None
+    assert line == expected.line
+    assert cause["file"] == (str(folder / "causes.py") if line else None)
+    assert not expected.line or f"causes.py:{cause['line']}" in cause["summary"]
+    assert " ".join(told[0].split()) in cause["summary"]
+    is_told = any("is about to happen" in text for text in cause["stderr"])
+    has_begun = expected.step == "start" and how not in ("import", "never")
+    # A scheduler that is itself interrupted may have no time to store what its task has written.
+    assert is_told == has_begun or how == "interrupt"
+
+
+def test_what_was_retried_or_caught_is_the_cause_of_an_attempt_and_not_of_its_run(
+    failures: Callable[[str], Path],
+) -> None:
+    model = much_later(failures("local"))
+    run = failure(model, "fine")
+    assert (run["status"], run["cause"]) == ("completed", None)
+    causes = {
+        (t["step_name"], t["attempt_id"], t["status"]): t["cause"]["summary"]
+        for t in model.tasks(mls.run_row_ids(run), model.clock())
+        if t["cause"]
+    }
+    assert sorted(causes) == [("caught", 0, "completed"), ("retried", 0, "failed")]
+    assert "LookupError: caught in caught/" in causes["caught", 0, "completed"]
+    assert "ValueError: attempt 0 in retried/" in causes["retried", 0, "failed"]
+
+
+def test_the_cause_of_a_run_is_that_of_the_attempt(failures: Callable[[str], Path]) -> None:
+    model = much_later(failures("local"))
+    for how, expected in CAUSES.items():
+        if expected.step:
+            run = failure(model, how)
+            ids = (*mls.run_row_ids(run), expected.step, str(run["cause"]["task_id"]))
+            assert model.attempts(ids, model.clock())[0]["cause"] == run["cause"]
+
+
+@pytest.mark.parametrize("recorder", RECORDED)
+def test_all_but_a_run_that_fell_silent_have_failed_at_once(
+    failures: Callable[[str], Path], recorder: str
+) -> None:
+    now = mls.Model(mls.Store(str(failures(recorder))))
+    for how in RECORDED[recorder]:
+        if CAUSES[how].kind != "scheduler gone":
+            assert failure(now, how)["status"] == "failed", how
+
+
+def test_a_run_that_never_came_to_a_task_never_started(store: mls.Store) -> None:
+    ids = new_run(store)
+    run = mls.Model(store, lambda: time.time() + 400).run(ids)
+    assert run and run["cause"]
+    assert (run["status"], run["cause"]["kind"]) == ("failed", "never started")
+    assert run["cause"]["pathspec"] == "/".join(ids)
+
+
+def test_the_first_task_that_failed_is_to_blame_and_not_those_that_fell_with_it() -> None:
+    graph: Any = {"steps": {"s": {"decorators": [{"name": "retry", "attributes": {"times": 1}}]}}}
+
+    def failed(number: int, finished_at: int, attempt: int = 1) -> Any:
+        return {
+            "step_name": "s",
+            "task_id": number,
+            "status": "failed",
+            "finished_at": finished_at,
+            "ts_epoch": 0,
+            "attempt_id": attempt,
+        }
+
+    tasks = [failed(1, 50), failed(2, 10, attempt=0), failed(3, 20), failed(4, 40)]
+    blamed = mls.first_failure(tasks, graph, lambda task: task["task_id"] == 3)
+    assert blamed and blamed["task_id"] == 4  # 2 would have been tried again, 3 was ended
+    assert mls.first_failure([], graph, lambda task: False) is None
+
+
+def test_the_cause_is_judged_once(
+    failures: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = much_later(failures("local"))
+    assert eventually(lambda: model.is_settled(failure(model, "foreach")))
+    monkeypatch.setattr(mls.Model, "_find_cause", None)
+    assert failure(model, "foreach")["cause"]["kind"] == "raised"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("no traceback", None),
+        (
+            'Traceback (most recent call last):\n  File "/a/flow.py", line 3, in f\n    x\nE: m',
+            ("E", "m", "/a/flow.py", 3),
+        ),
+        (
+            'Traceback (most recent call last):\n  File "/a/flow.py", line 3, in f\n    g()\n'
+            '  File "/v/lib/python3.11/site-packages/p/q.py", line 5, in g\n    h()\np.Odd',
+            ("p.Odd", None, "/a/flow.py", 3),
+        ),
+        (
+            'Traceback (most recent call last):\n  File "/a/flow.py", line 9, in <module>\n'
+            '    Flow()\n  File "/src/metaflow/task.py", line 5, in run_step\n    h()\nE: m',
+            ("E", "m", None, None),
+        ),
+        (
+            'Traceback (most recent call last):\n  File "/a/flow.py", line 3, in f\n    x\nE: 1\n\n'
+            "During handling of the above exception, another exception occurred:\n\n"
+            'Traceback (most recent call last):\n  File "/a/flow.py", line 5, in f\n    y\nF: 2',
+            ("F", "2", "/a/flow.py", 5),
+        ),
+        (
+            "  + Exception Group Traceback (most recent call last):\n"
+            '  |   File "/a/flow.py", line 3, in f'
+            "\n  |     x\n  | ExceptionGroup: all (1 sub-exception)\n  +-+---- 1 ----\n"
+            '    | Traceback (most recent call last):\n    |   File "/a/b.py", line 1, in g\n'
+            "    | ValueError: inner\n    +----",
+            ("ExceptionGroup", "all (1 sub-exception)", "/a/flow.py", 3),
+        ),
+        (
+            'Traceback (most recent call last):\n  File "/a/flow.py", line 3, in f\n    import b\n'
+            '  File "/a/b.py", line 1\n    x = = 3\n        ^\nSyntaxError: invalid syntax',
+            ("SyntaxError", "invalid syntax", "/a/b.py", 1),
+        ),
+    ],
+)
+def test_a_traceback_is_read_for_the_innermost_line_of_the_users_own_code(
+    text: str, expected: Any
+) -> None:
+    raised = mls.parse_traceback(text.split("\n"))
+    assert (raised and raised[:4]) == expected
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        (-9, "signal 9 (SIGKILL)"),
+        (-64, "signal 64"),
+        (3, "exit code 3"),
+        (137, "exit code 137 (SIGKILL)"),
+        (None, "no sign of life any more"),
+    ],
+)
+def test_an_end_is_told_by_its_signal_or_exit_code(code: int | None, text: str) -> None:
+    assert mls.describe_process_end(mls.ProcessEnd(code, False, False, 0)) == text
+
+
+def test_a_failed_task_with_attempts_left_does_not_end_its_run() -> None:
+    graph: Any = {"steps": {"s": {"decorators": [{"name": "retry", "attributes": {"times": 1}}]}}}
+    failed: Any = {
+        "step_name": "s",
+        "task_id": 1,
+        "status": "failed",
+        "finished_at": 1,
+        "attempt_id": 0,
+    }
+    assert not mls.cannot_go_on([failed], graph)
+    assert mls.cannot_go_on([failed, {**failed, "attempt_id": 1}], graph)
+    assert not mls.cannot_go_on([failed], {}), "without a graph nobody knows"
+    other: Any = {**failed, "task_id": 2, "status": "running", "finished_at": None}
+    assert not mls.cannot_go_on([{**failed, "attempt_id": 1}, other], graph)
+
+
+@pytest.mark.parametrize(
+    ("decorators", "attempts"),
+    [
+        ([], 1),
+        ([{"name": "retry", "attributes": {"times": 2}}], 3),
+        ([{"name": "catch", "attributes": {}}], 4),
+        ([{"name": "retry", "attributes": {"times": 9}}], 6),
+        ([{"name": "retry"}, {"name": "card"}, "nonsense", None], 1),
+    ],
+)
+def test_the_decorators_of_a_step_say_how_many_attempts_it_has(
+    decorators: Any, attempts: int
+) -> None:
+    assert mls.attempts_allowed({"steps": {"s": {"decorators": decorators}}}, "s") == attempts
+
+
+@pytest.mark.parametrize(
+    ("stack", "label"),
+    [
+        (["names=alpha"], "alpha"),
+        (["names=a=b, c"], "a=b, c"),
+        (["outer=a", "inner=3"], "outer=a, inner=3"),
+        ([], None),
+        ([1], None),
+        (None, None),
+        ("xs=b=c", "b=c"),  # as text, from older clients
+    ],
+)
+def test_a_nested_foreach_is_told_by_its_path_and_clones_by_their_origins(
+    store: mls.Store, ui: Api, stack: Any, label: str | None
+) -> None:
+    origin = ui.new_task_of_its_own()
+    ui.post(f"{origin}/metadata", [metadatum("foreach-stack", stack)])
+    flow, run, step, task = origin.split("/")[2::2]
+    clone = ui.new_task(ui.new_step(ui.new_run(f"/flows/{flow}")))
+    named = [metadatum("origin-run-id", run), metadatum("origin-task-id", task)]
+    ui.post(f"{clone}/metadata", named)
+    rows = [ui.get(f"/api{path}/attempts").json["data"][0] for path in (origin, clone)]
+    assert [row["foreach_label"] for row in rows] == [label, label]
+    assert rows[1]["origin_pathspec"] == "/".join((flow, run, step, task))
+
+
+@pytest.mark.parametrize("name", ["..", "a/b", "None", ""])
+def test_a_clone_of_what_can_be_no_task_is_in_no_loop(ui: Api, name: str) -> None:
+    task = ui.new_task_of_its_own()
+    named = [metadatum("origin-run-id", name), metadatum("origin-task-id", name)]
+    ui.post(f"{task}/metadata", named)
+    (row,) = ui.get(f"/api{task}/attempts").json["data"]
+    assert (row["foreach_label"], row["origin_pathspec"]) == (None, None)
+
+
+def test_a_cloned_task_and_a_resumed_run_say_where_they_come_from(ui: Api) -> None:
+    task = ui.new_task_of_its_own()
+    origin = [metadatum("origin-run-id", "1234"), metadatum("origin-task-id", "7")]
+    ended = [metadatum("attempt", "0"), metadatum("attempt_ok", "True")]
+    ui.post(f"{task}/metadata", [*ended, *origin])
+    (row,) = ui.get(f"/api{task}/attempts").json["data"]  # 7 is no number of an attempt
+    assert row["origin_pathspec"] == "Flow/1234/start/7"
+    assert (row["attempt_id"], row["is_log_stored"]) == (0, True)
+    run = task.split("/steps/")[0]
+    assert ui.get(f"/api{run}").json["data"]["origin_run_id"] == "1234"
+
+
+def test_a_run_that_was_not_resumed_has_no_origin(ui: Api) -> None:
+    task = ui.new_task_of_its_own()
+    ui.post(f"{task}/metadata", [metadatum("origin-run-id", "None")])
+    assert ui.get(f"/api{task.split('/steps/')[0]}").json["data"]["origin_run_id"] is None
+
+
+def end_task(ui: Api, task: str, kind: str = "local", is_ok: str = "True") -> None:
+    """Record the only attempt of a task as Metaflow does, with its datastore."""
+    told = [("attempt", "0"), ("ds-type", kind), ("attempt_ok", is_ok)]
+    ui.post(f"{task}/metadata", [metadatum(name, value) for name, value in told])
+
+
+def store_log(datastore: str | Path, task: str) -> None:
+    """Leave the files that the scheduler leaves when the process of an attempt has exited."""
+    folder = Path(datastore, *task.split("/")[2::2])
+    for name in ("runtime_stdout.log", "runtime_stderr.log"):
+        (folder / f"0.{name}").write_bytes(b"")
+
+
+def test_a_log_is_awaited_until_the_scheduler_has_stored_it_or_for_minutes(
+    store: mls.Store, ui: Api
+) -> None:
+    run = ui.new_run(ui.new_flow())
+    step = ui.new_step(run)
+    awaited, remote, named = (
+        ui.new_task(step),
+        ui.new_task(step),
+        ui.new_task(step, task_id="1_node_1"),
+    )
+    for task, kind in ((awaited, "local"), (remote, "s3"), (named, "local")):
+        end_task(ui, task, kind)
+    ids = tuple(run.split("/")[2::2])
+
+    def stored_logs(delay: float = 0) -> list[bool]:
+        model = mls.Model(store)
+        return [t["is_log_stored"] for t in model.tasks(ids, time.time() + delay)]
+
+    assert stored_logs() == [False, True, True]
+    assert stored_logs(mls.STORING_SECONDS - 10) == [False, True, True]
+    assert stored_logs(mls.STORING_SECONDS + 10) == [True, True, True]
+    store_log(store.folder, awaited)
+    assert stored_logs() == [True, True, True]
+
+
+def test_a_log_is_not_awaited_from_a_scheduler_that_is_gone(store: mls.Store, ui: Api) -> None:
+    run = ui.new_run(ui.new_flow(), system_tags=["metaflow_version:2.19.0"])
+    task = ui.new_task(ui.new_step(run))
+    end_task(ui, task)
+    model = mls.Model(store)
+    ids = tuple(task.split("/")[2::2])
+    for delay, expected in ((0, False), (mls.TASK_HEARTBEAT_CUTOFF + 10, True)):
+        (row,) = model.attempts(ids, time.time() + delay)
+        assert row["is_log_stored"] is expected
+
+
+def test_a_run_is_completed_by_its_own_last_step_whatever_that_is_called(
+    seen: mls.Model,
+) -> None:
+    if not can_name_the_last_step():
+        pytest.skip("this Metaflow has no @step(end=True)")
+    (run,) = runs_of(seen, "CustomFlow")
+    (finish,) = attempts_of(seen, run, "finish")
+    assert (run["status"], run["finished_at"]) == ("completed", finish["finished_at"])
+    assert run["last_heartbeat_ts"] is None, "it ran in local mode"
+    assert attempts_of(seen, run, "slow") == []
+    graph = seen.graph(mls.run_row_ids(run))
+    assert graph is not None and graph["steps"]["begin"]["type"] == "split-switch"
+
+
+def test_a_run_that_was_killed_is_running_until_its_heartbeats_are_old(
+    failures: Callable[[str], Path],
+) -> None:
+    store = mls.Store(str(failures("service")))
+    (recorded,) = (row for row in mls.Model(store).runs() if "both" in (row["tags"] or ()))
+
+    def seen_after(delay: float) -> tuple[Any, Any]:
+        model = mls.Model(store, lambda: recorded["last_heartbeat_ts"] + delay)
+        run = failure(model, "both")
+        (attempt,) = attempts_of(model, run, "start")
+        return run, attempt
+
+    run, attempt = seen_after(1)
+    for row in (run, attempt):
+        assert (row["status"], row["finished_at"]) == ("running", None)
+    assert attempt["started_at"] is not None
+    run, attempt = seen_after(mls.TASK_HEARTBEAT_CUTOFF + 40)
+    assert (run["status"], attempt["status"]) == ("failed", "failed")
+    assert run["finished_at"] >= run["ts_epoch"]
+    assert attempt["finished_at"] >= attempt["started_at"]
+
+
+def test_a_task_without_heartbeats_lives_as_long_as_its_files_are_written(
+    store: mls.Store, api: Api
+) -> None:
+    task = api.new_task_of_its_own()
+    api.post(f"{task}/metadata", [metadatum("attempt", "0"), metadatum("ds-root", store.folder)])
+    ids = tuple(task.split("/")[2::2])
+    late = time.time() + 2 * mls.TASK_SILENCE_CUTOFF
+    model = mls.Model(store, lambda: late)
+    assert [t["status"] for t in model.attempts(ids, late)] == ["failed"]
+    assert model.judge(next(model.runs()))["status"] == "failed"
+    os.utime("/".join((store.folder, *ids)), (late, late))
+    assert [t["status"] for t in model.attempts(ids, late)] == ["running"]
+    assert model.judge(next(model.runs()))["status"] == "running"
+
+
+def test_a_task_that_nobody_has_begun_is_pending(store: mls.Store, api: Api) -> None:
+    ids = tuple(api.new_task_of_its_own().split("/")[2::2])
+    (attempt,) = mls.Model(store).attempts(ids, time.time())
+    assert (attempt["status"], attempt["attempt_id"]) == ("pending", 0)
+    assert attempt["started_at"] is None and attempt["finished_at"] is None
+
+
+def test_an_attempt_whose_process_was_killed_is_failed_when_its_scheduler_noticed(
+    store: mls.Store, api: Api
+) -> None:
+    task = api.new_task_of_its_own()
+    api.post(f"{task}/metadata", [metadatum("attempt", "0"), metadatum("ds-root", store.folder)])
+    ids = tuple(task.split("/")[2::2])
+    told = json.dumps({"return_code": -9, "killed": False, "success": False})
+    Path(store.folder, *ids, "0.runtime").write_text(told)
+    (attempt,) = mls.Model(store).attempts(ids, time.time())
+    assert attempt["status"] == "failed"
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["attempt", "attempt-done", "attempt_ok"]),
+            st.integers(0, 4),
+            st.booleans(),
+            st.integers(0, 100),
+        )
+    )
+)
+@settings(deadline=None, max_examples=50)
+def test_attempts_are_numbered_without_gaps_and_the_order_of_records_means_nothing(
+    told: Any,
+) -> None:
+    rows: Any = [
+        {
+            "id": index,
+            "field_name": field,
+            "value": str(is_ok) if field == "attempt_ok" else str(number),
+            "ts_epoch": at,
+            "tags": [f"attempt_id:{number}"],
+        }
+        for index, (field, number, is_ok, at) in enumerate(told)
+    ]
+    attempts = mls.attempts_from_metadata(rows, [])
+    assert len(attempts) == max((number for _, number, _, _ in told), default=-1) + 1
+    assert mls.attempts_from_metadata(rows[::-1], []) == attempts
+    for number, attempt in enumerate(attempts):
+        oks = [
+            r for r in rows if r["field_name"] == "attempt_ok" and r["tags"][0][11:] == str(number)
+        ]
+        newest = max(oks, key=lambda row: (row["ts_epoch"], row["id"]), default=None)
+        assert attempt.is_ok == (None if newest is None else newest["value"] == "True")
+
+
+def test_an_attempt_of_a_million_makes_no_million_rows() -> None:
+    rows: Any = [{"id": 1, "field_name": "attempt", "value": "99999", "ts_epoch": 1, "tags": None}]
+    assert mls.attempts_from_metadata(rows, [3]) == [mls.Attempt()] * 4
+
+
+def test_a_finished_run_is_judged_once_until_its_files_change(
+    store: mls.Store, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mls, "SETTLED_NS", -(10**12))
+    task = api.new_task(api.new_step(api.new_run(api.new_flow()), "end"))
+    api.post(f"{task}/metadata", [metadatum("attempt", "0"), metadatum("attempt_ok", "True")])
+    model = mls.Model(store)
+    assert model.judge(next(model.runs()))["status"] == "completed"
+    judged: list[object] = []
+    completion = model._completion
+    monkeypatch.setattr(model, "_completion", lambda *a: judged.append(a) or completion(*a))
+    assert model.judge(next(model.runs()))["status"] == "completed"
+    assert judged == []
+    api.post(f"{task}/metadata", [metadatum("attempt_ok", "False", attempt=1)])
+    assert model.judge(next(model.runs()))["status"] != "completed"
+    assert judged != []
+
+
+def test_a_verdict_on_a_running_run_looks_at_each_folder_and_record_once(
+    store: mls.Store, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mls, "SETTLED_NS", -(10**12))
+    run = api.new_run(api.new_flow())
+    task = api.new_task(api.new_step(run, "start"))
+    api.post(f"{task}/metadata", [metadatum("attempt", "0"), metadatum("attempt_ok", "True")])
+    api.post(f"{task}/heartbeat")
+    model = mls.Model(store)
+    assert model.judge(next(model.runs()))["status"] == "running"
+    row, looked_at, stat = next(model.runs()), [], os.stat
+
+    def noted(path: str, **options: Any) -> os.stat_result:
+        looked_at.append(os.path.relpath(path, store.folder))
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", noted)
+    assert model.judge(row)["status"] == "running"
+    folder = "/".join(mls.run_row_ids(row))
+    below = ("", "/_meta/_self.json", "/start", "/start/1/_meta", "/start/1/_meta/_self.json")
+    assert sorted(looked_at) == [folder + path for path in below]
+
+
+# -- graphs and traces that make no sense ----------------------------------------------------------
+
+
+def test_a_graph_that_is_none_is_no_graph(store: mls.Store, ui: Api) -> None:
+    run = ui.new_run(ui.new_flow())
+    task = ui.new_task(ui.new_step(run, "_parameters"))
+    sha = "a" * 40
+    folder = Path(store.folder, "Flow", "data", "aa")
+    folder.mkdir(parents=True)
+    (folder / sha).write_bytes(gzip.compress(pickle.dumps({"steps": ["nonsense"]})))
+    row = artifact("_graph_info", location=f":root:{store.folder}", sha=sha)
+    assert ui.post(f"{task}/artifact", [row]).status == 200
+    assert ui.get(f"/api{run}/dag").status == 404
+    assert ui.get(f"/api{run}").json["data"]["status"] == "running"
+
+
+def stored(store: mls.Store, value: object) -> dict[str, str]:
+    """Put a value into the datastore, and say where it is."""
+    content = gzip.compress(pickle.dumps(value))
+    sha = hashlib.sha1(content).hexdigest()
+    path = Path(store.folder, "Flow", "data", sha[:2], sha)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return {"location": f":root:{store.folder}", "sha": sha}
+
+
+def make_running_task(ui: Api, ds_root: str) -> tuple[str, tuple[str, ...]]:
+    task = ui.new_task_of_its_own()
+    ui.post(f"{task}/metadata", [metadatum("attempt", "0"), metadatum("ds-root", ds_root)])
+    return task, tuple(task.split("/")[2::2])
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [
+        {"steps": {"start": {"decorators": 5}}},
+        {"steps": {"start": {"decorators": [{"name": "retry", "attributes": {"times": "x"}}]}}},
+        {"steps": {}, "end_step": ["end"]},
+        {"steps": {}, "end_step": "../.."},
+    ],
+)
+def test_a_graph_that_makes_no_sense_hides_no_run(store: mls.Store, ui: Api, graph: Any) -> None:
+    task, _ = make_running_task(ui, store.folder)
+    ui.post(f"{task}/metadata", [metadatum("attempt_ok", "False")])
+    parameters = ui.new_task(ui.new_step(task[: task.index("/steps")], "_parameters"))
+    ui.post(f"{parameters}/artifact", [artifact("_graph_info", **stored(store, graph))])
+    ui.post(f"{parameters}/metadata", [metadatum("attempt-done", "0")])
+    assert len(ui.get("/api/runs").json["data"]) == 1
+
+
+def test_a_datastore_whose_name_is_no_text_hides_no_run(ui: Api) -> None:
+    task, _ = make_running_task(ui, "/\ud800/.metaflow")
+    (run,) = ui.get("/api/runs").json["data"]
+    assert run["status"] == "running"
+    assert ui.get(f"/api{task}/logs/out?attempt_id=0").json["data"] == []
+    assert ui.get(f"/api{task}/cards").json["data"] == []
+
+
+@pytest.mark.parametrize("told", ["[" * 100_000, "5", '{"success": '])
+def test_what_a_scheduler_left_is_believed_only_where_it_makes_sense(
+    store: mls.Store, ui: Api, told: str
+) -> None:
+    _, ids = make_running_task(ui, store.folder)
+    Path(store.folder, *ids, "0.runtime").write_text(told)
+    (run,) = ui.get("/api/runs").json["data"]
+    assert run["status"] == "running"
+
+
+def test_facts_of_runs_differ_by_section_and_name() -> None:
+    empty: dict[str, dict[str, Any]] = {section: {} for section in mls.COMPARED_SECTIONS}
+    one = {**empty, "parameters": {"n": 1, "m": 5}, "tags": {"x": True}}
+    other = {**empty, "parameters": {"n": 2, "m": 5}}
+    assert mls.compare_facts([one, other]) == [
+        {"section": "parameters", "name": "n", "values": [1, 2]},
+        {"section": "tags", "name": "x", "values": [True, None]},
+    ]
+    assert [d["name"] for d in mls.compare_facts([one, other], True)] == ["m", "n", "x"]
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "is_different"),
+    [
+        ("durations", [400, 900], False),
+        ("durations", [10_000, 12_000], False),
+        ("durations", [1000, 4000], True),
+        ("durations", [1000, None], True),
+        ("parameters", [1, True], True),
+        ("parameters", [{"a": 1, "b": 2}, {"b": 2, "a": 1}], False),
+    ],
+)
+def test_durations_differ_if_by_much_and_other_values_as_json(
+    section: str, values: list[Any], is_different: bool
+) -> None:
+    assert mls.is_different(section, values) == is_different
+
+
+# ==================================================================================================
+# Retention
+# ==================================================================================================
+
+# What refers to what, what it takes on the disk, and that a deletion leaves nothing behind and all
+# else as it was. Generated choices of runs are deleted from a copy (`replica`) of what real flows
+# have recorded (`history`): copying and comparing thousands of files takes several seconds each.
+
+LATER = 10 * 86_400
+"""Seconds after which nothing is young, and nothing that was recorded before is running."""
+
+
+def much_later_in(folder: Path) -> mls.Retention:
+    """What may be deleted in a project, as it is seen days after it was recorded."""
+    return mls.Retention(mls.Model(mls.Store(str(folder)), lambda: time.time() + LATER))
+
+
+def delete_runs(retention: mls.Retention, runs: Iterable[mls.Ids]) -> None:
+    for _ in retention.delete_runs(runs):
+        pass
+
+
+def collect(retention: mls.Retention, flow: str | None = None) -> int:
+    """Do what `gc` does without conditions, and return how many blobs that removed."""
+    retention.finish_deletions()
+    found = retention.find_garbage(flow=flow)
+    return sum(1 for garbage in found for _ in retention.remove_garbage(garbage))
+
+
+def ended_run(api: Api, name: str = "Flow", **fields: Any) -> mls.Ids:
+    """Record a run of a flow that has succeeded."""
+    api.post(f"/flows/{name}")
+    run = api.new_run(f"/flows/{name}", **fields)
+    end_task(api, api.new_task(api.new_step(run, "end")))
+    return tuple(run.split("/")[2::2])
+
+
+def living_run(api: Api) -> str:
+    """Record the beginning of a run, and return its path."""
+    api.post("/flows/Flow")
+    return api.new_run("/flows/Flow", system_tags=["metaflow_version:2.15.0"])
+
+
+def run_folder(store: mls.Store, ids: mls.Ids) -> Path:
+    return Path(store.folder, *ids)
+
+
+def refer(store: mls.Store, run: mls.Ids, sha: str, size: int = 1000) -> None:
+    """Let the first task of a run name a blob, as Metaflow's datastore does."""
+    told = {"objects": {"name": sha}, "info": {"name": {"size": size}}}
+    (run_folder(store, run) / "end" / "1" / "0.data.json").write_text(json.dumps(told))
+
+
+def blob_path(store: mls.Store, sha: str, flow: str = "Flow") -> Path:
+    return Path(store.folder, flow, "data", sha[:2], sha)
+
+
+# -- runs of real flows, deleted at random ---------------------------------------------------------
+
+
+class Replica:
+    """A copy of the root that real flows have left, put back as it was whenever that is asked for.
+
+    What it is compared with is what was there before, by a reading of every file that knows
+    nothing of Metaflow.
+    """
+
+    def __init__(self, recorded: Path, folder: Path) -> None:
+        self.project = folder / "project"
+        self._original = folder / "original"
+        self.project.mkdir(parents=True)
+        ignored = shutil.ignore_patterns("metaflow-local-service.*")
+        for name in (".metaflow", "data"):
+            if (recorded / name).exists():
+                shutil.copytree(recorded / name, self._original / name, ignore=ignored)
+        for path in self._original.rglob("*.json"):  # which say in what root they are
+            content = path.read_text()
+            if str(recorded) in content:
+                path.write_text(content.replace(str(recorded), str(self.project)))
+        original = self._original
+        self.files = {p.relative_to(original) for p in original.rglob("*") if p.is_file()}
+        self.mentions = {path: self._digests_in(original / path) for path in self.files}
+        runs = original.glob(".metaflow/*Flow/[0-9]*")
+        self.runs = sorted((path.parent.name, path.name) for path in runs)
+
+    def _digests_in(self, path: Path) -> set[str]:
+        content = path.read_bytes()
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.decompress(content)
+        return set(re.findall("(?=([0-9a-f]{40}))", content.decode("latin-1")))
+
+    def put_back(self) -> mls.Retention:
+        for name in os.listdir(self._original):
+            shutil.rmtree(self.project / name, ignore_errors=True)
+            # Nothing but latest_run is ever written to, so links are as good as copies.
+            shutil.copytree(self._original / name, self.project / name, copy_function=os.link)
+        for path in self.project.glob(".metaflow/*Flow/latest_run"):
+            content = path.read_text()
+            path.unlink()
+            path.write_text(content)
+        return much_later_in(self.project)
+
+    @staticmethod
+    def run_of(path: Path) -> mls.Ids | None:
+        """The run that a file is of."""
+        parts = path.parts[2:] if path.parts[1:2] == ("mf.cards",) else path.parts[1:]
+        parts = (parts[0], *parts[2:]) if parts[1:2] == ("runs",) else parts
+        return parts[:2] if len(parts) > 2 and parts[1].isdigit() else None
+
+    @staticmethod
+    def blob_of(path: Path) -> tuple[str, str] | None:
+        """The flow and the digest of the blob that a file is, or is the _meta of."""
+        match = re.fullmatch(r"([0-9a-f]{40})(_meta)?", path.name)
+        flow = [part for part in path.parts if part.endswith("Flow")]
+        return (flow[0], match[1]) if match else None
+
+    def expected(self, runs: Collection[mls.Ids]) -> set[Path]:
+        """The files that stay where only these runs stay."""
+        blobs: dict[str, dict[str, list[Path]]] = {}  # by digest and flow
+        stays = set()
+        for path in self.files:
+            blob, run = self.blob_of(path), self.run_of(path)
+            if blob is not None:
+                blobs.setdefault(blob[1], {}).setdefault(blob[0], []).append(path)
+            elif run is None or run in runs:
+                stays.add(path)
+        unread = [path for path in stays if path.suffix == ".json" and "mf.cards" not in path.parts]
+        while unread:
+            path = unread.pop()
+            run = self.run_of(path)
+            for name in self.mentions[path] & blobs.keys():
+                flows = blobs[name].keys() if run is None else {run[0]} & blobs[name].keys()
+                for found in [blobs[name].pop(flow) for flow in list(flows)]:
+                    stays.update(found)
+                    unread += found
+        return stays
+
+    def present(self) -> set[Path]:
+        folders = [self.project / name for name in os.listdir(self._original)]
+        every = [path for folder in folders for path in folder.rglob("*")]
+        return {path.relative_to(self.project) for path in every if path.is_file()}
+
+    def check(self, runs: Collection[mls.Ids]) -> None:
+        """All that is there is what is to stay with these runs, and is as it was."""
+        expected = self.expected(runs)
+        gone = {flow for flow, _ in self.runs} - {flow for flow, _ in runs}
+        expected -= {Path(".metaflow", flow, "latest_run") for flow in gone}
+        assert self.present() == expected
+        for flow in {flow for flow, _ in runs}:
+            before, now = (
+                folder.joinpath(".metaflow", flow, "latest_run").read_text()
+                for folder in (self._original, self.project)
+            )
+            newest = max(run for other, run in runs if other == flow)
+            assert now == (before if (flow, before) in runs else newest)
+
+    def facts(self, run: mls.Ids) -> object:
+        """All that is told of a run, its attempts, artifacts, logs and cards."""
+        model = mls.Model(mls.Store(str(self.project)), lambda: 2e9)
+        told: list[object] = [model.run(run)]
+        for row in model.tasks(run, 2e9):
+            task, attempt = mls.attempt_row_ids(row), row["attempt_id"]
+            values = [model.with_value(each) for each in model.artifacts(task, attempt)]
+            logs = [model.log(task, attempt, stream) for stream in ("stdout", "stderr")]
+            cards = [model.card(task, card["hash"]) for card in model.cards(task)]
+            told.append((row, values, logs, cards, model.metadata(task)))
+        return told
+
+
+@pytest.fixture(scope="session")
+def replica(history: History, tmp_path_factory: pytest.TempPathFactory) -> Replica:
+    return Replica(history.folder, tmp_path_factory.mktemp("replica").resolve())
+
+
+# One copy is enough: with pytest-xdist one worker does all that needs it.
+of_replica = pytest.mark.xdist_group("replica")
+
+
+def with_needed(runs: Collection[mls.Ids], retention: mls.Retention) -> set[mls.Ids]:
+    """Those of the runs that may go together."""
+    return set(runs) - retention.reasons_to_stay(runs).keys()
+
+
+@of_replica
+@settings(max_examples=3, deadline=None)
+@given(data=st.data())
+def test_what_stays_is_as_it_was_and_of_the_rest_nothing_is_left(
+    replica: Replica, data: st.DataObject
+) -> None:
+    retention = replica.put_back()
+    compared = data.draw(st.sampled_from(replica.runs))
+    facts = replica.facts(compared)
+    chosen = data.draw(st.sets(st.sampled_from(replica.runs)))
+    if kept := retention.reasons_to_stay(chosen):
+        with pytest.raises(mls.NotDeletable, match="was resumed from it"):
+            delete_runs(retention, chosen)
+        chosen -= kept.keys()
+    planned = [garbage.usage() for garbage in retention.find_garbage(chosen)]
+    delete_runs(retention, chosen)
+    assert [garbage.usage() for garbage in retention.find_garbage()] == planned
+    collect(retention)
+    stay = set(replica.runs) - chosen
+    replica.check(stay)
+    assert compared in chosen or replica.facts(compared) == facts
+
+
+@of_replica
+def test_a_run_can_be_resumed_when_all_others_are_gone(
+    replica: Replica, history: History, tmp_path: Path
+) -> None:
+    failed = tuple(history.recorded["failed_local"].run.split("/"))
+    retention = replica.put_back()
+    delete_runs(retention, [run for run in replica.runs if run != failed])
+    collect(retention)
+    flows = Flows(Cli(replica.project, tmp_path))
+    flows.mend()
+    resumed = flows.flow("local", "FailingFlow", "resume", "--origin-run-id", failed[1])
+    assert resumed.status == 0, resumed.output
+
+
+KILLED = """
+import sys, time
+import metaflow_local_service as mls
+model = mls.Model(mls.Store(sys.argv[1]), lambda: time.time() + 10 * 86_400)
+retention = mls.Retention(model)
+runs = [tuple(name.split("/")) for name in sys.argv[2:]]
+retention.reasons_to_stay(runs)
+print("ready", flush=True)
+for _ in retention.delete_runs(runs):
+    pass
+for garbage in retention.find_garbage():
+    for _ in retention.remove_garbage(garbage):
+        pass
+print("done", flush=True)
+"""
+
+
+@of_replica
+def test_a_kill_at_any_moment_of_a_deletion_leaves_runs_whole_or_gone(replica: Replica) -> None:
+    """As often as KILLS says; with -s, prints in how many a run was being removed."""
+    kills, halves, ended = int(os.environ.get("KILLS", "2")), 0, 0
+    folder = replica.project / ".metaflow"
+    for _ in range(kills):
+        retention = replica.put_back()
+        chosen = with_needed(random.sample(replica.runs, len(replica.runs) // 2), retention)
+        names = ["/".join(run) for run in chosen]
+        command = [sys.executable, "-c", KILLED, str(replica.project), *names]
+        environment = {**os.environ, "PYTHONPATH": str(MODULE.parent)}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        time.sleep(random.uniform(0, 0.3))
+        process.kill()
+        ended += process.communicate()[0] == b"done\n"
+        gone = {run for run in replica.runs if not folder.joinpath(*run).exists()}
+        assert gone <= chosen
+        present = replica.present()
+        whole = {
+            p for p in replica.files if p.parts[0] == ".metaflow" and "mf.cards" not in p.parts
+        }
+        assert {p for p in whole if replica.run_of(p) not in (None, *gone)} <= present
+        halves += any(folder.glob("*.trash/*"))
+        collect(much_later_in(replica.project))
+        replica.check(set(replica.runs) - gone)
+    print(f"{kills} kills, {halves} of them while a run was removed, {ended} after the end")
+
+
+@of_replica
+def test_what_is_measured_is_what_du_tells(replica: Replica) -> None:
+    retention = replica.put_back()
+    told = subprocess.check_output(["du", "-sk", replica.project / ".metaflow"], text=True)
+    total = retention.measure_all().bytes
+    assert total == pytest.approx(int(told.split()[0]) * 1024, rel=0.05)
+    flows = list(retention.measure_flows(retention.flow_folders()))
+    assert sum(flow.held.bytes for flow in flows) == pytest.approx(total, rel=0.05)
+    assert {flow.unreferenced.files for flow in flows} == {0}
+    runs = list(retention.measure_runs("FailingFlow"))
+    assert [run.ids for run in runs] == [r for r in replica.runs if r[0] == "FailingFlow"][::-1]
+    assert all(run.own.bytes <= run.only.bytes <= run.own.bytes + run.data.bytes for run in runs)
+
+
+# -- what stays ------------------------------------------------------------------------------------
+
+
+def test_a_run_that_is_not_there_lives_or_is_needed_stays_with_all_others(
+    store: mls.Store, api: Api
+) -> None:
+    first, second = ended_run(api), ended_run(api)
+    living = tuple(living_run(api).split("/")[2::2])
+    task = f"/flows/Flow/runs/{second[1]}/steps/end/tasks/1"
+    told = [("origin-run-id", first[1]), ("origin-task-id", "1")]
+    for step in (task, api.new_task(api.new_step(task.split("/steps")[0]))):
+        api.post(f"{step}/metadata", [metadatum(name, value) for name, value in told])
+    retention = mls.Retention(mls.Model(store))
+    before = all_paths(Path(store.folder))
+    for runs, error in (
+        ([second, living], mls.NotDeletable),
+        ([first], mls.NotDeletable),
+        ([second, ("Flow", "1")], mls.NotFound),
+        ([second, ("None", "1")], mls.NotFound),
+    ):
+        with pytest.raises(error):
+            delete_runs(retention, runs)
+    assert all_paths(Path(store.folder)) == before
+    delete_runs(retention, [first, second, first])
+    assert [run["run_number"] for run in store.runs(("Flow",))] == [int(living[1])]
+
+
+def test_a_run_of_a_client_without_heartbeats_stays_until_it_is_silent_for_minutes(
+    store: mls.Store, api: Api, project: Path
+) -> None:
+    api.post("/flows/Flow")
+    run = api.new_run("/flows/Flow")  # about to start, as an orchestrator's
+    refused = api.request("DELETE", run)
+    assert (refused.status, "may go on" in refused.json["message"]) == (409, True)
+    delete_runs(much_later_in(project), [tuple(run.split("/")[2::2])])
+    assert api.get(run).status == 404
+
+
+def test_a_run_with_the_name_of_the_artifacts_folder_is_not_taken_for_it(
+    store: mls.Store, api: Api
+) -> None:
+    run = ended_run(api, run_number="data")
+    sha = stored(store, "value")["sha"]
+    refer(store, run, sha)
+    assert api.request("DELETE", "/flows/Flow/runs/data").status == 409
+    assert blob_path(store, sha).exists()
+
+
+def test_a_blob_stays_for_a_day_and_while_a_run_of_its_flow_lives(
+    store: mls.Store, api: Api
+) -> None:
+    ended_run(api)
+    path = blob_path(store, stored(store, "value")["sha"])
+    assert collect(mls.Retention(mls.Model(store))) == 0
+    os.utime(path, (1, 1))
+    living = living_run(api)
+    assert collect(mls.Retention(mls.Model(store))) == 0
+    end_task(api, api.new_task(api.new_step(living, "end")))
+    assert collect(mls.Retention(mls.Model(store))) == 1 and not path.exists()
+
+
+def test_a_blob_stays_when_a_run_begins_after_the_references_were_read(
+    store: mls.Store, api: Api, project: Path
+) -> None:
+    ended_run(api)
+    path = blob_path(store, stored(store, "value")["sha"])
+    retention = much_later_in(project)
+    (garbage,) = retention.find_garbage()
+    ended_run(api)
+    assert list(retention.remove_garbage(garbage)) == [] and path.exists()
+    assert collect(retention) == 1
+
+
+@pytest.mark.parametrize(
+    "value", [{"deep": ["see ", {1: "local:///x/{}"}]}, "{}", b"\0{}", ["0" * 9 + "{}" + "f" * 9]]
+)
+def test_a_blob_stays_whose_digest_stands_in_a_value(
+    store: mls.Store, api: Api, project: Path, value: object
+) -> None:
+    run = ended_run(api)
+    inner = stored(store, "inner")["sha"]
+    middle = stored(store, eval(repr(value).replace("{}", inner)))["sha"]
+    outer = stored(store, ["names the middle one", middle])["sha"]
+    stored(store, "nobody's")
+    refer(store, run, outer)
+    assert collect(much_later_in(project)) == 1
+    assert all(blob_path(store, sha).exists() for sha in (inner, middle, outer))
+    refer(store, run, outer, size=39)  # said to be too small to name anything
+    assert collect(much_later_in(project)) == 2
+
+
+def test_a_digest_is_found_across_the_pieces_in_which_a_blob_is_read(
+    store: mls.Store, api: Api, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mls, "BLOB_CHUNK", 50)
+    run = ended_run(api)
+    inner = stored(store, "inner")["sha"]
+    refer(store, run, stored(store, random.randbytes(1000).hex() + " " + inner)["sha"])
+    assert collect(much_later_in(project)) == 0 and blob_path(store, inner).exists()
+
+
+def test_what_records_name_stays(store: mls.Store, api: Api, project: Path) -> None:
+    run = ended_run(api)
+    package, record = stored(store, "package")["sha"], stored(store, "of a record")["sha"]
+    task = f"/flows/Flow/runs/{run[1]}/steps/end/tasks/1"
+    api.post(f"{task}/metadata", [metadatum("code-package", json.dumps({"sha": package}))])
+    api.post(f"{task}/artifact", [artifact("name", sha=record)])
+    assert collect(much_later_in(project)) == 0
+    delete_runs(much_later_in(project), [run])
+    assert collect(much_later_in(project)) == 2
+
+
+def test_a_run_of_which_there_is_no_record_keeps_what_it_names(
+    store: mls.Store, project: Path
+) -> None:
+    sha = stored(store, "value")["sha"]
+    task = Path(store.folder, "Flow", "1", "start", "1")
+    task.mkdir(parents=True)
+    (task / "0.data.json").write_text(json.dumps({"objects": {"name": sha}}))
+    assert collect(much_later_in(project)) == 0
+
+
+def test_files_that_are_not_metaflows_stay(store: mls.Store, api: Api, project: Path) -> None:
+    ended_run(api)
+    sha = stored(store, "value")["sha"]
+    content = b"text of a file that was included"
+    named = hashlib.sha1(content).hexdigest()
+    others = [
+        blob_path(store, sha).with_name("notes.txt"),
+        blob_path(store, sha).with_name("f" * 41),
+        blob_path(store, sha).parent.parent / "zz" / ("a" * 40),
+        project / "data" / "Flow" / ("b" * 40),  # which holds something else
+        project / "data" / "Other" / named,
+        project / ".metaflow" / "mf.cards" / "Flow" / "runs" / "1" / "card.html",
+    ]
+    included = [project / "data" / "Flow" / named, project / ".metaflow" / "data" / "Flow" / named]
+    for path in (*others, *included):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(content))
+    Path(f"{blob_path(store, sha)}_meta").write_text("{}")
+    assert collect(much_later_in(project)) == 3
+    assert all(path.exists() for path in others)
+    assert not any(path.exists() for path in (*included, Path(f"{blob_path(store, sha)}_meta")))
+
+
+def test_a_meta_file_that_was_left_alone_goes(store: mls.Store, api: Api, project: Path) -> None:
+    ended_run(api)
+    path = blob_path(store, stored(store, "value")["sha"])
+    path.rename(f"{path}_meta")
+    assert collect(much_later_in(project)) == 1 and not Path(f"{path}_meta").exists()
+
+
+def test_no_link_is_followed(store: mls.Store, api: Api, project: Path) -> None:
+    precious = project / "precious"
+    (precious / "ab").mkdir(parents=True)
+    (precious / "ab" / ("ab" * 20)).touch()
+    run, behind_link = ended_run(api), ended_run(api)
+    (run_folder(store, run) / "link").symlink_to(precious)
+    moved = project / "elsewhere"
+    run_folder(store, behind_link).rename(moved)
+    run_folder(store, behind_link).symlink_to(moved)
+    reply = api.request("DELETE", f"/flows/Flow/runs/{behind_link[1]}")
+    assert (reply.status, "symbolic link" in reply.json["message"]) == (409, True)
+    assert moved.exists()
+    sha = stored(store, "value")["sha"]
+    (found,) = much_later_in(project).find_garbage()
+    assert found.size() == 0 and "is a symbolic link" in found.doubt
+    run_folder(store, behind_link).unlink()
+    assert api.request("DELETE", f"/flows/Flow/runs/{run[1]}").status == 200
+    blob_path(store, sha).parent.with_name("ab").symlink_to(precious / "ab")
+    assert collect(much_later_in(project)) == 1
+    assert (precious / "ab" / ("ab" * 20)).exists()
+
+
+@pytest.mark.parametrize("kept", ["card.html", "latest_run"])
+def test_what_a_crash_has_left_is_finished_by_the_next_clean_up(
+    store: mls.Store, api: Api, project: Path, kept: str
+) -> None:
+    first, second = ended_run(api), ended_run(api)
+    card = Path(store.folder, "mf.cards", *first[:1], "runs", first[1], "card.html")
+    card.parent.mkdir(parents=True)
+    card.touch()
+    latest = Path(store.folder, "Flow", "latest_run")
+    latest.write_text(first[1])
+    (Path(store.folder) / mls.TRASH_DIR).mkdir()
+    run_folder(store, first).rename(Path(store.folder, mls.TRASH_DIR, f"{mls.TRASH_ENTRY}1"))
+    (Path(store.folder) / mls.TRASH_DIR / f"{mls.TRASH_ENTRY}2").mkdir()
+    collect(much_later_in(project))
+    assert not card.exists() and latest.read_text() == second[1]
+    assert os.listdir(Path(store.folder) / mls.TRASH_DIR) == []
+    delete_runs(much_later_in(project), [second])
+    assert not latest.exists() and store.flow(("Flow",)) is not None
+
+
+def test_cards_in_another_root_go_unless_the_run_is_there_too(
+    store: mls.Store, api: Api, project: Path
+) -> None:
+    runs = [ended_run(api), ended_run(api)]
+    other = project / "sub" / ".metaflow"
+    cards = [other / "mf.cards" / "Flow" / "runs" / run[1] / "card.html" for run in runs]
+    for card in cards:
+        card.parent.mkdir(parents=True)
+        card.touch()
+    (other / "Flow" / runs[1][1]).mkdir(parents=True)
+    mls.note_card_root(store.folder, str(project / "sub"))
+    delete_runs(mls.Retention(mls.Model(store)), runs)
+    assert [card.exists() for card in cards] == [False, True]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_cards_are_found_in_the_root_alone_where_no_other_can_be_noted(
+    store: mls.Store, project: Path, make: Any
+) -> None:
+    make(project / ".metaflow" / mls.CARD_ROOTS_FILE)
+    (project / "sub" / ".metaflow").mkdir(parents=True)
+    before = os.listdir(store.folder)
+    mls.note_card_root(store.folder, str(project / "sub"))
+    assert mls.read_card_roots(store.folder) in ([], [str(project / "sub" / ".metaflow")])
+    assert os.listdir(store.folder) == before
+
+
+# -- deleting where that is difficult --------------------------------------------------------------
+
+
+def test_a_run_is_deleted_on_a_full_disk(disk: Path) -> None:
+    with served(mls.Store(str(disk))) as api:
+        first, second = ended_run(api), ended_run(api)
+        latest = disk / ".metaflow" / "Flow" / "latest_run"
+        latest.write_text(second[1])
+        with contextlib.suppress(OSError), (disk / "ballast").open("wb", buffering=0) as f:
+            while True:
+                f.write(b"x" * 4096)
+        assert api.request("DELETE", f"/flows/Flow/runs/{second[1]}").status == 200
+        assert latest.read_text() == first[1]
+
+
+def test_a_run_is_deleted_where_no_folder_can_be_made(
+    store: mls.Store, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = ended_run(api)
+
+    def make_no_folder(parent: int, name: str) -> bool:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+
+    monkeypatch.setattr(mls, "make_folder", make_no_folder)
+    delete_runs(mls.Retention(mls.Model(store)), [run])
+    assert sorted(os.listdir(Path(store.folder, "Flow"))) == ["_meta"]
+    assert os.listdir(Path(store.folder, "Flow", "_meta")) == ["_self.json"]
+
+
+def test_two_that_delete_the_same_do_it_once(store: mls.Store, api: Api) -> None:
+    runs = [ended_run(api) for _ in range(5)]
+
+    def delete_each() -> int:
+        retention, deleted = mls.Retention(mls.Model(store)), 0
+        for run in runs:
+            with contextlib.suppress(mls.NotFound):
+                deleted += len(list(retention.delete_runs([run])))
+            retention.finish_deletions()
+        return deleted
+
+    with ThreadPoolExecutor(4) as pool:
+        deleted = [pool.submit(delete_each) for _ in range(4)]
+        assert sum(each.result() for each in deleted) == len(runs)
+    assert list(store.runs(("Flow",))) == [] and not any(Path(store.folder).glob("*.trash/*"))
+
+
+# ==================================================================================================
 # API
 # ==================================================================================================
+
+# The routes of the metadata service: records field by field, statuses, lists and pages, bodies, and
+# what a disk that is full or gone answers. Through a service in this process (`api`). What a filter
+# or a cursor means is a matter of Queries; what bytes are a request is one of the Server.
 
 
 def is_recent(ts: int, unit: int) -> bool:
@@ -2440,32 +4718,6 @@ def test_every_list_says_how_long_its_pages_are(api: Api) -> None:
         assert (reply.status, reply.headers.get("x-limit")) == (200, "100"), path
 
 
-def test_a_walk_through_pages_does_not_look_at_all_tasks_again(
-    store: mls.Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    task = new_task(store, new_run(store))
-    store.create_metadata(task, [mls.NewMetadatum(n, n, "t", labels()) for n in "abc"])
-    newest = next(store.metadata_below(task[:2]))
-    looked: list[object] = []
-    list_files = mls.Store._list_task_files
-    monkeypatch.setattr(
-        mls.Store, "_list_task_files", lambda *a: looked.append(a) or list_files(*a)
-    )
-    place = mls.metadatum_sort_key(newest)
-    assert [m["field_name"] for m in store.metadata_below(task[:2], place)] == ["b", "a"]
-    assert not looked
-    monkeypatch.setattr(mls, "PAGING_SECONDS", 0.0)
-    assert [m["field_name"] for m in store.metadata_below(task[:2], place)] == ["b", "a"]
-    assert looked
-
-
-def test_a_first_page_sees_what_has_come(store: mls.Store) -> None:
-    task = new_task(store, new_run(store))
-    for count in range(3):
-        store.create_metadata(task, [mls.NewMetadatum("f", str(count), "t", labels())])
-        assert [m["value"] for m in store.metadata_below(task[:2])] == list("210")[-count - 1 :]
-
-
 def test_what_is_filtered_comes_in_pages_too(api: Api) -> None:
     flow = api.new_flow()
     for n in range(6):
@@ -2588,1918 +4840,6 @@ def test_the_health_is_whether_records_can_be_written(api: Api, project: Path) -
     assert api.get("/healthcheck").status == 200
 
 
-# ==================================================================================================
-# Model
-# ==================================================================================================
-
-FLOWS_TO_SEE = {
-    "zoo.py": '''
-from metaflow import FlowSpec, Parameter, card, catch, current, project, retry, step
-
-@project(name="zoo_project")
-class ZooFlow(FlowSpec):
-    """Two branches, a foreach, a retry, a caught failure and a card."""
-
-    size = Parameter("size", default=3)
-
-    @step
-    def start(self):
-        """Fans out."""
-        print("hello from start", "\\u20ac <b>html</b>")
-        self.names = ["a", "b"]
-        self.next(self.left, self.right)
-
-    @card(type="blank", id="report")
-    @step
-    def left(self):
-        from metaflow.cards import Markdown
-        current.card["report"].append(Markdown("# Report"))
-        self.next(self.work, foreach="names")
-
-    @retry(times=1, minutes_between_retries=0)
-    @step
-    def work(self):
-        self.letter = self.input
-        if self.input == "b" and current.retry_count == 0:
-            raise ValueError("fails once")
-        self.next(self.collect)
-
-    @step
-    def collect(self, inputs):
-        self.letters = tuple(i.letter for i in inputs)
-        self.next(self.join)
-
-    @catch(var="problem", print_exception=False)
-    @step
-    def right(self):
-        raise ValueError("caught")
-        self.next(self.join)
-
-    @step
-    def join(self, inputs):
-        self.next(self.end)
-
-    @step
-    def end(self):
-        self.big = b"x" * 17_000_000
-
-if __name__ == "__main__":
-    ZooFlow()
-''',
-    "custom.py": """
-from metaflow import FlowSpec, Parameter, step
-
-class CustomFlow(FlowSpec):
-    mode = Parameter("mode", default="fast")
-
-    @step(start=True)
-    def begin(self):
-        self.next({"fast": self.fast, "slow": self.slow}, condition="mode")
-
-    @step
-    def fast(self):
-        self.next(self.finish)
-
-    @step
-    def slow(self):
-        self.next(self.finish)
-
-    @step(end=True)
-    def finish(self):
-        pass
-
-if __name__ == "__main__":
-    CustomFlow()
-""",
-}
-
-
-def can_name_the_last_step() -> bool:
-    """Whether this Metaflow has `@step(end=True)`, and `condition` in `self.next`."""
-    return "end" in inspect.signature(metaflow.step).parameters
-
-
-def record_flows(folder: Path, home: Path) -> None:
-    """Run the flows in a folder at the same time: one through the service, one in local mode."""
-    cli = Cli(folder, home)
-    for name, text in FLOWS_TO_SEE.items():
-        (folder / name).write_text(text)
-    (folder / ".metaflow").mkdir()
-    flows = [cli.popen("run", sys.executable, "zoo.py", "run", "--tag", "demo")]
-    if can_name_the_last_step():
-        custom = subprocess.Popen(
-            [sys.executable, "custom.py", "run"],
-            cwd=folder,
-            env={**cli.environment, "METAFLOW_DEFAULT_METADATA": "local"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        flows.append(custom)
-    try:
-        for flow in flows:
-            _, errors = flow.communicate(timeout=300)
-            assert flow.returncode == 0, errors
-    finally:
-        cli("stop", "--all")
-
-
-@pytest.fixture(scope="session")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which flows have run; recorded once, also where tests run in parallel."""
-    folder = session_folder(tmp_path_factory, "recorded")
-    with recording(folder) as is_new:
-        if is_new:
-            record_flows(folder, folder / "home")
-    return folder
-
-
-def session_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
-    """A folder of that name which all workers of a session share."""
-    folder = tmp_path_factory.getbasetemp()
-    if os.environ.get("PYTEST_XDIST_WORKER"):
-        folder = folder.parent
-    return folder.resolve() / name
-
-
-@contextlib.contextmanager
-def recording(folder: Path) -> Iterator[bool]:
-    """Whether to record in the folder, made anew with a home; done by one worker for all."""
-    with open(folder.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        is_new = not (folder / "done").exists()
-        if is_new:
-            shutil.rmtree(folder, ignore_errors=True)
-            (folder / "home").mkdir(parents=True)
-        yield is_new
-        (folder / "done").touch()
-
-
-@pytest.fixture(scope="session")
-def seen(recorded: Path) -> mls.Model:
-    """The flows that ran, as a person sees them a while later."""
-    return mls.Model(mls.Store(str(recorded)), lambda: time.time() + 100)
-
-
-def runs_of(model: mls.Model, flow: str) -> list[Any]:
-    """The runs of a flow, oldest first."""
-    rows = [model.judge(row) for row in model.runs() if row["flow_id"] == flow]
-    return rows[::-1]
-
-
-def attempts_of(model: mls.Model, run: Any, step: str) -> list[Any]:
-    tasks = model.tasks(mls.run_row_ids(run), model.clock())
-    return [task for task in tasks if task["step_name"] == step]
-
-
-def task_in(model: mls.Model, flow: str, step: str, which: int = 0) -> mls.Ids:
-    """The ids of a task of the first run of a flow."""
-    ids = mls.run_row_ids(runs_of(model, flow)[0])
-    return model.store.task_ids((*ids, step))[which]
-
-
-def content(model: mls.Model, ids: mls.Ids, name: str) -> Any:
-    artifact = model.store.artifact(ids, name)
-    assert artifact is not None
-    return model.with_value(mls.artifact_row(artifact)).get("content")
-
-
-def test_a_run_that_reached_its_end_is_completed_when_its_last_task_was(seen: mls.Model) -> None:
-    (run,) = runs_of(seen, "ZooFlow")
-    (end,) = attempts_of(seen, run, "end")
-    assert (run["status"], end["status"]) == ("completed", "completed")
-    assert run["finished_at"] == end["finished_at"]
-    assert run["duration"] == run["finished_at"] - run["ts_epoch"]
-    assert (run["user"], run["tags"]) == ("tester", ["demo"])
-
-
-def test_every_attempt_has_a_row_with_its_own_status_and_times(seen: mls.Model) -> None:
-    (run,) = runs_of(seen, "ZooFlow")
-    retried = [t for t in attempts_of(seen, run, "work") if t["task_id"] == max_retried(seen, run)]
-    assert [(t["attempt_id"], t["status"]) for t in retried] == [(0, "failed"), (1, "completed")]
-    begun, ended = retried[0]["started_at"], retried[0]["finished_at"]
-    assert begun <= ended <= retried[1]["started_at"] <= retried[1]["finished_at"]
-    assert all(t["duration"] == t["finished_at"] - t["started_at"] for t in retried)
-
-
-def max_retried(model: mls.Model, run: Any) -> Any:
-    attempts = attempts_of(model, run, "work")
-    return max(attempts, key=lambda task: task["attempt_id"])["task_id"]
-
-
-def test_a_caught_failure_is_a_completed_task_that_shows_the_exception(seen: mls.Model) -> None:
-    (run,) = runs_of(seen, "ZooFlow")
-    assert [t["status"] for t in attempts_of(seen, run, "right")] == ["completed"]
-    problem = content(seen, task_in(seen, "ZooFlow", "right"), "problem")
-    assert "MetaflowExceptionWrapper" in problem and "'caught'" in problem
-
-
-@pytest.mark.parametrize(
-    ("tags", "expected"),
-    [
-        (None, True),
-        ([], False),
-        (["user:x", "version:2.19"], False),
-        (["metaflow_version:2.2.12"], True),
-        (["metaflow_version:2.2.11"], False),
-        (["metaflow_version:2.19.38+local"], True),
-        (["metaflow_version:2.3"], True),
-        (["metaflow_version:1.14.0"], True),
-        (["metaflow_version:1.13.9"], False),
-        (["metaflow_version:2.0.0"], False),
-        (["metaflow_version:unknown"], True),
-        (["metaflow_version:"], True),
-    ],
-)
-def test_newer_clients_send_heartbeats(tags: list[str] | None, expected: bool) -> None:
-    assert mls.sends_heartbeats(tags) is expected
-
-
-# -- causes: runs that failed, each in a way of its own, by either recorder ------------------------
-
-CAUSES_FLOW = """
-import os, signal, sys, time
-from metaflow import FlowSpec, Parameter, card, catch, current, retry, step, timeout
-
-HOW = os.environ["HOW"]
-if HOW == "import" and "step" in sys.argv:
-    import nothing_of_this_name  # import
-if HOW == "never" and "step" in sys.argv:
-    sys.exit(5)
-
-class CausesFlow(FlowSpec):
-    speed = Parameter("speed", default=7)
-
-    @step
-    def start(self):
-        print("on stdout")
-        print("\\033[31mit is about to happen\\033[0m", file=sys.stderr)
-        if HOW == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if HOW == "exit":
-            sys.exit(3)
-        if HOW == "pickle":
-            self.unpicklable = (number for number in [1])
-        with open(f"begun-{HOW}", "w") as begun:
-            begun.write(current.run_id)
-        if HOW in ("interrupt", "both"):
-            time.sleep(100)
-        while HOW == "scheduler" and not os.path.exists("scheduler-is-gone"):
-            time.sleep(0.02)
-        self.letters = ["a", "b", "c"] if HOW in ("fine", "foreach") else ["a"]
-        self.next(self.each, foreach="letters")
-
-    @step
-    def each(self):
-        if HOW == "foreach" and self.input == "b":
-            self.reject()
-        self.next(self.join)
-
-    def reject(self):
-        import json
-        json.loads("no \\033[31mJSON")  # foreach
-
-    @step
-    def join(self, inputs):
-        if HOW == "join":
-            try:
-                inputs[7]
-            except IndexError as error:
-                raise RuntimeError("two\\nlines") from error  # join
-        self.next(self.limited)
-
-    @timeout(seconds=1)
-    @step
-    def limited(self):
-        if HOW == "timeout":
-            time.sleep(100)  # timeout
-        self.next(self.retried)
-
-    @retry(times=1, minutes_between_retries=0)
-    @step
-    def retried(self):
-        if HOW == "retry" or current.retry_count == 0:
-            raise ValueError(f"attempt {current.retry_count}")  # retry
-        self.next(self.caught)
-
-    @card(type="blank", id="report")
-    @catch(var="problem", print_exception=False)
-    @step
-    def caught(self):
-        raise LookupError("caught")  # catch
-        self.next(self.end)
-
-    @step
-    def end(self):
-        pass
-
-if __name__ == "__main__":
-    CausesFlow()
-"""
-
-
-class Expected(NamedTuple):
-    """What is to be told of a run that failed."""
-
-    kind: str
-    step: str | None
-    attempt: str | None  # "1 of 2"
-    type: str | None
-    message: str
-    line: str | None  # the comment that stands behind it
-
-
-TIMEOUT_EXCEPTION = "metaflow.plugins.timeout_decorator.TimeoutException"
-
-CAUSES = {
-    "import": Expected(
-        "raised", "start", "1 of 1", "ModuleNotFoundError", "nothing_of_this_name", "import"
-    ),
-    "kill": Expected("killed", "start", "1 of 1", None, "signal 9 (SIGKILL)", None),
-    "exit": Expected("killed", "start", "1 of 1", None, "exit code 3", None),
-    "never": Expected("never started", "start", "1 of 1", None, "exit code 5", None),
-    "pickle": Expected("raised", "start", "1 of 1", None, "unpicklable", None),
-    "foreach": Expected(
-        "raised", "each", "1 of 1", "json.decoder.JSONDecodeError", "Expecting value", "foreach"
-    ),
-    "join": Expected("raised", "join", "1 of 1", "RuntimeError", "two\nlines", "join"),
-    "timeout": Expected(
-        "timed out", "limited", "1 of 1", TIMEOUT_EXCEPTION, "timed out after", "timeout"
-    ),
-    "retry": Expected("raised", "retried", "2 of 2", "ValueError", "attempt 1", "retry"),
-    # A task that is slow to end after Ctrl-C is killed by its scheduler.
-    "interrupt": Expected("killed", "start", "1 of 1", None, "interrupted|scheduler", None),
-    "scheduler": Expected("scheduler gone", None, None, None, "without a word", None),
-    "both": Expected("scheduler gone", None, None, None, "while start/", None),
-}
-ENDED_BY_HAND = {"interrupt", "scheduler", "both"}
-RECORDED: Mapping[str, Sequence[str]] = {
-    "local": list(CAUSES),
-    "service": ["kill", *sorted(ENDED_BY_HAND)],  # of which it has other traces
-}
-
-
-def record_causes(folder: Path, recorder: str) -> None:
-    """Let the flow fail in every way, tagged with it, and in local mode once not at all."""
-    cli = Cli(folder, folder / "home")
-    (folder / "causes.py").write_text(CAUSES_FLOW)
-    (folder / ".metaflow").mkdir()
-
-    def record(how: str) -> None:
-        command = [sys.executable, "causes.py", "run", "--max-workers", "1", "--tag", how]
-        run = subprocess.Popen(
-            cli.command("run", *command) if recorder == "service" else command,
-            cwd=folder,
-            env={**cli.environment, "HOW": how, "METAFLOW_DEFAULT_METADATA": "local"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        if how in ENDED_BY_HAND:
-            end_by_hand(folder, run, how)
-        assert (run.wait(timeout=300) == 0) == (how == "fine"), how
-
-    hows = ["fine", *RECORDED[recorder]] if recorder == "local" else RECORDED[recorder]
-    try:
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(record, hows))
-    finally:
-        cli("stop")
-
-
-def end_by_hand(folder: Path, process: subprocess.Popen[Any], how: str) -> None:
-    """End a run while its first task runs: by Ctrl-C, or without a chance to say a word."""
-    begun = folder / f"begun-{how}"
-    try:
-        assert eventually(begun.exists, seconds=120)
-        if how == "scheduler":
-            process.kill()
-            (folder / "scheduler-is-gone").touch()
-            of_task = f".metaflow/CausesFlow/{begun.read_text()}/start/*/{mls.META_DIR}"
-            ended = f"{of_task}/sysmeta_attempt_ok*"
-            assert eventually(lambda: list(folder.glob(ended)), seconds=120)
-        elif how == "interrupt":
-            os.killpg(process.pid, signal.SIGINT)
-    finally:
-        if how != "interrupt":
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-
-
-@pytest.fixture(scope="session")
-def failures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Finds the folder in which a recorder has seen the flow fail in every way."""
-
-    def recorded_by(recorder: str) -> Path:
-        folder = session_folder(tmp_path_factory, f"failures-{recorder}")
-        with recording(folder) as is_new:
-            if is_new:
-                record_causes(folder, recorder)
-        return folder
-
-    return recorded_by
-
-
-EVERY_FAILURE = [(recorder, how) for recorder, hows in RECORDED.items() for how in hows]
-
-
-def much_later(folder: Path) -> mls.Model:
-    """Those runs as one sees them when all signs of life have ceased."""
-    return mls.Model(mls.Store(str(folder)), lambda: time.time() + 4000)
-
-
-def failure(model: mls.Model, how: str) -> Any:
-    (run,) = (row for row in model.runs() if how in (row["tags"] or ()))
-    return model.judge(run)
-
-
-@pytest.mark.parametrize(("recorder", "how"), EVERY_FAILURE)
-def test_a_run_that_failed_tells_the_task_the_attempt_the_exception_and_the_line(
-    failures: Callable[[str], Path], recorder: str, how: str
-) -> None:
-    folder, expected = failures(recorder), CAUSES[how]
-    run = failure(much_later(folder), how)
-    cause = run["cause"]
-    assert (run["status"], cause["kind"], cause["step_name"]) == (
-        "failed",
-        expected.kind,
-        expected.step,
-    )
-    of_task = f"/{cause['step_name']}/{cause['task_id']}" if expected.step else ""
-    assert cause["pathspec"] == f"CausesFlow/{run['run']}{of_task}"
-    attempt = f"{cause['attempt_id'] + 1} of {cause['attempts']}" if expected.step else None
-    assert (attempt, cause["type"]) == (expected.attempt, expected.type)
-    told = [message for message in expected.message.split("|") if message in cause["message"]]
-    assert told
-    lines = CAUSES_FLOW.splitlines()
-    line = lines[cause["line"] - 1].partition("  # ")[2] if cause["line"] else None
-    assert line == expected.line
-    assert cause["file"] == (str(folder / "causes.py") if line else None)
-    assert not expected.line or f"causes.py:{cause['line']}" in cause["summary"]
-    assert " ".join(told[0].split()) in cause["summary"]
-    is_told = any("is about to happen" in text for text in cause["stderr"])
-    has_begun = expected.step == "start" and how not in ("import", "never")
-    # A scheduler that is itself interrupted may have no time to store what its task has written.
-    assert is_told == has_begun or how == "interrupt"
-
-
-def test_what_was_retried_or_caught_is_the_cause_of_an_attempt_and_not_of_its_run(
-    failures: Callable[[str], Path],
-) -> None:
-    model = much_later(failures("local"))
-    run = failure(model, "fine")
-    assert (run["status"], run["cause"]) == ("completed", None)
-    causes = {
-        (t["step_name"], t["attempt_id"], t["status"]): t["cause"]["summary"]
-        for t in model.tasks(mls.run_row_ids(run), model.clock())
-        if t["cause"]
-    }
-    assert sorted(causes) == [("caught", 0, "completed"), ("retried", 0, "failed")]
-    assert "LookupError: caught in caught/" in causes["caught", 0, "completed"]
-    assert "ValueError: attempt 0 in retried/" in causes["retried", 0, "failed"]
-
-
-def test_the_cause_of_a_run_is_that_of_the_attempt(failures: Callable[[str], Path]) -> None:
-    model = much_later(failures("local"))
-    for how, expected in CAUSES.items():
-        if expected.step:
-            run = failure(model, how)
-            ids = (*mls.run_row_ids(run), expected.step, str(run["cause"]["task_id"]))
-            assert model.attempts(ids, model.clock())[0]["cause"] == run["cause"]
-
-
-@pytest.mark.parametrize("recorder", RECORDED)
-def test_all_but_a_run_that_fell_silent_have_failed_at_once(
-    failures: Callable[[str], Path], recorder: str
-) -> None:
-    now = mls.Model(mls.Store(str(failures(recorder))))
-    for how in RECORDED[recorder]:
-        if CAUSES[how].kind != "scheduler gone":
-            assert failure(now, how)["status"] == "failed", how
-
-
-def test_a_run_that_never_came_to_a_task_never_started(store: mls.Store) -> None:
-    ids = new_run(store)
-    run = mls.Model(store, lambda: time.time() + 400).run(ids)
-    assert run and run["cause"]
-    assert (run["status"], run["cause"]["kind"]) == ("failed", "never started")
-    assert run["cause"]["pathspec"] == "/".join(ids)
-
-
-def test_the_first_task_that_failed_is_to_blame_and_not_those_that_fell_with_it() -> None:
-    graph: Any = {"steps": {"s": {"decorators": [{"name": "retry", "attributes": {"times": 1}}]}}}
-
-    def failed(number: int, finished_at: int, attempt: int = 1) -> Any:
-        return {
-            "step_name": "s",
-            "task_id": number,
-            "status": "failed",
-            "finished_at": finished_at,
-            "ts_epoch": 0,
-            "attempt_id": attempt,
-        }
-
-    tasks = [failed(1, 50), failed(2, 10, attempt=0), failed(3, 20), failed(4, 40)]
-    blamed = mls.first_failure(tasks, graph, lambda task: task["task_id"] == 3)
-    assert blamed and blamed["task_id"] == 4  # 2 would have been tried again, 3 was ended
-    assert mls.first_failure([], graph, lambda task: False) is None
-
-
-def test_the_cause_is_judged_once(
-    failures: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = much_later(failures("local"))
-    assert eventually(lambda: model.is_settled(failure(model, "foreach")))
-    monkeypatch.setattr(mls.Model, "_find_cause", None)
-    assert failure(model, "foreach")["cause"]["kind"] == "raised"
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("no traceback", None),
-        (
-            'Traceback (most recent call last):\n  File "/a/flow.py", line 3, in f\n    x\nE: m',
-            ("E", "m", "/a/flow.py", 3),
-        ),
-        (
-            'Traceback (most recent call last):\n  File "/a/flow.py", line 3, in f\n    g()\n'
-            '  File "/v/lib/python3.11/site-packages/p/q.py", line 5, in g\n    h()\np.Odd',
-            ("p.Odd", None, "/a/flow.py", 3),
-        ),
-        (
-            'Traceback (most recent call last):\n  File "/a/flow.py", line 9, in <module>\n'
-            '    Flow()\n  File "/src/metaflow/task.py", line 5, in run_step\n    h()\nE: m',
-            ("E", "m", None, None),
-        ),
-        (
-            'Traceback (most recent call last):\n  File "/a/flow.py", line 3, in f\n    x\nE: 1\n\n'
-            "During handling of the above exception, another exception occurred:\n\n"
-            'Traceback (most recent call last):\n  File "/a/flow.py", line 5, in f\n    y\nF: 2',
-            ("F", "2", "/a/flow.py", 5),
-        ),
-        (
-            "  + Exception Group Traceback (most recent call last):\n"
-            '  |   File "/a/flow.py", line 3, in f'
-            "\n  |     x\n  | ExceptionGroup: all (1 sub-exception)\n  +-+---- 1 ----\n"
-            '    | Traceback (most recent call last):\n    |   File "/a/b.py", line 1, in g\n'
-            "    | ValueError: inner\n    +----",
-            ("ExceptionGroup", "all (1 sub-exception)", "/a/flow.py", 3),
-        ),
-        (
-            'Traceback (most recent call last):\n  File "/a/flow.py", line 3, in f\n    import b\n'
-            '  File "/a/b.py", line 1\n    x = = 3\n        ^\nSyntaxError: invalid syntax',
-            ("SyntaxError", "invalid syntax", "/a/b.py", 1),
-        ),
-    ],
-)
-def test_a_traceback_is_read_for_the_innermost_line_of_the_users_own_code(
-    text: str, expected: Any
-) -> None:
-    raised = mls.parse_traceback(text.split("\n"))
-    assert (raised and raised[:4]) == expected
-
-
-@pytest.mark.parametrize(
-    ("code", "text"),
-    [
-        (-9, "signal 9 (SIGKILL)"),
-        (-64, "signal 64"),
-        (3, "exit code 3"),
-        (137, "exit code 137 (SIGKILL)"),
-        (None, "no sign of life any more"),
-    ],
-)
-def test_an_end_is_told_by_its_signal_or_exit_code(code: int | None, text: str) -> None:
-    assert mls.describe_process_end(mls.ProcessEnd(code, False, False, 0)) == text
-
-
-def test_a_failed_task_with_attempts_left_does_not_end_its_run() -> None:
-    graph: Any = {"steps": {"s": {"decorators": [{"name": "retry", "attributes": {"times": 1}}]}}}
-    failed: Any = {
-        "step_name": "s",
-        "task_id": 1,
-        "status": "failed",
-        "finished_at": 1,
-        "attempt_id": 0,
-    }
-    assert not mls.cannot_go_on([failed], graph)
-    assert mls.cannot_go_on([failed, {**failed, "attempt_id": 1}], graph)
-    assert not mls.cannot_go_on([failed], {}), "without a graph nobody knows"
-    other: Any = {**failed, "task_id": 2, "status": "running", "finished_at": None}
-    assert not mls.cannot_go_on([{**failed, "attempt_id": 1}, other], graph)
-
-
-@pytest.mark.parametrize(
-    ("decorators", "attempts"),
-    [
-        ([], 1),
-        ([{"name": "retry", "attributes": {"times": 2}}], 3),
-        ([{"name": "catch", "attributes": {}}], 4),
-        ([{"name": "retry", "attributes": {"times": 9}}], 6),
-        ([{"name": "retry"}, {"name": "card"}, "nonsense", None], 1),
-    ],
-)
-def test_the_decorators_of_a_step_say_how_many_attempts_it_has(
-    decorators: Any, attempts: int
-) -> None:
-    assert mls.attempts_allowed({"steps": {"s": {"decorators": decorators}}}, "s") == attempts
-
-
-@pytest.mark.parametrize(
-    ("stack", "label"),
-    [
-        (["names=alpha"], "alpha"),
-        (["names=a=b, c"], "a=b, c"),
-        (["outer=a", "inner=3"], "outer=a, inner=3"),
-        ([], None),
-        ([1], None),
-        (None, None),
-        ("xs=b=c", "b=c"),  # as text, from older clients
-    ],
-)
-def test_a_nested_foreach_is_told_by_its_path_and_clones_by_their_origins(
-    store: mls.Store, ui: Api, stack: Any, label: str | None
-) -> None:
-    origin = ui.new_task_of_its_own()
-    ui.post(f"{origin}/metadata", [metadatum("foreach-stack", stack)])
-    flow, run, step, task = origin.split("/")[2::2]
-    clone = ui.new_task(ui.new_step(ui.new_run(f"/flows/{flow}")))
-    named = [metadatum("origin-run-id", run), metadatum("origin-task-id", task)]
-    ui.post(f"{clone}/metadata", named)
-    rows = [ui.get(f"/api{path}/attempts").json["data"][0] for path in (origin, clone)]
-    assert [row["foreach_label"] for row in rows] == [label, label]
-    assert rows[1]["origin_pathspec"] == "/".join((flow, run, step, task))
-
-
-@pytest.mark.parametrize("name", ["..", "a/b", "None", ""])
-def test_a_clone_of_what_can_be_no_task_is_in_no_loop(ui: Api, name: str) -> None:
-    task = ui.new_task_of_its_own()
-    named = [metadatum("origin-run-id", name), metadatum("origin-task-id", name)]
-    ui.post(f"{task}/metadata", named)
-    (row,) = ui.get(f"/api{task}/attempts").json["data"]
-    assert (row["foreach_label"], row["origin_pathspec"]) == (None, None)
-
-
-def end_task(ui: Api, task: str, kind: str = "local", is_ok: str = "True") -> None:
-    """Record the only attempt of a task as Metaflow does, with its datastore."""
-    told = [("attempt", "0"), ("ds-type", kind), ("attempt_ok", is_ok)]
-    ui.post(f"{task}/metadata", [metadatum(name, value) for name, value in told])
-
-
-def store_log(datastore: str | Path, task: str) -> None:
-    """Leave the files that the scheduler leaves when the process of an attempt has exited."""
-    folder = Path(datastore, *task.split("/")[2::2])
-    for name in ("runtime_stdout.log", "runtime_stderr.log"):
-        (folder / f"0.{name}").write_bytes(b"")
-
-
-def test_a_log_is_awaited_until_the_scheduler_has_stored_it_or_for_minutes(
-    store: mls.Store, ui: Api
-) -> None:
-    run = ui.new_run(ui.new_flow())
-    step = ui.new_step(run)
-    awaited, remote, named = (
-        ui.new_task(step),
-        ui.new_task(step),
-        ui.new_task(step, task_id="1_node_1"),
-    )
-    for task, kind in ((awaited, "local"), (remote, "s3"), (named, "local")):
-        end_task(ui, task, kind)
-    ids = tuple(run.split("/")[2::2])
-
-    def stored_logs(delay: float = 0) -> list[bool]:
-        model = mls.Model(store)
-        return [t["is_log_stored"] for t in model.tasks(ids, time.time() + delay)]
-
-    assert stored_logs() == [False, True, True]
-    assert stored_logs(mls.STORING_SECONDS - 10) == [False, True, True]
-    assert stored_logs(mls.STORING_SECONDS + 10) == [True, True, True]
-    store_log(store.folder, awaited)
-    assert stored_logs() == [True, True, True]
-
-
-def test_a_log_is_not_awaited_from_a_scheduler_that_is_gone(store: mls.Store, ui: Api) -> None:
-    run = ui.new_run(ui.new_flow(), system_tags=["metaflow_version:2.19.0"])
-    task = ui.new_task(ui.new_step(run))
-    end_task(ui, task)
-    model = mls.Model(store)
-    ids = tuple(task.split("/")[2::2])
-    for delay, expected in ((0, False), (mls.TASK_HEARTBEAT_CUTOFF + 10, True)):
-        (row,) = model.attempts(ids, time.time() + delay)
-        assert row["is_log_stored"] is expected
-
-
-def test_a_run_is_completed_by_its_own_last_step_whatever_that_is_called(
-    seen: mls.Model,
-) -> None:
-    if not can_name_the_last_step():
-        pytest.skip("this Metaflow has no @step(end=True)")
-    (run,) = runs_of(seen, "CustomFlow")
-    (finish,) = attempts_of(seen, run, "finish")
-    assert (run["status"], run["finished_at"]) == ("completed", finish["finished_at"])
-    assert run["last_heartbeat_ts"] is None, "it ran in local mode"
-    assert attempts_of(seen, run, "slow") == []
-    graph = seen.graph(mls.run_row_ids(run))
-    assert graph is not None and graph["steps"]["begin"]["type"] == "split-switch"
-
-
-def test_a_run_that_was_killed_is_running_until_its_heartbeats_are_old(
-    failures: Callable[[str], Path],
-) -> None:
-    store = mls.Store(str(failures("service")))
-    (recorded,) = (row for row in mls.Model(store).runs() if "both" in (row["tags"] or ()))
-
-    def seen_after(delay: float) -> tuple[Any, Any]:
-        model = mls.Model(store, lambda: recorded["last_heartbeat_ts"] + delay)
-        run = failure(model, "both")
-        (attempt,) = attempts_of(model, run, "start")
-        return run, attempt
-
-    run, attempt = seen_after(1)
-    for row in (run, attempt):
-        assert (row["status"], row["finished_at"]) == ("running", None)
-    assert attempt["started_at"] is not None
-    run, attempt = seen_after(mls.TASK_HEARTBEAT_CUTOFF + 40)
-    assert (run["status"], attempt["status"]) == ("failed", "failed")
-    assert run["finished_at"] >= run["ts_epoch"]
-    assert attempt["finished_at"] >= attempt["started_at"]
-
-
-def test_a_task_without_heartbeats_lives_as_long_as_its_files_are_written(
-    store: mls.Store, api: Api
-) -> None:
-    task = api.new_task_of_its_own()
-    api.post(f"{task}/metadata", [metadatum("attempt", "0"), metadatum("ds-root", store.folder)])
-    ids = tuple(task.split("/")[2::2])
-    late = time.time() + 2 * mls.TASK_SILENCE_CUTOFF
-    model = mls.Model(store, lambda: late)
-    assert [t["status"] for t in model.attempts(ids, late)] == ["failed"]
-    assert model.judge(next(model.runs()))["status"] == "failed"
-    os.utime("/".join((store.folder, *ids)), (late, late))
-    assert [t["status"] for t in model.attempts(ids, late)] == ["running"]
-    assert model.judge(next(model.runs()))["status"] == "running"
-
-
-def test_a_task_that_nobody_has_begun_is_pending(store: mls.Store, api: Api) -> None:
-    ids = tuple(api.new_task_of_its_own().split("/")[2::2])
-    (attempt,) = mls.Model(store).attempts(ids, time.time())
-    assert (attempt["status"], attempt["attempt_id"]) == ("pending", 0)
-    assert attempt["started_at"] is None and attempt["finished_at"] is None
-
-
-def test_an_attempt_whose_process_was_killed_is_failed_when_its_scheduler_noticed(
-    store: mls.Store, api: Api
-) -> None:
-    task = api.new_task_of_its_own()
-    api.post(f"{task}/metadata", [metadatum("attempt", "0"), metadatum("ds-root", store.folder)])
-    ids = tuple(task.split("/")[2::2])
-    told = json.dumps({"return_code": -9, "killed": False, "success": False})
-    Path(store.folder, *ids, "0.runtime").write_text(told)
-    (attempt,) = mls.Model(store).attempts(ids, time.time())
-    assert attempt["status"] == "failed"
-
-
-@given(
-    st.lists(
-        st.tuples(
-            st.sampled_from(["attempt", "attempt-done", "attempt_ok"]),
-            st.integers(0, 4),
-            st.booleans(),
-            st.integers(0, 100),
-        )
-    )
-)
-@settings(deadline=None, max_examples=50)
-def test_attempts_are_numbered_without_gaps_and_the_order_of_records_means_nothing(
-    told: Any,
-) -> None:
-    rows: Any = [
-        {
-            "id": index,
-            "field_name": field,
-            "value": str(is_ok) if field == "attempt_ok" else str(number),
-            "ts_epoch": at,
-            "tags": [f"attempt_id:{number}"],
-        }
-        for index, (field, number, is_ok, at) in enumerate(told)
-    ]
-    attempts = mls.attempts_from_metadata(rows, [])
-    assert len(attempts) == max((number for _, number, _, _ in told), default=-1) + 1
-    assert mls.attempts_from_metadata(rows[::-1], []) == attempts
-    for number, attempt in enumerate(attempts):
-        oks = [
-            r for r in rows if r["field_name"] == "attempt_ok" and r["tags"][0][11:] == str(number)
-        ]
-        newest = max(oks, key=lambda row: (row["ts_epoch"], row["id"]), default=None)
-        assert attempt.is_ok == (None if newest is None else newest["value"] == "True")
-
-
-def test_an_attempt_of_a_million_makes_no_million_rows() -> None:
-    rows: Any = [{"id": 1, "field_name": "attempt", "value": "99999", "ts_epoch": 1, "tags": None}]
-    assert mls.attempts_from_metadata(rows, [3]) == [mls.Attempt()] * 4
-
-
-def test_a_finished_run_is_judged_once_until_its_files_change(
-    store: mls.Store, api: Api, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mls, "SETTLED_NS", -(10**12))
-    task = api.new_task(api.new_step(api.new_run(api.new_flow()), "end"))
-    api.post(f"{task}/metadata", [metadatum("attempt", "0"), metadatum("attempt_ok", "True")])
-    model = mls.Model(store)
-    assert model.judge(next(model.runs()))["status"] == "completed"
-    judged: list[object] = []
-    completion = model._completion
-    monkeypatch.setattr(model, "_completion", lambda *a: judged.append(a) or completion(*a))
-    assert model.judge(next(model.runs()))["status"] == "completed"
-    assert judged == []
-    api.post(f"{task}/metadata", [metadatum("attempt_ok", "False", attempt=1)])
-    assert model.judge(next(model.runs()))["status"] != "completed"
-    assert judged != []
-
-
-def test_a_verdict_on_a_running_run_looks_at_each_folder_and_record_once(
-    store: mls.Store, api: Api, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mls, "SETTLED_NS", -(10**12))
-    run = api.new_run(api.new_flow())
-    task = api.new_task(api.new_step(run, "start"))
-    api.post(f"{task}/metadata", [metadatum("attempt", "0"), metadatum("attempt_ok", "True")])
-    api.post(f"{task}/heartbeat")
-    model = mls.Model(store)
-    assert model.judge(next(model.runs()))["status"] == "running"
-    row, looked_at, stat = next(model.runs()), [], os.stat
-
-    def noted(path: str, **options: Any) -> os.stat_result:
-        looked_at.append(os.path.relpath(path, store.folder))
-        return stat(path, **options)
-
-    monkeypatch.setattr(os, "stat", noted)
-    assert model.judge(row)["status"] == "running"
-    folder = "/".join(mls.run_row_ids(row))
-    below = ("", "/_meta/_self.json", "/start", "/start/1/_meta", "/start/1/_meta/_self.json")
-    assert sorted(looked_at) == [folder + path for path in below]
-
-
-# -- logs ------------------------------------------------------------------------------------------
-
-
-def log_line(text: str, second: int, source: str = "task") -> bytes:
-    stamp = f"2026-01-01T00:00:{second:02}.000000Z"
-    return f"[MFLOG|0|{stamp}|{source}|an-id]{text}\n".encode()
-
-
-def test_the_lines_of_all_files_of_a_log_are_merged_by_time() -> None:
-    task = log_line("second", 2) + log_line("fourth", 4)
-    runtime = log_line("first", 1, "runtime") + log_line("third", 3, "runtime")
-    lines = mls.merge_logs([task, runtime])
-    assert [line["line"] for line in lines] == ["first", "second", "third", "fourth"]
-    assert [line["row"] for line in lines] == [0, 1, 2, 3]
-    assert lines[0]["timestamp"] == 1767225601000, "times of logs are in UTC"
-
-
-def test_a_line_without_a_time_stays_behind_the_one_that_it_follows() -> None:
-    lines = mls.merge_logs([log_line("one", 1) + b"[MFLOG|oops\n\xff\n" + log_line("two", 2)])
-    assert [line["line"] for line in lines] == ["one", "[MFLOG|oops", "\ufffd", "two"]
-    assert lines[1]["timestamp"] is None
-
-
-@given(st.lists(st.binary(max_size=200), max_size=3))
-@settings(deadline=None, max_examples=50)
-def test_any_bytes_are_a_log(files: list[bytes]) -> None:
-    for line in mls.merge_logs(files):
-        assert "\n" not in line["line"]
-
-
-# -- values ----------------------------------------------------------------------------------------
-
-
-def shown(value: object, protocol: int = 4) -> str:
-    return mls.format_value(mls.PickleReader().read(pickle.dumps(value, protocol)))
-
-
-# What numpy and pandas have pickled, packed, so that neither need be installed.
-PICKLED_ELSEWHERE: dict[str, tuple[str, str]] = {
-    "scalar of numpy 2, pandas 3": (
-        "scalar",
-        "eNprYJkawwABPWJ5pbkFlXrxyflFqXq5pTklmYlFRYmVPWzFyYk5iUWTe1jBCnpYU0oqC1In9zClWXR2tAdpeDP3"
-        "MNr4+fl5/QcCMOHNUJLkzAExlsuhLUgPAEdGJTU=",
-    ),
-    "array of numpy 2, pandas 3": (
-        "array",
-        "eNprYJk6gwECesTySnMLKvXik/OLUvVyS3NKMhOLihIre3jii1KT8/OKS4pKk0sm97CClU3pYc9LActP9mZodWZM"
-        "ag/S8Gb0ZvJmastg6GFNKaksSJ3cw5Rp0dkBkmHuYbTx8/Pz+g8EYMKboSSpw1mBEWo5M5RmgtIsULokSQ8A2Dsx"
-        "cw==",
-    ),
-    "frame of numpy 2, pandas 3": (
-        "frame",
-        "eNp9U0Fv0zAUTtKkW7uOHZDGDgiu5ZIzB6SxrQKxiCCV82Q5qVtHS5wodrRmYhoc1m7SuzX8UG67wXOSUooQjhTb"
-        "eZ+/930vz1/t77xj1AO6GRUTKivojaii73KasNWrbzdDsEkyy+FFE3bDNGduJBTLBY2lm1BBZyyXMDiN0/DyY7Nd"
-        "wWELJ3EUyA0eDkghsii8jBkJ9IFVBYeiSLLSJTVzUsQqonlOSxiQnIWpkCovQoU4p8ZVsIPEGrCqPOPuzAyq5Xjo"
-        "mfh0FrwDzkSVGUO4Fb1+uNehDphvKt/3z3/iqF+eoYKHsyOzcW5Y7dxWAoOwGxQRChESHBlHIdO5dI7l2LOWY25y"
-        "i9uYnTt/5O6CNV2n5Dv/StjQPx43s/223d+qgO8ih7Xhh6db9av9SnhOSFbONxX0Ryc6cErDSzZBy/vtoRa+91nl"
-        "kZidNMU6f9n9YftIbqwDo7ZS3axUPBXV+9vHRtFi/Je/zp1296l2V9UV/bLt7xj9XQzBnINZgnnNVLDQniyvs/a0"
-        "xPDRdg9N2JxJN6CSQZ8IdkU+6E+rChU6zVJ33wS7kfd4/7f+PT74r9L9WgkFMwAzrJWALbCbK79A+BNk74+pmLF1"
-        "Cn7g419WNFeeAbZUaYYGcWaZZ+IJthjjFcBSQU9LmeqLAT2SMEX1/gIcqlQub6BLpjGd4eIZjeP0SpJJkWHvUMVI"
-        "TAMWy3tZBO4vMUs1rw==",
-    ),
-    "series of numpy 2, pandas 3": (
-        "series",
-        "eNpVUT2P1DAQTbKb3N6KAlHAVdShiTiJggIJxFVgkSJXr6xJMhdHOM7KHxxbrATFsXfSdMn9T/4BOAkNLuzxG4/n"
-        "vTc/1o+rKJgXJXtQNZiRkmvULZrh1c9jSmveNZpeLrms6jVmrbKoFUiTdaCgQW3o2XWrGokfZV99/bKAvjzdjXTx"
-        "f2WN39FkJRikLVd4yz9N0DCKgLYFqAb/3afOCjocc4qNBW1HFtDa2H4/smgK0Aeh+1XAjp4r1+0PGZ9bdE7aFrSG"
-        "Az3hGqteGatdZQeK52cjnXk+U35gwd1VWJ6KMWUhi+7EhuLaHvY4UHTz9uH+VKRsReG7PM8///Fr3lhgy4erp4tl"
-        "v98vZ/DBlrATkVgdU7HORcwCkbBInC0Mj5S8zi7fZJeTKPD6RUhJOVlldh5KvoF0Hjynjbeae9zQpnSt16GMVy/b"
-        "Cj1XFrHwVDhwxpZ+Kp4oJWYeFJ3zDi3UYL0ZMZ9tA4rBWm18b34jofHBC5CyvzW8dnv/JVjkEkqU5t6ILYXGldlf"
-        "Om6+AQ==",
-    ),
-    "scalar of numpy 1, pandas 1": (
-        "scalar",
-        "eNprYJkazQABPaJ5pbkFlXrJ+UWpermlOSWZiUVFiZU9bMXJiTmJRZN7WMHyPawpJZUFqZN7mNIsOjvagzS8mXsY"
-        "bfz8/Lz+AwGY8GYoSXLmgJjK5dAWpAcAIt4k1A==",
-    ),
-    "array of numpy 1, pandas 1": (
-        "array",
-        "eNprYJk6nQECekTzSnMLKvWS84tS9XJLc0oyE4uKEit7eOKLUpPz84pLikqTSyb3sIJVTelhz0sBy0/2Zmh1Zkxq"
-        "D9LwZvRm8mZqy2DoYU0pqSxIndzDlGnR2QGSYe5htPHz8/P6DwRgwpuhJKnDWYERajczlGaC0ixQuiRJDwCc2zES",
-    ),
-    "frame of numpy 1, pandas 1": (
-        "frame",
-        "eNqFUk1v1DAQjfPRdpdKiANQLpyXS84ckIooQoKIIOVeWXbWu47qeCPbUbuICjh0t5XmtuFvcuYG42RXtKgSjuSZ"
-        "sV/eG8/Mt/jHzzDoFzxqmJ4ym5YLI9KZYbWA0Vvm2Dvvbl58v5xATOu5gee3gZV2wmimbFozzebCWDh8oxbl2cch"
-        "3MCTLZyqitu/eHhIW91U5ZkSlPsfNh081m3dLAfiulWuYsawJRxSI8qFts60pUNY0sM62EdeD9h0WXB1Qni3LiYZ"
-        "wS9ayRCSqVs2AuFh9fLm2l9FQF51eZ5/+I2r37LA8ZuTIzKUINiWIoi21nE44G2FiWgLiVVVKbyW11gXWbguZCCJ"
-        "jFBdxre0EwhnO0m5d5/gQP/reLDx62381XG5jxzhf/k/9fxd/6YvdxWOUeF0AuQCyBLIZ9Fzhlm041zj5dHdFk7F"
-        "hbApZ1Z0MKZanNP3/mzTyREkg+u7P8Vp+Cef6Eoe9GoMCAdSohrEGgemy9tVIcfw7D4lw/RcwLjwZkcvH+RYYseM"
-        "ywKIrVs0+Da0oskIUolVgeOHHYWRT2M7n7QWjvn4FBLmnLGXsEdnis3RecqUWpxbOm0bbBxzgirGhbLXtuXpH2IR"
-        "CuE=",
-    ),
-    "series of numpy 1, pandas 1": (
-        "series",
-        "eNptUbGO1DAQTbKb3IIo0EkIaBBlaCJOoqBAAnEVWKTI1atokviSCMeJPDbHFitBceydNF3Cf/IHMNlcARJTeEbP"
-        "b+z3Zr6tfz4PvGPQ6QC6AkzK3sgEpWklUnRxzOOL7/uY1nlXG3r2N63VVhoNCpMONNTSIJ1etLpW8r3qy8+fFpDb"
-        "4+1ET/7trORXiUkBKOl+ruVV/mGGxome/o9nQNdMzOZ0R5wlaejklFKIFoydhEdrtP0wiWAuJBe++5HBlh5p1w27"
-        "5cnOKduCMbCjB7mRZa/RGlfakcIja6IT/n++H4V3fe4Xh2yKhS+C6+aEwsruBjlScPn69uaQxWJF/ps0TT/+5jge"
-        "wrPF7fnDZaq/3i7Ze2cL2DZ+E+zjZpU2a+E1oQiaaBG4p+hlcvYqOZs9AfttPIqKeYS4ZSj6AsoxuKENryBnHGlT"
-        "uJZ9aGTzqi0laxWB8A+ZA4e24G2xUIruFnkv76SFCiyLWAGFYK1B/jW/VFBz8RiU6q8wr9zAj4GVuYJCKrzBhg2i"
-        "K5I/1UHI4A==",
-    ),
-}
-
-SHOWN_AS = {
-    "scalar": "3.25",
-    "array": "array([[1, 2], [3, 4]], dtype=int64)",
-    "series": "Series of 2 rows\nfloat64\n1.0\n2.0",
-    "frame": "DataFrame of 3 rows and 3 columns\na: int64, b: float64, c: {text}\n"
-    "1  1.5  x\n2  2.5  y\n3  nan  z",
-}
-
-
-@pytest.mark.parametrize("name", PICKLED_ELSEWHERE)
-def test_arrays_and_tables_are_shown_for_what_they_hold(name: str) -> None:
-    kind, packed = PICKLED_ELSEWHERE[name]
-    content = zlib.decompress(base64.b64decode(packed))
-    text = "StringDtype" if "pandas 3" in name else "object"
-    assert mls.format_value(mls.PickleReader().read(content)) == SHOWN_AS[kind].format(text=text)
-
-
-class Colour(enum.Enum):
-    RED = "red"
-
-
-@dataclass
-class Point:
-    x: int
-    tags: list[str]
-
-
-@pytest.mark.parametrize("protocol", [2, 4, 5])
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (Point(1, ["a"]), f"<{__name__}.Point x=1 tags=['a']>"),
-        (Path("/a/b"), "/a/b"),
-        (Decimal("1.50"), "1.50"),
-        (datetime(2024, 1, 2, tzinfo=timezone.utc), "2024-01-02 00:00:00+00:00"),
-        (timedelta(days=1, seconds=2), "1 day, 0:00:02"),
-        (Counter("aab"), "{'a': 2, 'b': 1}"),
-        (b"\x89PNG\r\n\x1a\n" + b"0" * 200, None),
-        (b"x" * 5000, None),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_objects_of_the_standard_library_are_shown_for_what_they_are(
-    value: object, text: str | None, protocol: int
-) -> None:
-    if isinstance(value, bytes):
-        kind = "image/png" if value.startswith(b"\x89PNG") else "application/octet-stream"
-        assert shown(value, protocol).startswith(f"<{len(value)} bytes, {kind}")
-    else:
-        assert shown(value, protocol) == text
-
-
-@pytest.mark.parametrize("protocol", [2, 4])
-def test_a_member_of_an_enum_is_shown_by_name_or_value(protocol: int) -> None:
-    assert shown(Colour.RED, protocol) in (
-        f"<{__name__}.Colour('red')>",
-        f"<{__name__}.Colour.RED>",
-    )
-
-
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary()
-
-
-@given(
-    st.recursive(
-        SCALARS,
-        lambda inner: (
-            st.lists(inner, max_size=4)
-            | st.tuples(inner)
-            | st.tuples(inner, inner, inner, inner)
-            | st.dictionaries(st.text() | st.integers(), inner, max_size=4)
-        ),
-        max_leaves=10,
-    ),
-    st.integers(2, 5),
-)
-@settings(deadline=None, max_examples=60)
-def test_a_value_is_shown_as_str_would_show_it(value: object, protocol: int) -> None:
-    assert shown(value, protocol) == str(value)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        ({1}, "{1}"),
-        (set(), "set()"),
-        (OrderedDict(a=1), "{'a': 1}"),
-        (datetime(2026, 1, 2, 3, 4, 5), "2026-01-02 03:04:05"),
-        (datetime(2026, 1, 2).date(), "2026-01-02"),
-        (threading.Thread, "<class threading.Thread>"),
-        (SimpleNamespace(a=1), "<types.SimpleNamespace a=1>"),
-    ],
-)
-def test_values_of_other_types_are_shown_as_what_they_are(value: object, text: str) -> None:
-    assert shown(value) == text
-
-
-def test_an_integer_whose_digits_nobody_can_wait_for_is_only_measured() -> None:
-    assert shown(2**20000) == "<integer of 20001 bits>"
-
-
-class Bomb:
-    """What runs a command when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return os.system, (f"touch {self.path}",)
-
-
-@pytest.mark.parametrize("protocol", range(6))
-def test_a_pickle_that_is_looked_at_runs_nothing(tmp_path: Path, protocol: int) -> None:
-    pickled = pickle.dumps([Bomb(tmp_path / "boom")], protocol)
-    value = mls.PickleReader().read(pickled)
-    assert "system" in mls.format_value(value)
-    assert not (tmp_path / "boom").exists()
-    pickle.loads(pickled)
-    assert (tmp_path / "boom").exists(), "it is a bomb"
-
-
-def test_a_value_that_holds_itself_or_a_billion_is_shown_up_to_a_length() -> None:
-    itself: list[Any] = []
-    itself.append(itself)
-    assert len(shown(itself)) < 1000
-    laughs: Any = ["ha"]
-    for _ in range(40):
-        laughs = [laughs, laughs]
-    assert len(shown(laughs)) <= mls.LONGEST_TEXT + 3
-
-
-def test_a_small_pickle_becomes_no_large_json() -> None:
-    value = mls.PickleReader().read(pickle.dumps(["x" * 100_000] * 10_000))
-    with pytest.raises(ValueError, match="too large"):
-        mls.to_json(value)
-    plain = mls.PickleReader().read(pickle.dumps({"a": (1, None, {2}), 3: 1.5}))
-    assert mls.to_json(plain) == {"a": [1, None, [2]], "3": 1.5}
-
-
-@given(st.binary(max_size=100))
-@settings(deadline=None, max_examples=200)
-def test_what_is_no_pickle_is_refused_and_nothing_else_happens(noise: bytes) -> None:
-    for beginning in (b"", b"\x80\x04", pickle.dumps({"a": [1, (2,)]})[:-1]):
-        with contextlib.suppress(ValueError):
-            mls.format_value(mls.PickleReader().read(beginning + noise))
-
-
-def test_a_gzip_bomb_is_not_blown_up() -> None:
-    with pytest.raises(mls.TooLarge):
-        mls.decompress(gzip.compress(bytes(50_000_000)), 1000)
-
-
-def test_a_graph_that_is_none_is_no_graph(store: mls.Store, ui: Api) -> None:
-    run = ui.new_run(ui.new_flow())
-    task = ui.new_task(ui.new_step(run, "_parameters"))
-    sha = "a" * 40
-    folder = Path(store.folder, "Flow", "data", "aa")
-    folder.mkdir(parents=True)
-    (folder / sha).write_bytes(gzip.compress(pickle.dumps({"steps": ["nonsense"]})))
-    row = artifact("_graph_info", location=f":root:{store.folder}", sha=sha)
-    assert ui.post(f"{task}/artifact", [row]).status == 200
-    assert ui.get(f"/api{run}/dag").status == 404
-    assert ui.get(f"/api{run}").json["data"]["status"] == "running"
-
-
-# -- files of the datastore ------------------------------------------------------------------------
-
-
-@pytest.fixture
-def datastore(tmp_path: Path) -> Path:
-    """A local datastore with a file, beside a secret that is not in it."""
-    root = tmp_path / ".metaflow"
-    (root / "Flow").mkdir(parents=True)
-    (root / "Flow" / "file").write_text("here")
-    (tmp_path / "secret").write_text("secret")
-    return root
-
-
-def content_of(root: Path | str, *names: str) -> str | None:
-    """What is in a file of a datastore, None where there is none."""
-    opener = mls.FileOpener(str(root))
-    with contextlib.suppress(FileNotFoundError), opener.open_file(str(root), *names) as file:
-        return mls.read_content(file, 1000).decode()
-    return None
-
-
-def test_a_datastore_is_left_neither_by_names_nor_by_links_to_files(datastore: Path) -> None:
-    (datastore / "Flow" / "link").symlink_to(datastore.parent / "secret")
-    (datastore / "Flow" / "inner").symlink_to("file")
-    assert content_of(datastore, "Flow", "file") == "here"
-    for names in (("Flow", "link"), ("Flow", "inner"), ("..", "secret"), ("Flow", "../../secret")):
-        assert content_of(datastore, *names) is None
-    for names in (
-        ("Flow", "\0"),
-        ("Flow", "\ud800"),
-        ("Flow", "x" * 300),
-        ("Flow",),
-        ("None", "x"),
-    ):
-        assert content_of(datastore, *names) is None
-
-
-@pytest.mark.parametrize(
-    "root", ["", "relative/.metaflow", "/", "/etc", "{root}\0", "{root}config"]
-)
-def test_what_is_no_datastore_by_its_name_is_not_opened(datastore: Path, root: str) -> None:
-    (datastore.parent / ".metaflowconfig").mkdir()
-    (datastore.parent / ".metaflowconfig" / "passwd").write_text("secret")
-    assert content_of(root.format(root=datastore), "passwd") is None
-
-
-def test_links_to_folders_that_the_owner_has_made_are_followed(tmp_path: Path) -> None:
-    disk, project = tmp_path / "disk", tmp_path / "project"
-    for folder in (disk / ".metaflow" / "Flow", disk / "data", project):
-        folder.mkdir(parents=True)
-    (project / ".metaflow").symlink_to(disk / ".metaflow")
-    (disk / ".metaflow" / "Flow" / "data").symlink_to("../../data")
-    (disk / "data" / "blob").write_text("far away")
-    assert content_of(project / ".metaflow", "Flow", "data", "blob") == "far away"
-
-
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
-
-
-@needs_root
-@pytest.mark.parametrize("given_away", [".metaflow", ".metaflow/Flow", ".metaflow/Flow/file"])
-def test_what_belongs_to_another_user_is_not_there(datastore: Path, given_away: str) -> None:
-    with mls.FileOpener(str(datastore.parent)).open_file(str(datastore), "Flow", "file"):
-        os.chown(datastore.parent / given_away, 1000, 1000)
-    with pytest.raises(FileNotFoundError):
-        mls.FileOpener(str(datastore.parent)).open_file(str(datastore), "Flow", "file")
-
-
-@needs_root
-def test_a_root_of_another_user_that_is_served_is_read(datastore: Path) -> None:
-    for path in (datastore, datastore / "Flow", datastore / "Flow" / "file"):
-        os.chown(path, 1000, 1000)
-    assert content_of(datastore, "Flow", "file") == "here"
-
-
-@needs_root
-def test_a_link_of_another_user_leads_to_nothing_of_ours(datastore: Path) -> None:
-    (datastore.parent / "ours").mkdir()
-    (datastore.parent / "ours" / "file").write_text("secret")
-    (datastore / "Flow" / "link").symlink_to(datastore.parent / "ours")
-    assert content_of(datastore, "Flow", "link", "file") == "secret"
-    os.chown(datastore / "Flow" / "link", 1000, 1000, follow_symlinks=False)
-    os.chown(datastore, 1000, 1000)
-    os.chown(datastore / "Flow", 1000, 1000)
-    assert content_of(datastore, "Flow", "link", "file") is None
-
-
-@needs_root
-def test_a_root_that_is_a_link_of_another_user_leads_to_nothing_of_ours(datastore: Path) -> None:
-    theirs = datastore.parent / "theirs"
-    theirs.mkdir()
-    (theirs / ".metaflow").symlink_to(datastore)
-    assert content_of(theirs / ".metaflow", "Flow", "file") == "here"
-    os.chown(theirs / ".metaflow", 1000, 1000, follow_symlinks=False)
-    assert content_of(theirs / ".metaflow", "Flow", "file") is None
-    os.chown(theirs / ".metaflow", 0, 0, follow_symlinks=False)
-    os.chown(theirs, 1000, 1000)  # who may exchange the link while it is read
-    assert content_of(theirs / ".metaflow", "Flow", "file") is None
-
-
-@needs_root
-def test_a_link_of_ours_may_lead_to_a_folder_of_any_owner_that_is_trusted(datastore: Path) -> None:
-    (datastore.parent / "disk").mkdir()
-    (datastore.parent / "disk" / "blob").write_text("far away")
-    (datastore / "Flow" / "data").symlink_to(datastore.parent / "disk")
-    for path in (datastore, datastore.parent / "disk"):
-        os.chown(path, 1000, 1000)
-    assert content_of(datastore, "Flow", "data", "blob") == "far away"
-
-
-def test_in_a_folder_that_others_may_write_to_no_link_of_any_kind_is_followed(
-    datastore: Path,
-) -> None:
-    (datastore.parent / "disk").mkdir()
-    (datastore.parent / "disk" / "blob").write_text("far away")
-    os.link(datastore.parent / "secret", datastore / "Flow" / "hard")
-    (datastore / "Flow" / "soft").symlink_to(datastore.parent / "disk")
-    for mode, hard, soft in ((0o755, "secret", "far away"), (0o777, None, None)):
-        os.chmod(datastore / "Flow", mode)
-        assert content_of(datastore, "Flow", "hard") == hard
-        assert content_of(datastore, "Flow", "soft", "blob") == soft
-        assert content_of(datastore, "Flow", "file") == "here"
-
-
-def test_a_group_counts_as_others_unless_it_is_the_owners_own() -> None:
-    def folder(mode: int, gid: int) -> os.stat_result:
-        return os.stat_result((stat.S_IFDIR | mode, 1, 1, 2, 1000, gid, 0, 0, 0, 0))
-
-    assert not mls.is_writable_by_others(folder(0o755, 100))
-    assert not mls.is_writable_by_others(folder(0o775, 1000))
-    assert mls.is_writable_by_others(folder(0o775, 100))
-    assert mls.is_writable_by_others(folder(0o757, 1000))
-
-
-def test_a_log_that_flips_between_a_file_and_a_link_tells_no_secret(
-    store: mls.Store, ui: Api, tmp_path: Path
-) -> None:
-    task, ids = make_running_task(ui, store.folder)
-    (tmp_path / "secret").write_text("secret")
-    folder = Path(store.folder, *ids)
-    log, is_over = folder / "0.task_stdout.log", threading.Event()
-
-    def flip() -> None:
-        for number in itertools.count():
-            other = folder / f"other{number % 2}"
-            if number % 2:
-                other.symlink_to(tmp_path / "secret")
-            else:
-                other.write_text(f"a line {number}")
-            os.replace(other, log)
-            if is_over.is_set():
-                return
-
-    thread = threading.Thread(target=flip)
-    thread.start()
-    try:
-        replies = [ui.get(f"/api{task}/logs/out?attempt_id=0") for _ in range(500)]
-    finally:
-        is_over.set()
-        thread.join()
-    lines = {line["line"] for reply in replies for line in reply.json["data"]}
-    assert {reply.status for reply in replies} == {200}
-    assert lines and all(line.startswith("a line") for line in lines)
-
-
-def test_what_is_no_file_is_not_read(datastore: Path) -> None:
-    os.mkfifo(datastore / "Flow" / "pipe")
-    before = len(os.listdir("/dev/fd"))
-    assert content_of(datastore, "Flow", "pipe") is None
-    assert content_of(datastore, "Flow") is None
-    assert len(os.listdir("/dev/fd")) == before
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
-def test_a_file_that_may_not_be_read_is_not_there(datastore: Path) -> None:
-    os.chmod(datastore / "Flow" / "file", 0)
-    assert content_of(datastore, "Flow", "file") is None
-
-
-# -- what is hostile or makes no sense -------------------------------------------------------------
-
-
-def nested_names(depth: int) -> bytes:
-    """A pickle that names a class by tuples, each of which has the one before twice."""
-    pairs = b"".join(b"h%ch%c\x86\x94" % (n, n) for n in range(depth))
-    return b"]\x94" + pairs + b"\x8c\x01a\x93."
-
-
-@pytest.mark.parametrize(
-    "pickled",
-    [
-        nested_names(60),
-        b"}K\x01a.",  # appends to a dict
-        b"\x8f(K\x01K\x02u.",  # sets items of a set
-        b"cbuiltins\nset\n\x94(" + b"N" * 50000 + b"l\x94]" + b"h\x00h\x01\x85Ra" * 10000 + b".",
-        b"c_codecs\nencode\n\x94\x8d" + (100_000).to_bytes(8, "little") + b"a" * 100_000 + b"\x94]"
-        + b"h\x00h\x01\x85Ra" * 10000 + b".",
-    ],
-    ids=["nested names", "append to a dict", "items of a set", "copied sets", "copied bytes"],
-)  # fmt: skip
-def test_a_pickle_that_would_take_for_ever_or_makes_no_sense_is_refused_or_shown(
-    pickled: bytes,
-) -> None:
-    with contextlib.suppress(ValueError):
-        value = mls.PickleReader().read(pickled)
-        assert len(mls.format_value(value)) <= mls.LONGEST_TEXT + 3
-        mls.to_json(value)
-
-
-@pytest.mark.parametrize("called", [b"ccopyreg\n__newobj__\n", b"cpathlib\nPath\n"])
-def test_calls_of_the_same_long_arguments_are_counted(called: bytes) -> None:
-    arguments = b"(c__main__\nPoint\n" + b"N" * 2_000 + b"t\x94"
-    pickled = called + b"\x94" + arguments + b"]" + b"h\x00h\x01Ra" * 3_000 + b"."
-    with pytest.raises(mls.TooLarge):
-        mls.PickleReader().read(pickled)
-
-
-def test_an_attribute_whose_name_is_no_text_is_no_member_of_an_enum() -> None:
-    pickled = b"cbuiltins\ngetattr\n(c__main__\nColour\n]tR."
-    shown_as = mls.format_value(mls.PickleReader().read(pickled))
-    assert shown_as == "<builtins.getattr(<class __main__.Colour>, [])>"
-
-
-def test_long_bytes_of_an_old_pickle_are_shown() -> None:
-    assert shown(b"x" * 90, protocol=2) == str(b"x" * 90)
-
-
-def test_of_an_object_only_few_attributes_are_shown() -> None:
-    assert shown(SimpleNamespace(**{f"a{n}": n for n in range(100)})) == "<types.SimpleNamespace>"
-
-
-def test_of_a_log_of_many_lines_the_last_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mls, "MOST_LOG_LINES", 3)
-    lines = mls.merge_logs([b"".join(log_line(str(n), n) for n in range(9))])
-    assert [line["line"] for line in lines] in (["6", "7", "8"], ["7", "8"])
-
-
-def stored(store: mls.Store, value: object) -> dict[str, str]:
-    """Put a value into the datastore, and say where it is."""
-    content = gzip.compress(pickle.dumps(value))
-    sha = hashlib.sha1(content).hexdigest()
-    path = Path(store.folder, "Flow", "data", sha[:2], sha)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    return {"location": f":root:{store.folder}", "sha": sha}
-
-
-def make_running_task(ui: Api, ds_root: str) -> tuple[str, tuple[str, ...]]:
-    task = ui.new_task_of_its_own()
-    ui.post(f"{task}/metadata", [metadatum("attempt", "0"), metadatum("ds-root", ds_root)])
-    return task, tuple(task.split("/")[2::2])
-
-
-@pytest.mark.parametrize(
-    "graph",
-    [
-        {"steps": {"start": {"decorators": 5}}},
-        {"steps": {"start": {"decorators": [{"name": "retry", "attributes": {"times": "x"}}]}}},
-        {"steps": {}, "end_step": ["end"]},
-        {"steps": {}, "end_step": "../.."},
-    ],
-)
-def test_a_graph_that_makes_no_sense_hides_no_run(store: mls.Store, ui: Api, graph: Any) -> None:
-    task, _ = make_running_task(ui, store.folder)
-    ui.post(f"{task}/metadata", [metadatum("attempt_ok", "False")])
-    parameters = ui.new_task(ui.new_step(task[: task.index("/steps")], "_parameters"))
-    ui.post(f"{parameters}/artifact", [artifact("_graph_info", **stored(store, graph))])
-    ui.post(f"{parameters}/metadata", [metadatum("attempt-done", "0")])
-    assert len(ui.get("/api/runs").json["data"]) == 1
-
-
-def test_a_datastore_whose_name_is_no_text_hides_no_run(ui: Api) -> None:
-    task, _ = make_running_task(ui, "/\ud800/.metaflow")
-    (run,) = ui.get("/api/runs").json["data"]
-    assert run["status"] == "running"
-    assert ui.get(f"/api{task}/logs/out?attempt_id=0").json["data"] == []
-    assert ui.get(f"/api{task}/cards").json["data"] == []
-
-
-@pytest.mark.parametrize("told", ["[" * 100_000, "5", '{"success": '])
-def test_what_a_scheduler_left_is_believed_only_where_it_makes_sense(
-    store: mls.Store, ui: Api, told: str
-) -> None:
-    _, ids = make_running_task(ui, store.folder)
-    Path(store.folder, *ids, "0.runtime").write_text(told)
-    (run,) = ui.get("/api/runs").json["data"]
-    assert run["status"] == "running"
-
-
-# ==================================================================================================
-# Retention
-# ==================================================================================================
-
-LATER = 10 * 86_400
-"""Seconds after which nothing is young, and nothing that was recorded before is running."""
-
-
-def much_later_in(folder: Path) -> mls.Retention:
-    """What may be deleted in a project, as it is seen days after it was recorded."""
-    return mls.Retention(mls.Model(mls.Store(str(folder)), lambda: time.time() + LATER))
-
-
-def delete_runs(retention: mls.Retention, runs: Iterable[mls.Ids]) -> None:
-    for _ in retention.delete_runs(runs):
-        pass
-
-
-def collect(retention: mls.Retention, flow: str | None = None) -> int:
-    """Do what `gc` does without conditions, and return how many blobs that removed."""
-    retention.finish_deletions()
-    found = retention.find_garbage(flow=flow)
-    return sum(1 for garbage in found for _ in retention.remove_garbage(garbage))
-
-
-def ended_run(api: Api, name: str = "Flow", **fields: Any) -> mls.Ids:
-    """Record a run of a flow that has succeeded."""
-    api.post(f"/flows/{name}")
-    run = api.new_run(f"/flows/{name}", **fields)
-    end_task(api, api.new_task(api.new_step(run, "end")))
-    return tuple(run.split("/")[2::2])
-
-
-def living_run(api: Api) -> str:
-    """Record the beginning of a run, and return its path."""
-    api.post("/flows/Flow")
-    return api.new_run("/flows/Flow", system_tags=["metaflow_version:2.15.0"])
-
-
-def run_folder(store: mls.Store, ids: mls.Ids) -> Path:
-    return Path(store.folder, *ids)
-
-
-def refer(store: mls.Store, run: mls.Ids, sha: str, size: int = 1000) -> None:
-    """Let the first task of a run name a blob, as Metaflow's datastore does."""
-    told = {"objects": {"name": sha}, "info": {"name": {"size": size}}}
-    (run_folder(store, run) / "end" / "1" / "0.data.json").write_text(json.dumps(told))
-
-
-def blob_path(store: mls.Store, sha: str, flow: str = "Flow") -> Path:
-    return Path(store.folder, flow, "data", sha[:2], sha)
-
-
-# -- runs of real flows, deleted at random ---------------------------------------------------------
-
-
-class Replica:
-    """A copy of the root that real flows have left, put back as it was whenever that is asked for.
-
-    What it is compared with is what was there before, by a reading of every file that knows
-    nothing of Metaflow.
-    """
-
-    def __init__(self, recorded: Path, folder: Path) -> None:
-        self.project = folder / "project"
-        self._original = folder / "original"
-        self.project.mkdir(parents=True)
-        ignored = shutil.ignore_patterns("metaflow-local-service.*")
-        for name in (".metaflow", "data"):
-            if (recorded / name).exists():
-                shutil.copytree(recorded / name, self._original / name, ignore=ignored)
-        for path in self._original.rglob("*.json"):  # which say in what root they are
-            content = path.read_text()
-            if str(recorded) in content:
-                path.write_text(content.replace(str(recorded), str(self.project)))
-        original = self._original
-        self.files = {p.relative_to(original) for p in original.rglob("*") if p.is_file()}
-        self.mentions = {path: self._digests_in(original / path) for path in self.files}
-        runs = original.glob(".metaflow/*Flow/[0-9]*")
-        self.runs = sorted((path.parent.name, path.name) for path in runs)
-
-    def _digests_in(self, path: Path) -> set[str]:
-        content = path.read_bytes()
-        if content.startswith(b"\x1f\x8b"):
-            content = gzip.decompress(content)
-        return set(re.findall("(?=([0-9a-f]{40}))", content.decode("latin-1")))
-
-    def put_back(self) -> mls.Retention:
-        for name in os.listdir(self._original):
-            shutil.rmtree(self.project / name, ignore_errors=True)
-            # Nothing but latest_run is ever written to, so links are as good as copies.
-            shutil.copytree(self._original / name, self.project / name, copy_function=os.link)
-        for path in self.project.glob(".metaflow/*Flow/latest_run"):
-            content = path.read_text()
-            path.unlink()
-            path.write_text(content)
-        return much_later_in(self.project)
-
-    @staticmethod
-    def run_of(path: Path) -> mls.Ids | None:
-        """The run that a file is of."""
-        parts = path.parts[2:] if path.parts[1:2] == ("mf.cards",) else path.parts[1:]
-        parts = (parts[0], *parts[2:]) if parts[1:2] == ("runs",) else parts
-        return parts[:2] if len(parts) > 2 and parts[1].isdigit() else None
-
-    @staticmethod
-    def blob_of(path: Path) -> tuple[str, str] | None:
-        """The flow and the digest of the blob that a file is, or is the _meta of."""
-        match = re.fullmatch(r"([0-9a-f]{40})(_meta)?", path.name)
-        flow = [part for part in path.parts if part.endswith("Flow")]
-        return (flow[0], match[1]) if match else None
-
-    def expected(self, runs: Collection[mls.Ids]) -> set[Path]:
-        """The files that stay where only these runs stay."""
-        blobs: dict[str, dict[str, list[Path]]] = {}  # by digest and flow
-        stays = set()
-        for path in self.files:
-            blob, run = self.blob_of(path), self.run_of(path)
-            if blob is not None:
-                blobs.setdefault(blob[1], {}).setdefault(blob[0], []).append(path)
-            elif run is None or run in runs:
-                stays.add(path)
-        unread = [path for path in stays if path.suffix == ".json" and "mf.cards" not in path.parts]
-        while unread:
-            path = unread.pop()
-            run = self.run_of(path)
-            for name in self.mentions[path] & blobs.keys():
-                flows = blobs[name].keys() if run is None else {run[0]} & blobs[name].keys()
-                for found in [blobs[name].pop(flow) for flow in list(flows)]:
-                    stays.update(found)
-                    unread += found
-        return stays
-
-    def present(self) -> set[Path]:
-        folders = [self.project / name for name in os.listdir(self._original)]
-        every = [path for folder in folders for path in folder.rglob("*")]
-        return {path.relative_to(self.project) for path in every if path.is_file()}
-
-    def check(self, runs: Collection[mls.Ids]) -> None:
-        """All that is there is what is to stay with these runs, and is as it was."""
-        expected = self.expected(runs)
-        gone = {flow for flow, _ in self.runs} - {flow for flow, _ in runs}
-        expected -= {Path(".metaflow", flow, "latest_run") for flow in gone}
-        assert self.present() == expected
-        for flow in {flow for flow, _ in runs}:
-            before, now = (
-                folder.joinpath(".metaflow", flow, "latest_run").read_text()
-                for folder in (self._original, self.project)
-            )
-            newest = max(run for other, run in runs if other == flow)
-            assert now == (before if (flow, before) in runs else newest)
-
-    def facts(self, run: mls.Ids) -> object:
-        """All that is told of a run, its attempts, artifacts, logs and cards."""
-        model = mls.Model(mls.Store(str(self.project)), lambda: 2e9)
-        told: list[object] = [model.run(run)]
-        for row in model.tasks(run, 2e9):
-            task, attempt = mls.attempt_row_ids(row), row["attempt_id"]
-            values = [model.with_value(each) for each in model.artifacts(task, attempt)]
-            logs = [model.log(task, attempt, stream) for stream in ("stdout", "stderr")]
-            cards = [model.card(task, card["hash"]) for card in model.cards(task)]
-            told.append((row, values, logs, cards, model.metadata(task)))
-        return told
-
-
-@pytest.fixture(scope="session")
-def replica(history: History, tmp_path_factory: pytest.TempPathFactory) -> Replica:
-    return Replica(history.folder, tmp_path_factory.mktemp("replica").resolve())
-
-
-# One copy is enough: with pytest-xdist one worker does all that needs it.
-of_replica = pytest.mark.xdist_group("replica")
-
-
-def with_needed(runs: Collection[mls.Ids], retention: mls.Retention) -> set[mls.Ids]:
-    """Those of the runs that may go together."""
-    return set(runs) - retention.reasons_to_stay(runs).keys()
-
-
-@of_replica
-@settings(max_examples=3, deadline=None)
-@given(data=st.data())
-def test_what_stays_is_as_it_was_and_of_the_rest_nothing_is_left(
-    replica: Replica, data: st.DataObject
-) -> None:
-    retention = replica.put_back()
-    compared = data.draw(st.sampled_from(replica.runs))
-    facts = replica.facts(compared)
-    chosen = data.draw(st.sets(st.sampled_from(replica.runs)))
-    if kept := retention.reasons_to_stay(chosen):
-        with pytest.raises(mls.NotDeletable, match="was resumed from it"):
-            delete_runs(retention, chosen)
-        chosen -= kept.keys()
-    planned = [garbage.usage() for garbage in retention.find_garbage(chosen)]
-    delete_runs(retention, chosen)
-    assert [garbage.usage() for garbage in retention.find_garbage()] == planned
-    collect(retention)
-    stay = set(replica.runs) - chosen
-    replica.check(stay)
-    assert compared in chosen or replica.facts(compared) == facts
-
-
-@of_replica
-def test_a_run_can_be_resumed_when_all_others_are_gone(
-    replica: Replica, history: History, tmp_path: Path
-) -> None:
-    failed = tuple(history.recorded["failed_local"].run.split("/"))
-    retention = replica.put_back()
-    delete_runs(retention, [run for run in replica.runs if run != failed])
-    collect(retention)
-    flows = Flows(Cli(replica.project, tmp_path))
-    flows.mend()
-    resumed = flows.flow("local", "FailingFlow", "resume", "--origin-run-id", failed[1])
-    assert resumed.status == 0, resumed.output
-
-
-KILLED = """
-import sys, time
-import metaflow_local_service as mls
-model = mls.Model(mls.Store(sys.argv[1]), lambda: time.time() + 10 * 86_400)
-retention = mls.Retention(model)
-runs = [tuple(name.split("/")) for name in sys.argv[2:]]
-retention.reasons_to_stay(runs)
-print("ready", flush=True)
-for _ in retention.delete_runs(runs):
-    pass
-for garbage in retention.find_garbage():
-    for _ in retention.remove_garbage(garbage):
-        pass
-print("done", flush=True)
-"""
-
-
-@of_replica
-def test_a_kill_at_any_moment_of_a_deletion_leaves_runs_whole_or_gone(replica: Replica) -> None:
-    """As often as KILLS says; with -s, prints in how many a run was being removed."""
-    kills, halves, ended = int(os.environ.get("KILLS", "2")), 0, 0
-    folder = replica.project / ".metaflow"
-    for _ in range(kills):
-        retention = replica.put_back()
-        chosen = with_needed(random.sample(replica.runs, len(replica.runs) // 2), retention)
-        names = ["/".join(run) for run in chosen]
-        command = [sys.executable, "-c", KILLED, str(replica.project), *names]
-        environment = {**os.environ, "PYTHONPATH": str(MODULE.parent)}
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
-        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-        time.sleep(random.uniform(0, 0.3))
-        process.kill()
-        ended += process.communicate()[0] == b"done\n"
-        gone = {run for run in replica.runs if not folder.joinpath(*run).exists()}
-        assert gone <= chosen
-        present = replica.present()
-        whole = {
-            p for p in replica.files if p.parts[0] == ".metaflow" and "mf.cards" not in p.parts
-        }
-        assert {p for p in whole if replica.run_of(p) not in (None, *gone)} <= present
-        halves += any(folder.glob("*.trash/*"))
-        collect(much_later_in(replica.project))
-        replica.check(set(replica.runs) - gone)
-    print(f"{kills} kills, {halves} of them while a run was removed, {ended} after the end")
-
-
-@of_replica
-def test_what_is_measured_is_what_du_tells(replica: Replica) -> None:
-    retention = replica.put_back()
-    told = subprocess.check_output(["du", "-sk", replica.project / ".metaflow"], text=True)
-    total = retention.measure_all().bytes
-    assert total == pytest.approx(int(told.split()[0]) * 1024, rel=0.05)
-    flows = list(retention.measure_flows(retention.flow_folders()))
-    assert sum(flow.held.bytes for flow in flows) == pytest.approx(total, rel=0.05)
-    assert {flow.unreferenced.files for flow in flows} == {0}
-    runs = list(retention.measure_runs("FailingFlow"))
-    assert [run.ids for run in runs] == [r for r in replica.runs if r[0] == "FailingFlow"][::-1]
-    assert all(run.own.bytes <= run.only.bytes <= run.own.bytes + run.data.bytes for run in runs)
-
-
-# -- what stays ------------------------------------------------------------------------------------
-
-
-def test_a_run_that_is_not_there_lives_or_is_needed_stays_with_all_others(
-    store: mls.Store, api: Api
-) -> None:
-    first, second = ended_run(api), ended_run(api)
-    living = tuple(living_run(api).split("/")[2::2])
-    task = f"/flows/Flow/runs/{second[1]}/steps/end/tasks/1"
-    told = [("origin-run-id", first[1]), ("origin-task-id", "1")]
-    for step in (task, api.new_task(api.new_step(task.split("/steps")[0]))):
-        api.post(f"{step}/metadata", [metadatum(name, value) for name, value in told])
-    retention = mls.Retention(mls.Model(store))
-    before = all_paths(Path(store.folder))
-    for runs, error in (
-        ([second, living], mls.NotDeletable),
-        ([first], mls.NotDeletable),
-        ([second, ("Flow", "1")], mls.NotFound),
-        ([second, ("None", "1")], mls.NotFound),
-    ):
-        with pytest.raises(error):
-            delete_runs(retention, runs)
-    assert all_paths(Path(store.folder)) == before
-    delete_runs(retention, [first, second, first])
-    assert [run["run_number"] for run in store.runs(("Flow",))] == [int(living[1])]
-
-
-def test_a_run_of_a_client_without_heartbeats_stays_until_it_is_silent_for_minutes(
-    store: mls.Store, api: Api, project: Path
-) -> None:
-    api.post("/flows/Flow")
-    run = api.new_run("/flows/Flow")  # about to start, as an orchestrator's
-    refused = api.request("DELETE", run)
-    assert (refused.status, "may go on" in refused.json["message"]) == (409, True)
-    delete_runs(much_later_in(project), [tuple(run.split("/")[2::2])])
-    assert api.get(run).status == 404
-
-
-def test_a_run_with_the_name_of_the_artifacts_folder_is_not_taken_for_it(
-    store: mls.Store, api: Api
-) -> None:
-    run = ended_run(api, run_number="data")
-    sha = stored(store, "value")["sha"]
-    refer(store, run, sha)
-    assert api.request("DELETE", "/flows/Flow/runs/data").status == 409
-    assert blob_path(store, sha).exists()
-
-
-def test_a_blob_stays_for_a_day_and_while_a_run_of_its_flow_lives(
-    store: mls.Store, api: Api
-) -> None:
-    ended_run(api)
-    path = blob_path(store, stored(store, "value")["sha"])
-    assert collect(mls.Retention(mls.Model(store))) == 0
-    os.utime(path, (1, 1))
-    living = living_run(api)
-    assert collect(mls.Retention(mls.Model(store))) == 0
-    end_task(api, api.new_task(api.new_step(living, "end")))
-    assert collect(mls.Retention(mls.Model(store))) == 1 and not path.exists()
-
-
-def test_a_blob_stays_when_a_run_begins_after_the_references_were_read(
-    store: mls.Store, api: Api, project: Path
-) -> None:
-    ended_run(api)
-    path = blob_path(store, stored(store, "value")["sha"])
-    retention = much_later_in(project)
-    (garbage,) = retention.find_garbage()
-    ended_run(api)
-    assert list(retention.remove_garbage(garbage)) == [] and path.exists()
-    assert collect(retention) == 1
-
-
-@pytest.mark.parametrize(
-    "value", [{"deep": ["see ", {1: "local:///x/{}"}]}, "{}", b"\0{}", ["0" * 9 + "{}" + "f" * 9]]
-)
-def test_a_blob_stays_whose_digest_stands_in_a_value(
-    store: mls.Store, api: Api, project: Path, value: object
-) -> None:
-    run = ended_run(api)
-    inner = stored(store, "inner")["sha"]
-    middle = stored(store, eval(repr(value).replace("{}", inner)))["sha"]
-    outer = stored(store, ["names the middle one", middle])["sha"]
-    stored(store, "nobody's")
-    refer(store, run, outer)
-    assert collect(much_later_in(project)) == 1
-    assert all(blob_path(store, sha).exists() for sha in (inner, middle, outer))
-    refer(store, run, outer, size=39)  # said to be too small to name anything
-    assert collect(much_later_in(project)) == 2
-
-
-def test_a_digest_is_found_across_the_pieces_in_which_a_blob_is_read(
-    store: mls.Store, api: Api, project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mls, "BLOB_CHUNK", 50)
-    run = ended_run(api)
-    inner = stored(store, "inner")["sha"]
-    refer(store, run, stored(store, random.randbytes(1000).hex() + " " + inner)["sha"])
-    assert collect(much_later_in(project)) == 0 and blob_path(store, inner).exists()
-
-
-def test_what_records_name_stays(store: mls.Store, api: Api, project: Path) -> None:
-    run = ended_run(api)
-    package, record = stored(store, "package")["sha"], stored(store, "of a record")["sha"]
-    task = f"/flows/Flow/runs/{run[1]}/steps/end/tasks/1"
-    api.post(f"{task}/metadata", [metadatum("code-package", json.dumps({"sha": package}))])
-    api.post(f"{task}/artifact", [artifact("name", sha=record)])
-    assert collect(much_later_in(project)) == 0
-    delete_runs(much_later_in(project), [run])
-    assert collect(much_later_in(project)) == 2
-
-
-def test_a_run_of_which_there_is_no_record_keeps_what_it_names(
-    store: mls.Store, project: Path
-) -> None:
-    sha = stored(store, "value")["sha"]
-    task = Path(store.folder, "Flow", "1", "start", "1")
-    task.mkdir(parents=True)
-    (task / "0.data.json").write_text(json.dumps({"objects": {"name": sha}}))
-    assert collect(much_later_in(project)) == 0
-
-
-def test_files_that_are_not_metaflows_stay(store: mls.Store, api: Api, project: Path) -> None:
-    ended_run(api)
-    sha = stored(store, "value")["sha"]
-    content = b"text of a file that was included"
-    named = hashlib.sha1(content).hexdigest()
-    others = [
-        blob_path(store, sha).with_name("notes.txt"),
-        blob_path(store, sha).with_name("f" * 41),
-        blob_path(store, sha).parent.parent / "zz" / ("a" * 40),
-        project / "data" / "Flow" / ("b" * 40),  # which holds something else
-        project / "data" / "Other" / named,
-        project / ".metaflow" / "mf.cards" / "Flow" / "runs" / "1" / "card.html",
-    ]
-    included = [project / "data" / "Flow" / named, project / ".metaflow" / "data" / "Flow" / named]
-    for path in (*others, *included):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(gzip.compress(content))
-    Path(f"{blob_path(store, sha)}_meta").write_text("{}")
-    assert collect(much_later_in(project)) == 3
-    assert all(path.exists() for path in others)
-    assert not any(path.exists() for path in (*included, Path(f"{blob_path(store, sha)}_meta")))
-
-
-def test_a_meta_file_that_was_left_alone_goes(store: mls.Store, api: Api, project: Path) -> None:
-    ended_run(api)
-    path = blob_path(store, stored(store, "value")["sha"])
-    path.rename(f"{path}_meta")
-    assert collect(much_later_in(project)) == 1 and not Path(f"{path}_meta").exists()
-
-
-def test_no_link_is_followed(store: mls.Store, api: Api, project: Path) -> None:
-    precious = project / "precious"
-    (precious / "ab").mkdir(parents=True)
-    (precious / "ab" / ("ab" * 20)).touch()
-    run, behind_link = ended_run(api), ended_run(api)
-    (run_folder(store, run) / "link").symlink_to(precious)
-    moved = project / "elsewhere"
-    run_folder(store, behind_link).rename(moved)
-    run_folder(store, behind_link).symlink_to(moved)
-    reply = api.request("DELETE", f"/flows/Flow/runs/{behind_link[1]}")
-    assert (reply.status, "symbolic link" in reply.json["message"]) == (409, True)
-    assert moved.exists()
-    sha = stored(store, "value")["sha"]
-    (found,) = much_later_in(project).find_garbage()
-    assert found.size() == 0 and "is a symbolic link" in found.doubt
-    run_folder(store, behind_link).unlink()
-    assert api.request("DELETE", f"/flows/Flow/runs/{run[1]}").status == 200
-    blob_path(store, sha).parent.with_name("ab").symlink_to(precious / "ab")
-    assert collect(much_later_in(project)) == 1
-    assert (precious / "ab" / ("ab" * 20)).exists()
-
-
-@pytest.mark.parametrize("kept", ["card.html", "latest_run"])
-def test_what_a_crash_has_left_is_finished_by_the_next_clean_up(
-    store: mls.Store, api: Api, project: Path, kept: str
-) -> None:
-    first, second = ended_run(api), ended_run(api)
-    card = Path(store.folder, "mf.cards", *first[:1], "runs", first[1], "card.html")
-    card.parent.mkdir(parents=True)
-    card.touch()
-    latest = Path(store.folder, "Flow", "latest_run")
-    latest.write_text(first[1])
-    (Path(store.folder) / mls.TRASH_DIR).mkdir()
-    run_folder(store, first).rename(Path(store.folder, mls.TRASH_DIR, f"{mls.TRASH_ENTRY}1"))
-    (Path(store.folder) / mls.TRASH_DIR / f"{mls.TRASH_ENTRY}2").mkdir()
-    collect(much_later_in(project))
-    assert not card.exists() and latest.read_text() == second[1]
-    assert os.listdir(Path(store.folder) / mls.TRASH_DIR) == []
-    delete_runs(much_later_in(project), [second])
-    assert not latest.exists() and store.flow(("Flow",)) is not None
-
-
-def test_cards_in_another_root_go_unless_the_run_is_there_too(
-    store: mls.Store, api: Api, project: Path
-) -> None:
-    runs = [ended_run(api), ended_run(api)]
-    other = project / "sub" / ".metaflow"
-    cards = [other / "mf.cards" / "Flow" / "runs" / run[1] / "card.html" for run in runs]
-    for card in cards:
-        card.parent.mkdir(parents=True)
-        card.touch()
-    (other / "Flow" / runs[1][1]).mkdir(parents=True)
-    mls.note_card_root(store.folder, str(project / "sub"))
-    delete_runs(mls.Retention(mls.Model(store)), runs)
-    assert [card.exists() for card in cards] == [False, True]
-
-
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
-def test_cards_are_found_in_the_root_alone_where_no_other_can_be_noted(
-    store: mls.Store, project: Path, make: Any
-) -> None:
-    make(project / ".metaflow" / mls.CARD_ROOTS_FILE)
-    (project / "sub" / ".metaflow").mkdir(parents=True)
-    before = os.listdir(store.folder)
-    mls.note_card_root(store.folder, str(project / "sub"))
-    assert mls.read_card_roots(store.folder) in ([], [str(project / "sub" / ".metaflow")])
-    assert os.listdir(store.folder) == before
-
-
-# -- deleting where that is difficult --------------------------------------------------------------
-
-
 def test_a_run_is_deleted_over_http(store: mls.Store, api: Api) -> None:
     run, other = ended_run(api), ended_run(api)
     path = f"/flows/Flow/runs/{run[1]}"
@@ -4514,83 +4854,1013 @@ def test_a_run_is_deleted_over_http(store: mls.Store, api: Api) -> None:
     assert (refused.status, "is running" in refused.json["message"]) == (409, True)
 
 
-def test_a_run_is_deleted_on_a_full_disk(disk: Path) -> None:
+# -- bodies, as they are parsed --------------------------------------------------------------------
+
+BAD_BODIES = {
+    "half": b"{",
+    "form": b"user_name=me",
+    "byte order mark": "\ufeff{}".encode(),
+    "UTF-16": "{}".encode("utf-16"),
+    "invalid UTF-8": b'{"user_name": "\xff"}',
+    "NUL": b'{"user_name": "\0"}',
+    "escaped NUL": b'{"user_name": "\\u0000"}',
+    "NaN": b'{"anything": NaN}',
+    "infinity": b'{"anything": -Infinity}',
+    "endless number": b'{"anything": ' + b"9" * 5000 + b"e",
+    "absurdly deep list": b"[" * 100_000,
+    "absurdly deep object": b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+    "list": b"[]",
+    "null": b"null",
+    "string": b'"text"',
+    "user_name is a number": b'{"user_name": 5}',
+    "a tag is a number": b'{"tags": [1]}',
+}
+
+
+@pytest.mark.parametrize("body", BAD_BODIES.values(), ids=list(BAD_BODIES))
+def test_a_bad_body_is_refused_and_nothing_is_stored(api: Api, body: bytes) -> None:
+    assert api.post("/flows/Flow", body).status == 400
+    assert api.get("/flows").json == []
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"[" + b"[]," * 1_000_000 + b"[]]", 413),
+        (b'{"tags": [' + b'"a",' * 1_000_000 + b'""]}', 413),
+        (b"{" * 2_000_000, 413),
+        (b"[" * 100_000, 400),
+        (b'{"user_name": "' + b"a,[{" * 1_000_000 + b'"}', 200),  # commas of a text count for one
+        (b'{"user_name": "' + b'\\",' * 400_000 + b'"}', 200),
+        (b'{"user_name": "\\\\", "tags": [' + b'"",' * 400_000 + b'""]}', 413),
+        # A pattern for whole texts would begin anew at every quote of this, until the end of days.
+        (b'["' + b'\\"' * 1_000_000 + b"," * 400_000, 400),
+    ],
+    ids=["lists", "texts", "open", "deep", "text", "escapes", "end of a text", "no end of a text"],
+)
+def test_a_body_of_too_many_values_is_refused_before_it_is_parsed(
+    api: Api, body: bytes, status: int
+) -> None:
+    assert api.request("POST", "/flows/Flow", body).status == status
+
+
+@pytest.mark.parametrize(
+    ("text", "has_nul"),
+    [
+        (rb"\u0000", True),
+        (rb"\\u0000", False),
+        (rb"\\\u0000", True),
+        (rb"\\\\u0000 \n\u0001", False),
+        (rb"\"\u0000\"", True),
+        (b"\\\\" * 1_000_000 + rb"\u0000", True),
+    ],
+    ids=["NUL", "text", "text and NUL", "texts", "in quotes", "after many"],
+)
+def test_a_nul_is_told_from_a_text_that_looks_like_one(text: bytes, has_nul: bool) -> None:
+    assert mls.has_nul(b'{"user_name": "%s"}' % text) == has_nul
+
+
+def test_what_metaflow_sends_at_most_is_taken(api: Api) -> None:
+    task = api.new_task_of_its_own()
+    many = api.post(f"{task}/artifact", [artifact(f"a{n}") for n in range(3000)])
+    assert many.json == {"artifacts_created": 3000}
+    large = api.post(f"{task}/metadata", [metadatum("text", "one, two\n" * 2_000_000)])
+    assert large.json == {"metadata_created": 1}
+
+
+# -- a disk that is full, read-only or gone --------------------------------------------------------
+
+
+def temporary_files(project: Path) -> list[Path]:
+    return [path for path in all_paths(project) if path.name.startswith(mls.TEMPORARY)]
+
+
+def records(project: Path) -> list[Any]:
+    """All files of the root that are JSON by name; all of them are by content."""
+    return [json.loads(path.read_bytes()) for path in (project / ".metaflow").rglob("*.json")]
+
+
+@pytest.fixture
+def disk(project: Path) -> Iterator[Path]:
+    """The project, on a file system of its own of half a megabyte."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(project)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("file systems cannot be mounted here")
+    (project / ".metaflow").mkdir()
+    yield project
+    subprocess.run(["umount", "-l", str(project)], check=True)
+
+
+def test_a_full_disk_costs_single_requests(disk: Path) -> None:
     with served(mls.Store(str(disk))) as api:
-        first, second = ended_run(api), ended_run(api)
-        latest = disk / ".metaflow" / "Flow" / "latest_run"
-        latest.write_text(second[1])
-        with contextlib.suppress(OSError), (disk / "ballast").open("wb", buffering=0) as f:
+        task = api.new_task_of_its_own()
+        ballast = disk / "ballast"
+        with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as f:
             while True:
                 f.write(b"x" * 4096)
-        assert api.request("DELETE", f"/flows/Flow/runs/{second[1]}").status == 200
-        assert latest.read_text() == first[1]
+        run = task.split("/steps/")[0]
+        for reply in (
+            api.post(f"{task}/metadata", [metadatum("field")] * 3),
+            api.post(f"{task}/artifact", [artifact("name")] * 3),
+            api.post("/flows/Other"),
+            api.post("/flows/Flow/run"),
+            api.post(f"{run}/steps/end/step"),
+            api.post(f"{run}/steps/start/task"),
+            api.patch(f"{run}/tag/mutate", {"tags_to_add": ["tag"]}),
+        ):
+            assert (reply.status, list(reply.json)) == (507, ["message"])
+        assert api.get("/healthcheck").status == 503
+        before = records(disk)
+        assert len(before) == 4  # the flow, run, step and task
+        assert temporary_files(disk) == []
+        assert api.get(task).status == 200
+        ballast.unlink()
+        assert api.post(f"{task}/metadata", [metadatum("field")] * 3).status == 200
+        assert len(api.get(f"{task}/metadata").json) == 3
+        assert api.new_task(f"{run}/steps/start") and api.get("/healthcheck").status == 200
 
 
-def test_a_run_is_deleted_where_no_folder_can_be_made(
-    store: mls.Store, api: Api, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, None])
+def test_a_disk_that_takes_no_more_is_a_507(
+    api: Api, monkeypatch: pytest.MonkeyPatch, error: int | None
 ) -> None:
-    run = ended_run(api)
+    write = os.write
 
-    def make_no_folder(parent: int, name: str) -> bool:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+    def write_half(descriptor: int, content: bytes) -> int:
+        written = write(descriptor, content[: len(content) // 2])
+        if error is not None:
+            raise OSError(error, os.strerror(error))
+        return written
 
-    monkeypatch.setattr(mls, "make_folder", make_no_folder)
-    delete_runs(mls.Retention(mls.Model(store)), [run])
-    assert sorted(os.listdir(Path(store.folder, "Flow"))) == ["_meta"]
-    assert os.listdir(Path(store.folder, "Flow", "_meta")) == ["_self.json"]
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", write_half)
+        reply = api.post("/flows/Flow")
+    assert (reply.status, list(reply.json)) == (507, ["message"])
+    assert api.post("/flows/Flow").status == 200
 
 
-def test_two_that_delete_the_same_do_it_once(store: mls.Store, api: Api) -> None:
-    runs = [ended_run(api) for _ in range(5)]
+def test_a_root_that_cannot_be_written_is_still_read(disk: Path) -> None:
+    with served(mls.Store(str(disk))) as api:
+        task = api.new_task_of_its_own()
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        for reply in (
+            api.post("/flows/Other"),
+            api.post(f"{task}/metadata", [metadatum("field")]),
+            api.post(f"{task}/heartbeat"),
+        ):
+            assert (reply.status, "Read-only" in reply.json["message"]) == (500, True)
+        assert api.get("/healthcheck").status == 503
+        assert api.get(task).status == 200
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+        assert api.post(f"{task}/metadata", [metadatum("field")]).status == 200
 
-    def delete_each() -> int:
-        retention, deleted = mls.Retention(mls.Model(store)), 0
-        for run in runs:
-            with contextlib.suppress(mls.NotFound):
-                deleted += len(list(retention.delete_runs([run])))
-            retention.finish_deletions()
-        return deleted
 
-    with ThreadPoolExecutor(4) as pool:
-        deleted = [pool.submit(delete_each) for _ in range(4)]
-        assert sum(each.result() for each in deleted) == len(runs)
-    assert list(store.runs(("Flow",))) == [] and not any(Path(store.folder).glob("*.trash/*"))
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_root_that_may_not_be_written_is_still_read(api: Api, project: Path) -> None:
+    api.new_flow()
+    (project / ".metaflow").chmod(0o500)
+    assert [api.post("/flows/Other").status, api.get("/flows/Flow").status] == [500, 200]
+    (project / ".metaflow").chmod(0o700)
+    assert api.post("/flows/Other").status == 200
+
+
+def test_a_root_that_vanishes_may_come_back(api: Api, project: Path) -> None:
+    task = api.new_task_of_its_own()
+    run = task.split("/steps/")[0]
+    (project / ".metaflow").rename(project / "away")
+    for reply in (
+        api.get("/flows"),
+        api.get("/flows/Flow"),
+        api.get(f"{run}/steps/end"),  # a 404 would be taken for an answer
+        api.get(f"{task}/metadata"),
+        api.post("/flows/Other"),
+        api.post(f"{task}/heartbeat"),
+        api.post(f"{task}/metadata", [metadatum("field")]),
+        api.patch(f"{run}/tag/mutate", {"tags_to_add": ["tag"]}),
+        api.get("/healthcheck"),
+    ):
+        assert (reply.status, list(reply.json)) == (503, ["message"])
+    assert not (project / ".metaflow").exists()
+    (project / "away").rename(project / ".metaflow")
+    assert api.post(f"{task}/metadata", [metadatum("field")]).status == 200
+    assert api.get("/flows/Flow").status == 200
+
+
+# ==================================================================================================
+# Page
+# ==================================================================================================
+
+# Our own page in a real browser (`nox -s browser`; not among the tests that run by default). Flows
+# run once for all tests that only look (`seen_run` and `walked_run`, half a minute each).
+
+browser = pytest.mark.browser
+
+HOSTILE = "<img src=x onerror=alert(1)>"
+SEEN_FLOW = """
+import os, time
+from metaflow import FlowSpec, Parameter, card, current, retry, step
+from metaflow.cards import Markdown, Table
+class SeenFlow(FlowSpec):
+    text = Parameter("text", default="HOSTILE")
+    @card(type="blank", refresh_interval=1)
+    @step
+    def start(self):
+        print("hello", self.text)
+        heading = Markdown("# Begun")
+        current.card.append(heading)
+        current.card.append(Table([[self.text, 1]]))
+        while not os.path.exists("finish"):
+            if os.path.exists("go on"):
+                heading.update("# Halfway")
+            current.card.refresh()
+            time.sleep(0.1)
+        self.hostile = {self.text: [1, 2.5, None]}
+        self.letters = "ab"
+        self.next(self.work, foreach="letters")
+    @retry(times=1, minutes_between_retries=0)
+    @step
+    def work(self):
+        print("attempt", current.retry_count, "on", self.input)
+        if self.input == "b" and current.retry_count == 0:
+            raise ValueError("fails once, " + self.text)
+        self.result = self.input.upper()
+        self.next(self.join)
+    @step
+    def join(self, inputs):
+        self.next(self.end)
+    @step
+    def end(self):
+        pass
+if __name__ == "__main__":
+    SeenFlow()
+""".replace("HOSTILE", HOSTILE)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Browser]:
+    """A browser, without any traffic of its own."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    program = next(filter(None, map(shutil.which, names)), None)
+    if program is None:
+        pytest.skip(f"there is no browser here: none of {', '.join(names)} is on the path")
+    switches = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
+    switches += " --disable-background-networking --disable-component-update"
+    api.expect.set_options(timeout=90_000)  # a busy machine takes its time
+    with api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=program, args=switches.split())
+        yield opened
+        opened.close()
+
+
+@contextlib.contextmanager
+def new_page(
+    chromium: Browser, permitted: str = "404.*/(dag|parameters) ", **options: Any
+) -> Iterator[BrowserPage]:
+    """A window of its own, in which nothing may go wrong, but what `permitted` matches: there are
+    runs without a graph, of which our page asks all the same."""
+    complaints: list[str] = []
+    with contextlib.closing(chromium.new_context(**options)) as context:
+        page = context.new_page()
+
+        def answer_for_the_rest_of_the_world(route: Any) -> None:
+            if route.request.frame == page.main_frame:  # a card may ask elsewhere, for a font
+                complaints.append(f"asks {route.request.url}")
+            route.fulfill(body="")
+
+        context.route(re.compile(r"^https?://(?!127\.0\.0\.1:)"), answer_for_the_rest_of_the_world)
+
+        def hear(said: Any) -> None:
+            if said.type == "error":
+                complaints.append(f"{said.text} at {said.location['url']} ")
+
+        page.on("console", hear)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
+        yield page
+    assert [said for said in complaints if not re.search(permitted, said)] == []
+
+
+@pytest.fixture
+def page(chromium: Browser) -> Iterator[BrowserPage]:
+    """An empty window; what goes wrong in it fails the test."""
+    with new_page(chromium) as page:
+        yield page
+
+
+def expect(what: Any) -> Any:
+    """Playwright's assertion on a page or a part of it, which waits for its coming true."""
+    from playwright.sync_api import expect
+
+    return expect(what)
+
+
+def visit(page: BrowserPage, url: str) -> None:
+    """Open a view of our page, and wait until it hears of what happens."""
+    page.goto(url)
+    expect(page.locator("#live")).to_have_attribute("data-state", "live")
+
+
+def run_row(page: BrowserPage, flow: str) -> Any:
+    return page.locator(f"#runs tr[data-run^='{flow}/']")
+
+
+def task_rows(page: BrowserPage, step: str) -> Any:
+    return page.locator(f"#timeline a[data-task^='{step}/']")
+
+
+class Seen(NamedTuple):
+    """A service, and the views of a run that has finished under it."""
+
+    home: str
+    run: str
+    retried: str
+
+
+@pytest.fixture(scope="session")
+def seen_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
+    """SeenFlow, which has run once for all tests that only look."""
+    with command_line(tmp_path_factory.mktemp("browser").resolve()) as cli:
+        (cli.folder / "seen.py").write_text(SEEN_FLOW)
+        (cli.folder / "finish").touch()
+        assert cli("start", "--idle-timeout", 3600).returncode == 0
+        ran = cli("run", sys.executable, "seen.py", "run", "--tag", HOSTILE)
+        assert ran.returncode == 0, ran.stderr
+        home = cli.status()["url"]
+        api = Api(home)
+        (run,) = api.get("/api/runs").json["data"]
+        path = f"/SeenFlow/{run['run_number']}"
+        tasks = f"/api/flows/SeenFlow/runs/{run['run_number']}/tasks?step_name=work"
+        work = api.get(f"{tasks}&_order=-attempt_id").json["data"]
+        api.close()
+        yield Seen(f"{home}/#/", f"{home}/#{path}", f"{home}/#{path}/work/{work[0]['task_id']}")
+
+
+@browser
+def test_one_clicks_from_the_list_to_the_log_of_a_task(page: BrowserPage, seen_run: Seen) -> None:
+    visit(page, seen_run.home)
+    expect(run_row(page, "SeenFlow")).to_have_attribute("data-status", "completed")
+    run_row(page, "SeenFlow").click()
+    expect(page).to_have_url(seen_run.run)
+    expect(page.locator("#head h1")).to_contain_text("SeenFlow/")
+    task_rows(page, "start").click()
+    expect(page.locator("#log-out")).to_contain_text(f"hello {HOSTILE}")
+    page.go_back()
+    page.go_back()
+    expect(run_row(page, "SeenFlow")).to_be_visible()
+
+
+@browser
+def test_a_run_is_shown_with_its_graph_parameters_and_retries(
+    page: BrowserPage, seen_run: Seen
+) -> None:
+    visit(page, seen_run.run)
+    expect(page.locator("#parameters")).to_contain_text(json.dumps(HOSTILE))
+    names = ["start", "work", "join", "end"]
+    nodes = page.locator("#dag .node")
+    expect(nodes).to_have_count(len(names))
+    assert [node.get_attribute("data-step") for node in nodes.all()] == names
+    expect(nodes.nth(1)).to_have_class(re.compile("many"))
+    retried = task_rows(page, "work").filter(has_text="2 tries")
+    expect(retried.locator(".bar.s-failed")).to_have_count(1)
+    expect(retried.locator(".bar.s-completed")).to_have_count(1)
+    nodes.nth(1).click()
+    expect(page.locator(".step-head", has_text="work")).to_be_focused()
+    nodes.nth(2).click()
+    expect(page.locator("#head h1")).to_contain_text("join/")
+
+
+@browser
+def test_each_attempt_has_its_own_status_and_log(page: BrowserPage, seen_run: Seen) -> None:
+    visit(page, seen_run.retried)
+    expect(page.locator("#log-out")).to_contain_text("attempt 1 on b")
+    expect(page.locator("#log-out")).not_to_contain_text("attempt 0")
+    page.get_by_role("link", name="Attempt 0: failed").click()
+    expect(page.locator("#head")).to_have_attribute("data-status", "failed")
+    expect(page.locator("#log-out")).to_contain_text("attempt 0 on b")
+    expect(page.locator("#log-err")).to_contain_text(f"ValueError: fails once, {HOSTILE}")
+    logs = page.locator("[id^=log-]").evaluate_all("logs => logs.map(({id}) => id)")
+    assert logs == ["log-err", "log-out"], "what it failed with comes first"
+
+
+@browser
+def test_what_a_task_made_stands_apart_from_what_it_inherited(
+    page: BrowserPage, seen_run: Seen
+) -> None:
+    visit(page, seen_run.retried)
+    expect(page.locator("#artifacts tr", has_text="result")).to_contain_text("B")
+    expect(page.locator("#artifacts")).not_to_contain_text("letters")
+    for part, name, value in (
+        ("#inherited", "hostile", f"{{'{HOSTILE}': [1, 2.5, None]}}"),
+        ("#inherited", "letters", "ab"),
+        ("#metadata", "foreach-stack", '["letters=b"]'),
+    ):
+        row = page.locator(f"{part} tr", has_text=name)
+        expect(row).to_contain_text(value)
+        expect(row).not_to_be_visible()
+    page.locator("#metadata summary").click()
+    expect(page.locator("#metadata tr", has_text="foreach-stack")).to_be_visible()
+
+
+@browser
+def test_a_card_is_rendered_by_its_own_scripts_that_cannot_act_as_the_page(
+    page: BrowserPage, seen_run: Seen
+) -> None:
+    visit(page, seen_run.run)
+    task_rows(page, "start").click()
+    card = page.frame_locator("#cards iframe")
+    expect(card.get_by_role("heading", name="Begun")).to_be_visible()
+    expect(card.get_by_text(HOSTILE)).to_be_visible()
+    expect(page.locator("#cards iframe")).to_have_class("ready")
+    frame = page.frames[1]
+    assert frame.evaluate("self.origin") == "null"
+    assert eventually(
+        lambda: frame.evaluate("document.documentElement.scrollHeight - innerHeight") <= 0
+    ), "the card is as high as what it holds"
+
+
+@browser
+def test_what_flows_say_is_never_markup(page: BrowserPage, seen_run: Seen) -> None:
+    for view in seen_run:  # an image in it would not load, which is an error on the console
+        visit(page, view)
+        expect(page.get_by_text(HOSTILE).first).to_be_attached()
+        assert page.locator("main img").count() == 0
+
+
+@browser
+def test_a_run_appears_and_finishes_on_a_page_that_is_open(
+    page: BrowserPage, cli: Cli, daemon: Api
+) -> None:
+    (cli.folder / "seen.py").write_text(SEEN_FLOW)
+    visit(page, daemon.url)
+    page.evaluate("window.isTheSame = true")
+    flow = cli.popen("run", sys.executable, "seen.py", "run")
+    expect(run_row(page, "SeenFlow")).to_have_attribute("data-status", "running")
+    expect(page).to_have_title("\u25b6 1 running \u00b7 Metaflow runs")
+    run_row(page, "SeenFlow").locator("a").click()
+    task_rows(page, "start").click()
+    expect(page.locator("#head")).to_have_attribute("data-status", "running")
+    card = page.frame_locator("#cards iframe.ready")  # its successor is loading beside it
+    expect(card.get_by_role("heading", name="Begun")).to_be_visible()
+    (cli.folder / "go on").touch()
+    expect(card.get_by_role("heading", name="Halfway")).to_be_visible()
+    (cli.folder / "finish").touch()
+    expect(page.locator("#head")).to_have_attribute("data-status", "completed")
+    expect(page.locator("#log-out")).to_contain_text("hello")
+    expect(page.locator("#artifacts tr", has_text="letters")).to_contain_text("ab")
+    expect(card.get_by_role("heading", name="Halfway")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("#head")).to_have_attribute("data-status", "completed")
+    expect(page).to_have_title(re.compile("^\u2713 SeenFlow/"))
+    expect(task_rows(page, "end")).to_have_attribute("data-status", "completed")
+    page.keyboard.press("Escape")
+    expect(run_row(page, "SeenFlow")).to_have_attribute("data-status", "completed")
+    assert page.evaluate("window.isTheSame"), "it was loaded anew"
+    assert flow.communicate(timeout=60) and flow.returncode == 0
+
+
+@browser
+def test_a_run_that_ends_unseen_changes_the_title_and_the_icon(
+    page: BrowserPage, cli: Cli, daemon: Api
+) -> None:
+    (cli.folder / "seen.py").write_text(SEEN_FLOW)
+    visit(page, daemon.url)
+    flow = cli.popen("run", sys.executable, "seen.py", "run")
+    expect(page).to_have_title(re.compile("running"))
+    icon = page.locator("#icon").get_attribute("href")
+    page.evaluate("Object.defineProperty(document, 'hidden', {value: true})")
+    (cli.folder / "finish").touch()
+    expect(page).to_have_title("\u2713 completed: SeenFlow")
+    assert page.locator("#icon").get_attribute("href") != icon
+    assert flow.communicate(timeout=60) and flow.returncode == 0
+
+
+WALKED_FLOW = """
+import sys
+from metaflow import FlowSpec, Parameter, step
+class WalkedFlow(FlowSpec):
+    size = Parameter("size", default="big")
+    @step
+    def start(self):
+        self.next({"big": self.big, "small": self.small}, condition="size")
+    @step
+    def big(self):
+        self.count = 0
+        self.next(self.loop)
+    @step
+    def small(self):
+        self.count = 1
+        self.next(self.loop)
+    @step
+    def loop(self):
+        self.count += 1
+        self.again = "yes" if self.count < 3 else "no"
+        self.next({"yes": self.loop, "no": self.fan}, condition="again")
+    @step
+    def fan(self):
+        for number in range(2100):
+            print("line", number)
+        for percent in (0, 50, 100):
+            sys.stderr.write(f"\\r{percent}% done")
+        sys.stderr.write("\\n\\x1b[31mred\\x1b[0m plain\\n")
+        self.numbers = list(range(30))
+        self.next(self.work, foreach="numbers")
+    @step
+    def work(self):
+        self.square = self.input * self.input
+        if self.input == 20:
+            raise ValueError("twenty is too many")
+        self.next(self.join)
+    @step
+    def join(self, inputs):
+        self.next(self.end)
+    @step
+    def end(self):
+        pass
+if __name__ == "__main__":
+    WalkedFlow()
+"""
+
+
+@pytest.fixture(scope="session")
+def walked_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of WalkedFlow's run, which has failed, for all tests that only look."""
+    with command_line(tmp_path_factory.mktemp("walked").resolve()) as cli:
+        (cli.folder / "walked.py").write_text(WALKED_FLOW)
+        assert cli("start", "--idle-timeout", 3600).returncode == 0
+        ran = cli("run", sys.executable, "walked.py", "run", "--max-workers", "2")
+        assert ran.returncode == 1, ran.stderr
+        home = cli.status()["url"]
+        api = Api(home)
+        (run,) = api.get("/api/runs").json["data"]
+        api.close()
+        yield f"{home}/#/WalkedFlow/{run['run_number']}"
+
+
+def open_task(page: BrowserPage, run: str, step: str) -> None:
+    """Open the first task of a step."""
+    visit(page, run)
+    task_rows(page, step).first.click()
+    expect(page.locator("#head h1")).to_contain_text(f"{step}/")
+
+
+@browser
+def test_the_graph_tells_which_way_a_run_went_and_how_far(
+    page: BrowserPage, walked_run: str
+) -> None:
+    visit(page, walked_run)
+    nodes = page.locator("#dag .node")
+    expect(nodes).to_have_count(8)
+    for step, text in {
+        "small": "not taken",
+        "loop": "3 tasks",
+        "work": "1 failed",
+        "join": "not reached",
+        "end": "not reached",
+    }.items():
+        expect(page.locator(f".node[data-step={step}]")).to_contain_text(text)
+    expect(page.locator("#dag path.back")).to_have_count(1)
+    expect(page.locator("#dag text")).to_have_text(["big", "small", "no", "yes"])
+    page.locator(".node[data-step=work]").click()
+    expect(page.locator("#head")).to_have_attribute("data-status", "failed")
+    expect(page.locator("#log-err")).to_contain_text("twenty is too many")
+
+
+@browser
+def test_a_failed_run_says_why_and_leads_there(page: BrowserPage, walked_run: str) -> None:
+    visit(page, walked_run.split("#")[0])
+    expect(page.locator("#runs .why")).to_contain_text("ValueError: twenty is too many")
+    visit(page, walked_run)
+    cause = page.get_by_role("region", name="Why it failed")
+    for text in ("ValueError: twenty is too many", "walked.py:"):
+        expect(cause).to_contain_text(text)
+    expect(cause.get_by_label("Last lines of standard error")).to_contain_text("in work")
+    cause.get_by_role("link", name="Open the task").click()
+    expect(page.locator("#head h1")).to_contain_text("work/")
+    expect(page.locator("#log-err")).to_contain_text("twenty is too many")
+
+
+@browser
+def test_the_tasks_of_a_foreach_are_searched_sorted_and_only_the_failed_shown(
+    page: BrowserPage, walked_run: str
+) -> None:
+    visit(page, walked_run)
+    work = task_rows(page, "work")
+    shown = work.count()
+    assert shown < 20, "a long foreach is folded"
+    expect(page.locator("#timeline a[data-status=failed]")).to_have_count(1)
+    expect(page.locator(".step-head", has_text="work").locator(".bar")).to_have_count(1)
+    page.get_by_role("button", name="Show all").click()
+    assert work.count() > 20
+    box = page.get_by_label("Search tasks by value, id, or artifact:value")
+    box.fill("square:81")
+    expect(work).to_have_count(1)
+    expect(page.locator("#timeline a.nav")).to_have_count(1)
+    box.fill("")
+    page.get_by_label("Only failed").check()
+    expect(page.locator("#timeline a.nav")).to_have_count(1)
+    page.get_by_label("Only failed").uncheck()
+    page.get_by_label("Order of tasks").select_option("longest")
+    bars = "rows => rows.map(row => row.querySelector('.bar').style.cssText.match(/[\\d.]+/g))"
+    times = [round(float(end) - float(begin), 6) for begin, end in work.evaluate_all(bars)]
+    assert len(times) > 20 and times == sorted(times, reverse=True)
+
+
+@browser
+def test_logs_are_shown_as_a_terminal_does_searched_and_linked_to(
+    page: BrowserPage, walked_run: str
+) -> None:
+    open_task(page, walked_run, "fan")
+    err = page.locator("#log-err .line > span")
+    expect(err.first).to_have_text("100% done")
+    expect(err.nth(1)).to_have_text("red plain")
+    expect(err.nth(1).locator(".c1")).to_have_text("red")
+    lines = page.locator("#log-out .line")
+    expect(lines).to_have_count(1100)
+    page.get_by_role("button", name="Load earlier lines").click()
+    expect(lines).to_have_count(2100)
+    expect(page.get_by_role("button", name="Load all")).to_have_count(0)
+    page.get_by_label("Search in standard output").fill("line 77")
+    expect(page.locator("#log-out .hit")).to_have_count(11)
+    page.keyboard.press("Enter")
+    expect(page.locator("#log-out .target")).to_contain_text("line 77")
+    link = lines.nth(41).locator("a").get_attribute("href")
+    visit(page, page.url.split("#")[0] + (link or ""))
+    page.reload()
+    target = page.locator("#log-out .line.target")
+    expect(target).to_contain_text("line 41")
+    expect(target).to_be_in_viewport()
+
+
+@browser
+def test_names_and_lines_of_code_are_copied(chromium: Browser, walked_run: str) -> None:
+    with new_page(chromium, permissions=["clipboard-read", "clipboard-write"]) as page:
+        visit(page, walked_run)
+        pathspec = "/".join(walked_run.rsplit("/", 2)[1:])
+        page.get_by_role("button", name="Copy pathspec").click()
+        assert page.evaluate("navigator.clipboard.readText()") == pathspec
+        page.locator("#code summary").click()
+        expect(page.locator("#code")).to_contain_text(f'Run("{pathspec}")')
+        expect(page.locator("#code")).to_contain_text("walked.py resume --origin-run-id")
+        task_rows(page, "fan").click()
+        page.get_by_role("button", name="Copy the Python that loads numbers").click()
+        copied = page.evaluate("navigator.clipboard.readText()")
+        assert re.fullmatch(rf'Task\("{pathspec}/fan/[0-9]+"\)\.data\.numbers', copied)
+
+
+@browser
+def test_tags_are_added_and_removed(page: BrowserPage, daemon: Api) -> None:
+    run = daemon.new_run(daemon.new_flow("Tagged"))
+    visit(page, f"{daemon.url}/#{run.replace('/flows', '').replace('/runs', '')}")
+    page.get_by_role("button", name="Add a tag").click()
+    page.get_by_label("New tag").fill("two words")
+    page.keyboard.press("Enter")
+    expect(page.locator("#tags .tag")).to_have_text(re.compile("two words"))
+    assert daemon.get(run).json["tags"] == ["two words"]
+    page.get_by_role("button", name="Remove the tag two words").click()
+    expect(page.locator("#tags .tag")).to_have_count(0)
+    assert daemon.get(run).json["tags"] == []
+
+
+@browser
+def test_a_run_is_deleted_from_its_menu_and_from_all_pages(
+    chromium: Browser, cli: Cli, daemon: Api
+) -> None:
+    flow = daemon.new_flow("Deleted")
+    beating = {"system_tags": ["metaflow_version:2.19.0"]}  # so that it is running for minutes
+    gone, kept = (daemon.new_run(flow, **beating).split("/")[-1] for _ in range(2))
+    with new_page(chromium, permitted="409|404.*/dag ") as page, new_page(chromium) as other:
+        visit(other, daemon.url)
+        expect(run_row(other, "Deleted")).to_have_count(2)
+        visit(page, f"{daemon.url}/#/Deleted/{gone}")
+        menu = page.locator("#head .menu summary")
+        menu.click()
+        opener = page.get_by_role("button", name="Delete this run")
+        dialog = page.get_by_role("dialog")
+        opener.click()
+        expect(dialog).to_contain_text(f"Deleted/{gone}")
+        expect(dialog).to_contain_text("cannot be undone")
+        expect(dialog.get_by_role("button", name="Cancel")).to_be_focused()
+        page.keyboard.press("Escape")
+        expect(dialog).to_have_count(0)
+        expect(menu).to_be_focused()
+        assert daemon.get(f"/flows/Deleted/runs/{gone}").status == 200
+        menu.click()
+        opener.click()
+        dialog.get_by_role("button", name="Delete").click()
+        expect(dialog).to_contain_text("is running")
+        dialog.get_by_role("button", name="Close").click()
+        complete_run(cli, daemon, f"/flows/Deleted/runs/{gone}")
+        menu.click()
+        opener.click()
+        dialog.get_by_role("button", name="Delete").click()
+        expect(run_row(page, "Deleted")).to_have_count(1)
+        expect(run_row(page, "Deleted")).to_have_attribute("data-run", f"Deleted/{kept}")
+        expect(run_row(other, "Deleted")).to_have_count(1)
+
+
+FILTERED = {
+    "AlphaTrain": {"tags": ["experiment", "lr=0.1"], "user_name": "ada"},
+    "AlphaScore": {"tags": ["two words"], "user_name": "bob"},
+    "Beta": {
+        "tags": [],
+        "user_name": "ada",
+        "system_tags": ["project:fraud", "project_branch:test.branch"],
+    },
+}
+
+
+def complete_run(cli: Cli, api: Api, run: str) -> None:
+    task = api.new_task(api.new_step(run, "end"))
+    end_task(api, task)
+    store_log(cli.folder / ".metaflow", task)
+
+
+@pytest.fixture(scope="session")
+def filtered_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of the page of a service that has FILTERED."""
+    with command_line(tmp_path_factory.mktemp("filtered").resolve()) as cli:
+        assert cli("start", "--idle-timeout", 3600).returncode == 0
+        api = Api(cli.status()["url"])
+        for flow, fields in FILTERED.items():
+            complete_run(cli, api, api.new_run(api.new_flow(flow), **fields))
+        api.close()
+        yield api.url
+
+
+@browser
+@pytest.mark.parametrize(
+    ("query", "flows"),
+    [
+        ("ALPHA", ["AlphaScore", "AlphaTrain"]),
+        ("flow:alpha -flow:score", ["AlphaTrain"]),
+        ("flow:beta,score", ["Beta", "AlphaScore"]),
+        ('tag:"two words"', ["AlphaScore"]),
+        ("tag:exper user:AD", ["AlphaTrain"]),
+        ("-user:ada", ["AlphaScore"]),
+        ("project:fra branch:test.", ["Beta"]),
+        ("status:compl", ["Beta", "AlphaScore", "AlphaTrain"]),
+        ("-status:completed", []),
+        ("since:1h -before:today flow:beta", ["Beta"]),
+        ("before:2h", []),
+    ],
+)
+def test_one_rule_filters_by_every_field(
+    page: BrowserPage, filtered_runs: str, query: str, flows: Sequence[str]
+) -> None:
+    visit(page, f"{filtered_runs}/#/?q={quote(query)}")
+    rows = page.locator("#runs tbody tr")
+    expect(rows).to_have_count(len(flows))
+    assert [row.split("/")[0] for row in rows.evaluate_all("a => a.map(r => r.dataset.run)")] == [
+        *flows
+    ]
+
+
+@browser
+@pytest.mark.parametrize(
+    ("query", "answer"),
+    [("colour:red", 'There is no field "colour"'), ("since:soon", '"soon" is no time')],
+)
+def test_a_filter_that_is_not_understood_is_told_so(
+    page: BrowserPage, filtered_runs: str, query: str, answer: str
+) -> None:
+    visit(page, f"{filtered_runs}/#/?q={quote(query)}")
+    expect(page.get_by_role("alert")).to_contain_text(answer)
+
+
+@browser
+def test_what_is_typed_into_the_filter_is_completed(page: BrowserPage, filtered_runs: str) -> None:
+    visit(page, filtered_runs)
+    page.keyboard.press("/")
+    page.keyboard.type("pro")
+    for key in ("ArrowDown", "Enter", "ArrowDown", "Enter"):
+        page.keyboard.press(key)
+    expect(page.locator("#filter")).to_have_value("project:fraud ")
+    expect(page.locator("#runs tbody tr")).to_have_count(1)
+
+
+@browser
+def test_runs_are_sorted_grouped_and_marked(page: BrowserPage, filtered_runs: str) -> None:
+    visit(page, filtered_runs)
+    rows = page.locator("#runs tbody tr[data-run]")
+    expect(rows).to_have_count(3)
+    page.get_by_role("button", name="Flow", exact=True).click()
+    expect(page.get_by_role("columnheader", name="Flow")).to_have_attribute(
+        "aria-sort", "descending"
+    )
+    expect(rows.first).to_have_attribute("data-run", re.compile("^Beta/"))
+    page.get_by_role("button", name="Flow", exact=True).click()
+    expect(rows.first).to_have_attribute("data-run", re.compile("^AlphaScore/"))
+    page.get_by_role("button", name="Group by flow").click()
+    expect(page.locator("#runs tr.group")).to_have_count(3)
+    page.keyboard.press("j")
+    page.keyboard.press("x")
+    expect(page.locator("#marked")).to_contain_text("1 run marked")
+    expect(page.get_by_role("button", name="Compare")).to_be_disabled()
+    page.keyboard.press("j")
+    page.keyboard.press("x")
+    page.keyboard.press("c")
+    expect(page.locator("#compare tbody")).to_contain_text("experiment")
+    page.keyboard.press("Escape")
+    expect(page.locator("#runs tr.group")).to_have_count(3)
+
+
+@browser
+def test_ordinary_tags_leave_the_columns_whole(page: BrowserPage, cli: Cli, daemon: Api) -> None:
+    tags = [
+        "nightly-build",
+        "experiment",
+        "a tag of several words",
+        "learning_rate=0.001",
+        "x" * 90,
+    ]
+    flow = daemon.new_flow("AFlowWithQuiteALongNameIndeed")
+    complete_run(cli, daemon, daemon.new_run(flow, tags=tags, user_name="barbara"))
+    page.set_viewport_size({"width": 1600, "height": 900})
+    visit(page, daemon.url)
+    row = run_row(page, "AFlowWithQuiteALongNameIndeed")
+    expect(row.locator(".tag")).to_have_count(3)
+    expect(row).to_contain_text("+2")
+    expect(row).to_contain_text("barbara")
+    assert row.bounding_box()["height"] < 50, "nothing of it wraps"
+    assert page.locator("#runs").bounding_box()["width"] > 1500
+
+
+@browser
+def test_a_page_outlives_its_service_and_hears_what_it_has_missed(
+    chromium: Browser, cli: Cli, daemon: Api
+) -> None:
+    with new_page(chromium, permitted="WebSocket connection") as page:
+        gone = daemon.new_run(daemon.new_flow("Gone"))
+        visit(page, daemon.url)
+        expect(run_row(page, "Gone")).to_be_visible()
+        assert cli("stop").returncode == 0
+        expect(page.locator("#live")).to_have_attribute("data-state", "reconnecting")
+        shutil.rmtree(Path(cli.folder, ".metaflow", *gone.split("/")[2::2]))
+        daemon.close()
+        assert cli("start", "--port", daemon.port).returncode == 0
+        daemon.new_run(daemon.new_flow("Missed"))
+        expect(run_row(page, "Missed")).to_be_visible()
+        expect(run_row(page, "Gone")).to_have_count(0)
+
+
+@browser
+def test_the_keyboard_is_enough(page: BrowserPage, daemon: Api) -> None:
+    for flow in ("First", "Second", "Third"):
+        daemon.new_run(daemon.new_flow(flow))
+    visit(page, daemon.url)
+    links = page.locator("#runs a.nav")
+    expect(links).to_have_count(3)
+    for key, at in (("j", 0), ("j", 1), ("ArrowDown", 2), ("k", 1)):
+        page.keyboard.press(key)
+        expect(links.nth(at)).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator("#head h1")).to_contain_text("Second/")
+    page.keyboard.press("Escape")
+    expect(links.nth(1)).to_be_focused()
+    page.keyboard.press("?")
+    expect(page.locator("#keys")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("#keys")).to_have_count(0)
+    page.keyboard.press("/")
+    page.keyboard.type("flow:third")
+    expect(run_row(page, "Second")).to_have_count(0)
+    page.keyboard.press("Enter")
+    expect(links.first).to_be_focused()
+
+
+@browser
+def test_six_hundred_runs_and_a_thousand_tasks_are_all_within_reach(
+    chromium: Browser, daemon: Api
+) -> None:
+    flow = daemon.new_flow("Many")
+    for _ in range(599):
+        daemon.new_run(flow)
+    step = daemon.new_step(daemon.new_run(flow, tags=["wide"]))
+    for _ in range(1000):
+        task = daemon.new_task(step)
+        daemon.post(f"{task}/metadata", [metadatum("attempt", "0")])
+    with new_page(chromium) as page:
+        visit(page, daemon.url)
+        rows = run_row(page, "Many")
+        expect(rows.first).to_be_visible()
+        while rows.count() < 600:
+            seen = rows.count()
+            page.keyboard.press("End")
+            expect(rows.nth(seen)).to_be_attached()
+        opened = rows.nth(500).locator("a")
+        opened.scroll_into_view_if_needed()
+        scrolled = page.evaluate("scrollY")
+        opened.click()
+        expect(page.locator("#head h1")).to_contain_text("Many/")
+        page.go_back()
+        expect(opened).to_be_focused()
+        assert page.evaluate("scrollY") == scrolled > 0
+        page.evaluate("scrollTo(0, 0)")
+        rows.first.locator("a").click()
+        expect(task_rows(page, "start").first).to_be_visible()
+        page.get_by_role("button", name="Show all 1,000").click()
+        expect(task_rows(page, "start")).to_have_count(1000)
+
+
+@browser
+def test_the_key_is_asked_for_once(chromium: Browser, cli: Cli) -> None:
+    assert cli("start", METAFLOW_SERVICE_AUTH_KEY="sesame").returncode == 0
+    url = cli.status()["url"]
+    service = Api(url, "sesame")
+    service.new_run(service.new_flow("Locked"))
+    service.close()
+    with new_page(chromium, permitted="401") as page:
+        page.goto(url)
+        for key in ("wrong", "sesame"):
+            page.get_by_label("Key", exact=True).fill(key)
+            page.keyboard.press("Enter")
+            expect(page.get_by_text("This key is wrong.")).to_have_count(int(key == "wrong"))
+        expect(run_row(page, "Locked")).to_be_visible()
+        visit(page, url)
+        expect(run_row(page, "Locked")).to_be_visible()
+
+
+@browser
+def test_a_build_of_another_ui_has_its_routes_its_requests_and_its_socket(
+    page: BrowserPage, cli: Cli, tmp_path: Path
+) -> None:
+    build = tmp_path / "build"
+    (build / "static").mkdir(parents=True)
+    (build / "index.html").write_text(
+        "<!doctype html><link rel=icon href=data:,><title>Another</title>"
+        "<p id=runs></p><p id=heard></p><script src=/static/app.js></script>"
+    )
+    (build / "static" / "app.js").write_text(
+        """
+        const show = (id, text) => { document.getElementById(id).textContent = text; };
+        const asked = fetch("/api/runs").then(answer => answer.json());
+        asked.then(({data}) => show("runs", data.length));
+        const socket = new WebSocket(`ws://${location.host}/api/ws`);
+        socket.onmessage = ({data}) => show("heard", data);
+        socket.onopen = () =>
+          socket.send(JSON.stringify({type: "SUBSCRIBE", uuid: "it", resource: "/runs"}));
+        """
+    )
+    assert cli("start", "--ui-dir", build).returncode == 0
+    service = Api(cli.status()["url"])
+    page.goto(f"{service.url}/AFlow/17/view/timeline?direction=asc")
+    expect(page).to_have_title("Another")
+    expect(page.locator("#runs")).to_have_text("0")
+    service.new_run(service.new_flow("AFlow"))
+    expect(page.locator("#heard")).to_contain_text('"INSERT"')
+    service.close()
+
+
+@browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("size", "width"), [("wide", 1280), ("narrow", 400)])
+def test_every_view_fits_its_window(
+    chromium: Browser, seen_run: Seen, tmp_path: Path, scheme: str, size: str, width: int
+) -> None:
+    """Leaves screenshots, to be looked at, in the folder that SCREENSHOTS names."""
+    folder = Path(os.environ.get("SCREENSHOTS") or tmp_path)
+    window = {"width": width, "height": 860}
+    with new_page(chromium, viewport=window, color_scheme=scheme) as page:
+        for name, view in seen_run._asdict().items():
+            visit(page, view)
+            expect(page.get_by_text(HOSTILE).first).to_be_attached()
+            expect(page.get_by_text("Loading \u2026")).to_have_count(0)
+            page.screenshot(path=folder / f"{name}-{size}-{scheme}.png", full_page=True)
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), name
+
+
+@browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1600, 400])
+def test_axe_finds_nothing(
+    chromium: Browser, seen_run: Seen, walked_run: str, scheme: str, width: int
+) -> None:
+    axe = os.environ.get("AXE")
+    if axe is None:
+        pytest.skip("axe-core is not here: AXE has to name its file, as `nox -s browser` does")
+    window = {"width": width, "height": 900}
+    # The page's own policy would not let axe in.
+    with new_page(chromium, viewport=window, color_scheme=scheme, bypass_csp=True) as page:
+        for view in (*seen_run, walked_run):
+            visit(page, view)
+            expect(page.get_by_text("Loading \u2026")).to_have_count(0)
+            page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+            page.add_script_tag(path=axe)
+            found = page.evaluate(
+                "axe.run(document, {iframes: false}).then(({violations}) => violations"
+                ".map(({id, nodes}) => [id, ...nodes.map(({html}) => html)]))"
+            )
+            assert found == []
 
 
 # ==================================================================================================
 # UI API
 # ==================================================================================================
 
-
-@contextlib.contextmanager
-def ui_served(store: mls.Store, key: str | None = None, **options: Any) -> Iterator[Api]:
-    """Serve a store and its UI from this process."""
-    server = mls.Server("127.0.0.1", 0, key)
-    service = mls.UiService(store, credentials=server.access.credentials, **options)
-    thread = threading.Thread(target=server.serve, args=(service, lambda idle: True))
-    thread.start()
-    client = Api(server.url, key)
-    client.server = server  # type: ignore[attr-defined]
-    try:
-        yield client
-    finally:
-        client.close()
-        server.stop()
-        thread.join()
-        server.finish()
-
-
-@pytest.fixture
-def ui(store: mls.Store) -> Iterator[Api]:
-    """A client of a service with a UI, on an empty root."""
-    with ui_served(store) as client:
-        yield client
-
-
-def new_store(tmp_path_factory: pytest.TempPathFactory) -> mls.Store:
-    folder = tmp_path_factory.mktemp("shared").resolve()
-    (folder / ".metaflow").mkdir()
-    return mls.Store(str(folder))
+# The routes of the official UI's backend, compared with rows that the real one has sent; what is
+# told over sockets; the login and the files of a UI. Through a service in this process: `ui` on an
+# empty root, `empty` where nothing is written, `five` for lists, `zoo` on recorded flows.
 
 
 @pytest.fixture(scope="session")
@@ -4772,24 +6042,6 @@ def test_values_are_shown_or_why_they_are_not(zoo: Api) -> None:
     assert value("end", "big")["postprocess_error"]["id"] == "artifact-too-large"
 
 
-def test_a_cloned_task_and_a_resumed_run_say_where_they_come_from(ui: Api) -> None:
-    task = ui.new_task_of_its_own()
-    origin = [metadatum("origin-run-id", "1234"), metadatum("origin-task-id", "7")]
-    ended = [metadatum("attempt", "0"), metadatum("attempt_ok", "True")]
-    ui.post(f"{task}/metadata", [*ended, *origin])
-    (row,) = ui.get(f"/api{task}/attempts").json["data"]  # 7 is no number of an attempt
-    assert row["origin_pathspec"] == "Flow/1234/start/7"
-    assert (row["attempt_id"], row["is_log_stored"]) == (0, True)
-    run = task.split("/steps/")[0]
-    assert ui.get(f"/api{run}").json["data"]["origin_run_id"] == "1234"
-
-
-def test_a_run_that_was_not_resumed_has_no_origin(ui: Api) -> None:
-    task = ui.new_task_of_its_own()
-    ui.post(f"{task}/metadata", [metadatum("origin-run-id", "None")])
-    assert ui.get(f"/api{task.split('/steps/')[0]}").json["data"]["origin_run_id"] is None
-
-
 @pytest.mark.parametrize(
     ("step", "made", "inherited"),
     [
@@ -4820,82 +6072,6 @@ def test_runs_are_compared_by_what_differs(zoo: Api) -> None:
         assert zoo.get(f"/api/compare?{query}").status == 400
     missing = zoo.get(f"/api/compare?run={run}&run=None/1")
     assert (missing.status, missing.json) == (404, {"message": "There is no run None/1."})
-
-
-def test_facts_of_runs_differ_by_section_and_name() -> None:
-    empty: dict[str, dict[str, Any]] = {section: {} for section in mls.COMPARED_SECTIONS}
-    one = {**empty, "parameters": {"n": 1, "m": 5}, "tags": {"x": True}}
-    other = {**empty, "parameters": {"n": 2, "m": 5}}
-    assert mls.compare_facts([one, other]) == [
-        {"section": "parameters", "name": "n", "values": [1, 2]},
-        {"section": "tags", "name": "x", "values": [True, None]},
-    ]
-    assert [d["name"] for d in mls.compare_facts([one, other], True)] == ["m", "n", "x"]
-
-
-@pytest.mark.parametrize(
-    ("section", "values", "is_different"),
-    [
-        ("durations", [400, 900], False),
-        ("durations", [10_000, 12_000], False),
-        ("durations", [1000, 4000], True),
-        ("durations", [1000, None], True),
-        ("parameters", [1, True], True),
-        ("parameters", [{"a": 1, "b": 2}, {"b": 2, "a": 1}], False),
-    ],
-)
-def test_durations_differ_if_by_much_and_other_values_as_json(
-    section: str, values: list[Any], is_different: bool
-) -> None:
-    assert mls.is_different(section, values) == is_different
-
-
-def test_the_services_of_a_user_are_listed(daemon: Api, cli: Cli, tmp_path: Path) -> None:
-    assert cli("start", "--root", tmp_path).returncode == 0
-    other = cli.status("--root", tmp_path)
-    rows = daemon.get("/api/services").json["data"]
-    assert sorted(rows, key=lambda row: not row["is_this"]) == [
-        {"root": str(cli.folder), "url": daemon.url, "is_this": True},
-        {"root": other["root"], "url": other["url"], "is_this": False},
-    ]
-
-
-CARD_FLOW = """
-from metaflow import FlowSpec, card, step
-
-class CardFlow(FlowSpec):
-    @card(type="blank")
-    @step
-    def start(self):
-        self.next(self.end)
-
-    @step
-    def end(self):
-        pass
-
-if __name__ == "__main__":
-    CardFlow()
-"""
-
-
-def test_cards_are_found_that_go_where_the_command_works_and_not_into_the_root(cli: Cli) -> None:
-    """Metaflow's card store takes the nearest .metaflow above the working directory."""
-    (cli.folder / "flow.py").write_text(CARD_FLOW)
-    (cli.folder / ".metaflow").mkdir()
-    elsewhere = cli.folder.parent / "elsewhere"
-    elsewhere.mkdir()
-    ran = cli("run", "--root", elsewhere, sys.executable, "flow.py", "run")
-    assert ran.returncode == 0, ran.stderr
-    (flow,) = (path.parent for path in cli.folder.parent.rglob(".metaflow/*/data"))
-    assert flow == elsewhere / ".metaflow" / "CardFlow"
-    assert [path.name for path in flow.iterdir() if path.name.isdigit()]
-    told = cli("card", "CardFlow/latest/start", "--root", elsewhere)
-    assert told.returncode == 0, told.stderr
-    assert Path(told.stdout.strip()).is_file()
-    shutil.rmtree(cli.folder / ".metaflow" / "mf.cards", ignore_errors=True)
-    gone = cli("card", "CardFlow/latest/start", "--root", elsewhere)
-    if not (elsewhere / ".metaflow" / "mf.cards").exists():  # Metaflow may come to heed the root
-        assert (gone.returncode, "1 recorded" in gone.stderr) == (1, True)
 
 
 def test_cards_that_are_recorded_but_cannot_be_found_are_counted(ui: Api) -> None:
@@ -6012,6 +7188,10 @@ def test_more_pages_than_can_be_served_are_refused(
 # Server
 # ==================================================================================================
 
+# HTTP, byte by byte: bodies, paths, connections, deadlines, limits, and who is let in. Through a
+# service in this process; a `Wire` sends any bytes. Clients that are stuck are waited for by limits
+# that `impatient` makes short. Generated requests (700 of them) take several seconds.
+
 
 class Wire:
     """A connection on which bytes go out as they are, and on which every answer is checked."""
@@ -6080,32 +7260,6 @@ def answer_to(api: Api, line: str, *headers: str, body: bytes = b"", **options: 
 
 # -- bodies ----------------------------------------------------------------------------------------
 
-BAD_BODIES = {
-    "half": b"{",
-    "form": b"user_name=me",
-    "byte order mark": "\ufeff{}".encode(),
-    "UTF-16": "{}".encode("utf-16"),
-    "invalid UTF-8": b'{"user_name": "\xff"}',
-    "NUL": b'{"user_name": "\0"}',
-    "escaped NUL": b'{"user_name": "\\u0000"}',
-    "NaN": b'{"anything": NaN}',
-    "infinity": b'{"anything": -Infinity}',
-    "endless number": b'{"anything": ' + b"9" * 5000 + b"e",
-    "absurdly deep list": b"[" * 100_000,
-    "absurdly deep object": b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
-    "list": b"[]",
-    "null": b"null",
-    "string": b'"text"',
-    "user_name is a number": b'{"user_name": 5}',
-    "a tag is a number": b'{"tags": [1]}',
-}
-
-
-@pytest.mark.parametrize("body", BAD_BODIES.values(), ids=list(BAD_BODIES))
-def test_a_bad_body_is_refused_and_nothing_is_stored(api: Api, body: bytes) -> None:
-    assert answer_to(api, "POST /flows/Flow", body=body).status == 400
-    assert api.get("/flows").json == []
-
 
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_body_that_is_too_large_is_told_the_limit(
@@ -6121,51 +7275,6 @@ def test_a_body_that_is_too_large_is_told_the_limit(
     assert reply is not None and reply.status == 413
     assert "1000 bytes" in reply.json["message"]
     assert answer_to(api, "POST /flows/Flow", body=b"{}".ljust(1000)).status == 200
-
-
-@pytest.mark.parametrize(
-    ("body", "status"),
-    [
-        (b"[" + b"[]," * 1_000_000 + b"[]]", 413),
-        (b'{"tags": [' + b'"a",' * 1_000_000 + b'""]}', 413),
-        (b"{" * 2_000_000, 413),
-        (b"[" * 100_000, 400),
-        (b'{"user_name": "' + b"a,[{" * 1_000_000 + b'"}', 200),  # commas of a text count for one
-        (b'{"user_name": "' + b'\\",' * 400_000 + b'"}', 200),
-        (b'{"user_name": "\\\\", "tags": [' + b'"",' * 400_000 + b'""]}', 413),
-        # A pattern for whole texts would begin anew at every quote of this, until the end of days.
-        (b'["' + b'\\"' * 1_000_000 + b"," * 400_000, 400),
-    ],
-    ids=["lists", "texts", "open", "deep", "text", "escapes", "end of a text", "no end of a text"],
-)
-def test_a_body_of_too_many_values_is_refused_before_it_is_parsed(
-    api: Api, body: bytes, status: int
-) -> None:
-    assert api.request("POST", "/flows/Flow", body).status == status
-
-
-@pytest.mark.parametrize(
-    ("text", "has_nul"),
-    [
-        (rb"\u0000", True),
-        (rb"\\u0000", False),
-        (rb"\\\u0000", True),
-        (rb"\\\\u0000 \n\u0001", False),
-        (rb"\"\u0000\"", True),
-        (b"\\\\" * 1_000_000 + rb"\u0000", True),
-    ],
-    ids=["NUL", "text", "text and NUL", "texts", "in quotes", "after many"],
-)
-def test_a_nul_is_told_from_a_text_that_looks_like_one(text: bytes, has_nul: bool) -> None:
-    assert mls.has_nul(b'{"user_name": "%s"}' % text) == has_nul
-
-
-def test_what_metaflow_sends_at_most_is_taken(api: Api) -> None:
-    task = api.new_task_of_its_own()
-    many = api.post(f"{task}/artifact", [artifact(f"a{n}") for n in range(3000)])
-    assert many.json == {"artifacts_created": 3000}
-    large = api.post(f"{task}/metadata", [metadatum("text", "one, two\n" * 2_000_000)])
-    assert large.json == {"metadata_created": 1}
 
 
 def test_a_post_without_a_length_is_told_that_it_needs_one(api: Api) -> None:
@@ -6305,6 +7414,31 @@ def test_head_is_get_without_the_body(api: Api, path: str) -> None:
 
 
 # -- connections -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/ping", "{task}/heartbeat", "/nothing"])
+def test_every_request_starts_the_idle_clock_anew(
+    store: mls.Store, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr(mls, "TICK_SECONDS", 0.05)
+    server = mls.Server("127.0.0.1", 0, None)
+    last_requests: list[float] = []  # when the last one was, each time that the server looks
+
+    def note(idle_seconds: float) -> bool:
+        last_requests.append(time.monotonic() - idle_seconds)
+        return True
+
+    thread = threading.Thread(target=server.serve, args=(mls.MetadataService(store), note))
+    thread.start()
+    with contextlib.closing(Api(server.url)) as client:
+        task = client.new_task_of_its_own()
+        before, looked = time.monotonic(), len(last_requests)
+        client.post(path.format(task=task))
+        assert eventually(lambda: len(last_requests) > looked + 1)
+    server.stop()
+    thread.join()
+    server.finish()
+    assert last_requests[-1] >= before
 
 
 def test_a_server_that_has_finished_has_no_file_open(store: mls.Store) -> None:
@@ -6520,79 +7654,6 @@ def test_what_a_browser_says_is_another_sites_request_is_refused(
     assert len(api.get("/flows").json) == (is_let_in and method == "POST")
 
 
-def test_the_key_is_told_to_nobody_but_the_user(cli: Cli, project: Path) -> None:
-    key = {"METAFLOW_SERVICE_AUTH_KEY": "tell-nobody"}
-    assert cli("start", METAFLOW_LOCAL_SERVICE_DEBUG="1", **key).returncode == 0
-    service = cli.status()
-    with contextlib.closing(Api(service["url"])) as api:
-        assert api.get("/ping").status == 401
-        assert api.get("/ping", **{"x-api-key": "tell-nobody"}).status == 200
-        assert api.get("/ping", **{"x-api-key": "tell-nobody-else"}).status == 401
-    pidfile = project / ".metaflow" / "metaflow-local-service.pid"
-    assert pidfile.stat().st_mode & 0o777 == 0o600
-    told = [Path(service["log"]).read_text(), json.dumps(service), cli("status").stdout]
-    told.append(cli("start", "--port", 1, **key).stderr)
-    told.append(cli("start", METAFLOW_SERVICE_AUTH_KEY="another").stderr)
-    if shutil.which("ps"):
-        ps = ["ps", "-ww", "-o", "args=", "-p", str(service["pid"])]
-        told.append(subprocess.run(ps, capture_output=True, text=True).stdout)
-    assert all(told)
-    assert "tell-nobody" not in "".join(told)
-    assert "export METAFLOW_SERVICE_AUTH_KEY=tell-nobody" in cli("env").stdout.splitlines()
-    assert cli("run", "printenv", "METAFLOW_SERVICE_AUTH_KEY").stdout == "tell-nobody\n"
-
-
-@pytest.mark.parametrize("command", [["start"], ["serve"], ["url"], ["run", "true"]])
-def test_other_machines_are_not_let_in_without_a_key(
-    cli: Cli, project: Path, command: list[str]
-) -> None:
-    refused = cli(command[0], "--host", "0.0.0.0", *command[1:])
-    assert refused.returncode == 2
-    assert "METAFLOW_SERVICE_AUTH_KEY" in refused.stderr
-    assert all_paths(project) == []
-
-
-def test_everything_that_a_service_makes_is_private_whatever_the_umask(cli: Cli) -> None:
-    assert in_shell(cli, "umask 0; PROGRAM", "run", "true").returncode == 0
-    with contextlib.closing(Api(running(cli.folder).url)) as client:
-        client.post(f"{client.new_task_of_its_own()}/heartbeat")
-    made = [*all_paths(cli.folder), *all_paths(cli.home)]
-    assert len(made) > 10
-    assert [p for p in made if not p.is_symlink() and p.stat().st_mode & 0o077] == []
-
-
-# -- links, and names that lead elsewhere ----------------------------------------------------------
-
-
-def test_a_link_in_the_way_of_a_record_is_not_followed(
-    api: Api, project: Path, tmp_path: Path
-) -> None:
-    task = api.new_task_of_its_own()
-    folder = project.joinpath(".metaflow", *task.split("/")[2::2])
-    outside = tmp_path / "outside"
-    for path in (
-        project / ".metaflow" / "Other",
-        folder.parent / "2",
-        folder / "_meta" / "0_artifact_name.json",
-        folder / "_meta" / "_heartbeat",
-    ):
-        path.symlink_to(outside)
-    assert api.post("/flows/Other").status == 400
-    assert api.new_task(task.rsplit("/tasks/", 1)[0]).endswith("/3")
-    # A record that cannot be read counts as not there: the link itself is replaced.
-    assert api.post(f"{task}/artifact", [artifact("name")]).json == {"artifacts_created": 1}
-    api.post(f"{task}/heartbeat")
-    assert not outside.exists()
-
-
-def test_a_datastore_that_is_a_link_is_the_users_choice(project: Path, tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    (project / ".metaflow").symlink_to(tmp_path / "elsewhere")
-    with served(mls.Store(str(project))) as api:
-        api.new_task_of_its_own()
-    assert (tmp_path / "elsewhere" / "Flow").is_dir()
-
-
 # -- slow, stuck and many clients ------------------------------------------------------------------
 
 
@@ -6721,14 +7782,6 @@ def test_stuck_clients_do_not_keep_the_service_from_stopping(
         assert refuses_connections(api)
 
 
-def refuses_connections(api: Api) -> bool:
-    try:
-        socket.create_connection((api.host, api.port), 5).close()
-    except ConnectionError:
-        return True
-    return False
-
-
 def test_a_connection_that_is_idle_is_closed(store: mls.Store, impatient: None) -> None:
     with served(store) as api, Wire(api) as wire:
         wire.send(http_request("GET /ping"))
@@ -6789,6 +7842,59 @@ def test_connections_beyond_the_limit_are_told_so(
         assert (reply.status, reply.headers["connection"]) == (503, "close")
         assert "too many connections" in reply.json["message"]
     assert eventually(lambda: answer_to(api, "GET /ping").status == 200)
+
+
+def test_connections_that_have_asked_for_nothing_make_room_for_others(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mls, "MOST_CONNECTIONS", 3)
+    with contextlib.ExitStack() as clients:
+        for half in (b"", b"POST /flows/F HTTP/1.1\r\n", http_request("GET /ping")[:-2]):
+            clients.enter_context(Wire(api)).send(half)
+        for _ in range(5):
+            assert eventually(lambda: answer_to(api, "GET /ping").status == 200)
+
+
+def test_who_has_only_seen_the_page_makes_room_for_who_has_the_key(
+    store: mls.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mls, "MOST_CONNECTIONS", 3)
+    with ui_served(store, key="the-key-of-the-service") as api, contextlib.ExitStack() as clients:
+        for _ in range(3):
+            wire = clients.enter_context(Wire(api))
+            wire.send(http_request("GET /"))
+            assert wire.answer().status == 200
+        assert api.get("/ping").status == 200
+
+
+def test_too_many_open_files_cost_single_requests(cli: Cli) -> None:
+    limited = ["sh", "-c", 'ulimit -n 40 && exec "$@"', "sh", *cli.command("start")]
+    started = subprocess.run(limited, cwd=cli.folder, env=cli.environment, capture_output=True)
+    assert started.returncode == 0
+    with contextlib.closing(Api(cli.status()["url"])) as api, contextlib.ExitStack() as clients:
+        wires = [clients.enter_context(Wire(api)) for _ in range(60)]
+        for n, wire in enumerate(wires):
+            wire.send(http_request(f"POST /flows/F{n}", "Content-Length: 2", body=b"{}"))
+        replies: dict[str, int] = {}
+
+        def collect() -> bool:
+            """Answers come on as many connections as it could open, and not on the others."""
+            for n, wire in enumerate(wires):
+                wire.socket.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    if f"F{n}" not in replies and wire.socket.recv(1, socket.MSG_PEEK):
+                        wire.socket.settimeout(30)
+                        replies[f"F{n}"] = wire.answer().status
+            return 503 in replies.values()
+
+        assert eventually(collect)
+        assert set(replies.values()) <= {200, 503}
+        clients.close()
+        stored = {name for name, status in replies.items() if status == 200}
+        assert eventually(lambda: api.post("/flows/Later").status in (200, 409))
+        listed = {flow["flow_id"] for flow in api.get("/flows").json}
+        assert stored <= listed
+        assert not listed & {name for name, status in replies.items() if status == 503}
 
 
 # -- other users of this machine -------------------------------------------------------------------
@@ -6956,629 +8062,13 @@ def test_where_the_kernel_cannot_be_asked_everybody_is_answered(
         assert api.get("/ping").status == 200
 
 
-def test_connections_that_have_asked_for_nothing_make_room_for_others(
-    api: Api, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mls, "MOST_CONNECTIONS", 3)
-    with contextlib.ExitStack() as clients:
-        for half in (b"", b"POST /flows/F HTTP/1.1\r\n", http_request("GET /ping")[:-2]):
-            clients.enter_context(Wire(api)).send(half)
-        for _ in range(5):
-            assert eventually(lambda: answer_to(api, "GET /ping").status == 200)
-
-
-def test_who_has_only_seen_the_page_makes_room_for_who_has_the_key(
-    store: mls.Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mls, "MOST_CONNECTIONS", 3)
-    with ui_served(store, key="the-key-of-the-service") as api, contextlib.ExitStack() as clients:
-        for _ in range(3):
-            wire = clients.enter_context(Wire(api))
-            wire.send(http_request("GET /"))
-            assert wire.answer().status == 200
-        assert api.get("/ping").status == 200
-
-
-def test_a_regular_expression_that_never_ends_holds_up_nobody(daemon: Api, cli: Cli) -> None:
-    task = daemon.new_task_of_its_own()
-    daemon.post(f"{task}/metadata", [metadatum("field", "a" * 50 + "!")])
-    step = task.rsplit("/tasks/", 1)[0]
-    pid = cli.status()["pid"]
-    with ThreadPoolExecutor() as pool, contextlib.ExitStack() as on_failure:
-        on_failure.callback(os.kill, pid, signal.SIGKILL)  # nothing else would end it
-        endless = pool.submit(
-            daemon.get, f"{step}/filtered_tasks?pattern={quote('^(a+)+$', safe='')}"
-        )
-        assert daemon.get("/ping").status == 200
-        assert endless.result().status == 400
-        on_failure.pop_all()
-
-
-# -- a machine that has run out of something -------------------------------------------------------
-
-
-def temporary_files(project: Path) -> list[Path]:
-    return [path for path in all_paths(project) if path.name.startswith(mls.TEMPORARY)]
-
-
-def records(project: Path) -> list[Any]:
-    """All files of the root that are JSON by name; all of them are by content."""
-    return [json.loads(path.read_bytes()) for path in (project / ".metaflow").rglob("*.json")]
-
-
-@pytest.fixture
-def disk(project: Path) -> Iterator[Path]:
-    """The project, on a file system of its own of half a megabyte."""
-    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(project)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("file systems cannot be mounted here")
-    (project / ".metaflow").mkdir()
-    yield project
-    subprocess.run(["umount", "-l", str(project)], check=True)
-
-
-def test_a_full_disk_costs_single_requests(disk: Path) -> None:
-    with served(mls.Store(str(disk))) as api:
-        task = api.new_task_of_its_own()
-        ballast = disk / "ballast"
-        with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as f:
-            while True:
-                f.write(b"x" * 4096)
-        run = task.split("/steps/")[0]
-        for reply in (
-            api.post(f"{task}/metadata", [metadatum("field")] * 3),
-            api.post(f"{task}/artifact", [artifact("name")] * 3),
-            api.post("/flows/Other"),
-            api.post("/flows/Flow/run"),
-            api.post(f"{run}/steps/end/step"),
-            api.post(f"{run}/steps/start/task"),
-            api.patch(f"{run}/tag/mutate", {"tags_to_add": ["tag"]}),
-        ):
-            assert (reply.status, list(reply.json)) == (507, ["message"])
-        assert api.get("/healthcheck").status == 503
-        before = records(disk)
-        assert len(before) == 4  # the flow, run, step and task
-        assert temporary_files(disk) == []
-        assert api.get(task).status == 200
-        ballast.unlink()
-        assert api.post(f"{task}/metadata", [metadatum("field")] * 3).status == 200
-        assert len(api.get(f"{task}/metadata").json) == 3
-        assert api.new_task(f"{run}/steps/start") and api.get("/healthcheck").status == 200
-
-
-@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, None])
-def test_a_disk_that_takes_no_more_is_a_507(
-    api: Api, monkeypatch: pytest.MonkeyPatch, error: int | None
-) -> None:
-    write = os.write
-
-    def write_half(descriptor: int, content: bytes) -> int:
-        written = write(descriptor, content[: len(content) // 2])
-        if error is not None:
-            raise OSError(error, os.strerror(error))
-        return written
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "write", write_half)
-        reply = api.post("/flows/Flow")
-    assert (reply.status, list(reply.json)) == (507, ["message"])
-    assert api.post("/flows/Flow").status == 200
-
-
-def test_a_root_that_cannot_be_written_is_still_read(disk: Path) -> None:
-    with served(mls.Store(str(disk))) as api:
-        task = api.new_task_of_its_own()
-        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        for reply in (
-            api.post("/flows/Other"),
-            api.post(f"{task}/metadata", [metadatum("field")]),
-            api.post(f"{task}/heartbeat"),
-        ):
-            assert (reply.status, "Read-only" in reply.json["message"]) == (500, True)
-        assert api.get("/healthcheck").status == 503
-        assert api.get(task).status == 200
-        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
-        assert api.post(f"{task}/metadata", [metadatum("field")]).status == 200
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_root_that_may_not_be_written_is_still_read(api: Api, project: Path) -> None:
-    api.new_flow()
-    (project / ".metaflow").chmod(0o500)
-    assert [api.post("/flows/Other").status, api.get("/flows/Flow").status] == [500, 200]
-    (project / ".metaflow").chmod(0o700)
-    assert api.post("/flows/Other").status == 200
-
-
-def test_a_root_that_vanishes_may_come_back(api: Api, project: Path) -> None:
-    task = api.new_task_of_its_own()
-    run = task.split("/steps/")[0]
-    (project / ".metaflow").rename(project / "away")
-    for reply in (
-        api.get("/flows"),
-        api.get("/flows/Flow"),
-        api.get(f"{run}/steps/end"),  # a 404 would be taken for an answer
-        api.get(f"{task}/metadata"),
-        api.post("/flows/Other"),
-        api.post(f"{task}/heartbeat"),
-        api.post(f"{task}/metadata", [metadatum("field")]),
-        api.patch(f"{run}/tag/mutate", {"tags_to_add": ["tag"]}),
-        api.get("/healthcheck"),
-    ):
-        assert (reply.status, list(reply.json)) == (503, ["message"])
-    assert not (project / ".metaflow").exists()
-    (project / "away").rename(project / ".metaflow")
-    assert api.post(f"{task}/metadata", [metadatum("field")]).status == 200
-    assert api.get("/flows/Flow").status == 200
-
-
-def test_too_many_open_files_cost_single_requests(cli: Cli) -> None:
-    limited = ["sh", "-c", 'ulimit -n 40 && exec "$@"', "sh", *cli.command("start")]
-    started = subprocess.run(limited, cwd=cli.folder, env=cli.environment, capture_output=True)
-    assert started.returncode == 0
-    with contextlib.closing(Api(cli.status()["url"])) as api, contextlib.ExitStack() as clients:
-        wires = [clients.enter_context(Wire(api)) for _ in range(60)]
-        for n, wire in enumerate(wires):
-            wire.send(http_request(f"POST /flows/F{n}", "Content-Length: 2", body=b"{}"))
-        replies: dict[str, int] = {}
-
-        def collect() -> bool:
-            """Answers come on as many connections as it could open, and not on the others."""
-            for n, wire in enumerate(wires):
-                wire.socket.setblocking(False)
-                with contextlib.suppress(BlockingIOError):
-                    if f"F{n}" not in replies and wire.socket.recv(1, socket.MSG_PEEK):
-                        wire.socket.settimeout(30)
-                        replies[f"F{n}"] = wire.answer().status
-            return 503 in replies.values()
-
-        assert eventually(collect)
-        assert set(replies.values()) <= {200, 503}
-        clients.close()
-        stored = {name for name, status in replies.items() if status == 200}
-        assert eventually(lambda: api.post("/flows/Later").status in (200, 409))
-        listed = {flow["flow_id"] for flow in api.get("/flows").json}
-        assert stored <= listed
-        assert not listed & {name for name, status in replies.items() if status == 503}
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-@pytest.mark.parametrize("of", ["the file", "its folder"])
-def test_what_may_not_be_read_is_left_out_until_it_may(api: Api, project: Path, of: str) -> None:
-    flow = api.new_flow()
-    api.new_run(flow)
-    spoiled = project.joinpath(".metaflow", *api.new_run(flow).split("/")[2::2], "_meta")
-    if of == "the file":
-        spoiled /= "_self.json"
-        os.utime(spoiled)  # or what is in memory of it would do
-    mode = spoiled.stat().st_mode
-    spoiled.chmod(0)
-    reply = api.get(f"{flow}/runs")
-    assert (reply.status, len(reply.json)) == (200, 1)
-    spoiled.chmod(mode)
-    assert len(api.get(f"{flow}/runs").json) == 2
-
-
-# -- time ------------------------------------------------------------------------------------------
-
-
-def test_a_time_zone_changes_nothing(cli: Cli) -> None:
-    assert cli("start", TZ="Asia/Tokyo").returncode == 0
-    with contextlib.closing(Api(cli.status()["url"])) as api:
-        task = api.new_task_of_its_own()
-        api.post(f"{task}/heartbeat")
-        run = api.get(task.split("/steps/")[0]).json
-        assert abs(run["ts_epoch"] / 1000 - time.time()) < 3000
-        assert abs(run["last_heartbeat_ts"] - time.time()) < 3000
-        assert abs(api.get(task).json["last_heartbeat_ts"] - time.time()) < 3000
-        assert len(api.get("/flows/Flow/runs?status=running").json) == 1
-        assert api.get("/flows/Flow/runs?status=failed").json == []
-
-
-def test_a_run_after_one_of_a_wrong_clock_shows_its_own_time(
-    project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (project / ".metaflow").mkdir()
-    now, future = time.time_ns(), 2_208_988_800 * 10**9  # 2040
-    monkeypatch.setattr(time, "time_ns", lambda: future)
-    with served(mls.Store(str(project))) as api:
-        wrong = api.post(f"{api.new_flow()}/run").json
-    monkeypatch.setattr(time, "time_ns", lambda: now)
-    store = mls.Store(str(project))
-    with served(store) as api:
-        right = [api.post("/flows/Flow/run").json for _ in range(3)]
-        api.new_run(api.new_flow("Other"))
-    ids = [run["run_number"] for run in (wrong, *right)]
-    assert ids == sorted(set(ids))
-    assert [run["ts_epoch"] // 10**6 for run in (wrong, *right)] == [
-        moment // 10**12 for moment in (future, now, now, now)
-    ]
-    rows = list(mls.Model(store).runs())
-    assert [row["ts_epoch"] for row in rows] == sorted((r["ts_epoch"] for r in rows), reverse=True)
-    assert {r["run_number"]: r["ts_epoch"] for r in rows if r["flow_id"] == "Flow"} == {
-        run["run_number"]: run["ts_epoch"] for run in (wrong, *right)
-    }
-    listed = [run["run_number"] for run in store.runs(("Flow",))]
-    assert listed == [ids[0], *ids[:0:-1]]
-
-
-# -- what a crash of the machine leaves ------------------------------------------------------------
-
-
-@pytest.mark.parametrize("content", [b"", b"[]"])
-def test_a_record_that_cannot_be_read_counts_as_none_and_is_replaced(
-    api: Api, project: Path, content: bytes
-) -> None:
-    task = api.new_task(api.new_step(api.new_run(api.new_flow(), run_number="run-1")), task_id="t")
-    assert api.post(f"{task}/artifact", [artifact("x")]).json == {"artifacts_created": 1}
-    flow, run, step = task.split("/runs")[0], task.split("/steps")[0], task.split("/tasks")[0]
-    made = [
-        (flow, flow, {}),
-        (run, f"{flow}/run", {"run_number": "run-1"}),
-        (step, f"{step}/step", {}),
-        (task, f"{step}/task", {"task_id": "t"}),
-    ]
-    for path, way, body in made:
-        (project / ".metaflow").joinpath(*ids_in(path), "_meta", "_self.json").write_bytes(content)
-        assert api.get(path).status == 404
-        assert api.post(way, body).status == 200
-        assert (api.get(path).status, api.post(way, body).status) == (200, 409)
-    (file,) = project.rglob("0_artifact_x.json")
-    file.write_bytes(content)
-    assert api.get(f"{task}/artifacts").json == []
-    assert api.post(f"{task}/artifact", [artifact("x")]).json == {"artifacts_created": 1}
-    assert [a["name"] for a in api.get(f"{task}/artifacts").json] == ["x"]
-    assert [r["run_number"] for r in api.get(f"{flow}/runs").json] == ["run-1"]
-    assert by_local_mode(project, "run", "Flow")
-
-
-def test_a_folder_in_place_of_a_record_is_one_sentence(api: Api, project: Path) -> None:
-    (project / ".metaflow" / "Flow" / "_meta" / "_self.json").mkdir(parents=True)
-    refused = api.post("/flows/Flow")
-    assert refused.status in range(400, 500)
-    assert "is a folder" in refused.json["message"]
-
-
-def test_tags_are_on_the_disk_before_they_replace_others(
-    api: Api, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By the order of the system calls; what a crash leaves then is the file system's promise."""
-    run = api.new_run(api.new_flow())
-    calls: list[tuple[str, str]] = []
-    fsync, rename = os.fsync, os.rename
-
-    def note_fsync(descriptor: int) -> None:
-        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
-        calls.append(("fsync", "folder" if is_folder else "file"))
-        fsync(descriptor)
-
-    def note_rename(source: str, target: str, **folders: int) -> None:
-        calls.append(("rename", os.path.basename(target)))
-        rename(source, target, **folders)
-
-    monkeypatch.setattr(os, "fsync", note_fsync)
-    monkeypatch.setattr(os, "rename", note_rename)
-    assert api.patch(f"{run}/tag/mutate", {"tags_to_add": ["new"]}).status == 200
-    assert calls == [("fsync", "file"), ("rename", "_self.json"), ("fsync", "folder")]
-    calls.clear()
-    api.new_run("/flows/Flow")
-    assert "fsync" not in [call for call, _ in calls]
-
-
-# -- nothing lost ----------------------------------------------------------------------------------
-
-FLOW_OF_LOCAL_MODE = textwrap.dedent(
-    """
-    import os, time
-    from metaflow import FlowSpec, step
-
-    class Flow(FlowSpec):
-        @step
-        def start(self):
-            open("is-running", "w").close()
-            while not os.path.exists("go-on"):
-                time.sleep(0.02)
-            self.value = 42
-            self.next(self.end)
-
-        @step
-        def end(self):
-            pass
-
-    if __name__ == "__main__":
-        Flow()
-    """
-)
-
-
-class RunningFlow:
-    """A run of a real flow, which waits in its first step to be told to go on."""
-
-    def __init__(self, cli: Cli, *prefix: str, **environment: str) -> None:
-        self._folder = cli.folder
-        (cli.folder / "flow.py").write_text(FLOW_OF_LOCAL_MODE)
-        self._process = subprocess.Popen(
-            [*prefix, sys.executable, "flow.py", "run"],
-            cwd=cli.folder,
-            env={**cli.environment, **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def __enter__(self) -> RunningFlow:
-        is_running = self._folder / "is-running"
-        assert eventually(lambda: is_running.exists() or self._process.poll() is not None, 60)
-        assert is_running.exists(), self._process.communicate()[0]
-        return self
-
-    def go_on(self) -> None:
-        (self._folder / "go-on").touch()
-
-    def __exit__(self, *_: object) -> None:
-        self.go_on()
-        self.output, _ = self._process.communicate(timeout=90)
-        self.exit_code = self._process.returncode
-
-
-def by_local_mode(project: Path, what: str, *ids: str) -> list[dict[str, Any]]:
-    """The runs, steps, tasks, metadata or artifacts of an object, as local mode reads them."""
-    parents = ["root", "flow", "run", "step", "task"]
-    provider = mls.local_metadata_provider(str(project))
-    attempt = 0 if what == "artifact" else None
-    return list(provider.get_object(parents[len(ids)], what, {}, attempt, *ids) or ())
-
-
-def ids_in(path: str) -> list[str]:
-    return path.split("/")[2::2]
-
-
-def test_64_clients_at_once_lose_nothing(api: Api, cli: Cli, project: Path) -> None:
-    run = api.new_run(api.new_flow())
-    steps = [api.new_step(run, name) for name in ("start", "middle", "end")]
-
-    def work(number: int) -> list[str]:
-        tasks = []
-        for step in steps:
-            task = api.new_task(step)
-            for field in ("a", "b"):
-                rows = [metadatum(field, str(number)) for _ in range(2)]
-                assert api.post(f"{task}/metadata", rows).json == {"metadata_created": 2}
-            rows = [artifact(name) for name in ("x", "y", "z")]
-            assert api.post(f"{task}/artifact", rows).json == {"artifacts_created": 3}
-            tasks.append(task)
-        api.close()
-        return tasks
-
-    with RunningFlow(cli, METAFLOW_DEFAULT_METADATA="local") as local_mode:
-        with ThreadPoolExecutor(64) as pool:
-            tasks = [task for made in pool.map(work, range(64)) for task in made]
-        local_mode.go_on()
-    assert local_mode.exit_code == 0, local_mode.output
-    assert sorted(int(ids_in(task)[-1]) for task in tasks) == list(range(1, 3 * 64 + 1))
-    metadata = api.get(f"{run}/metadata").json
-    assert len(metadata) == len({datum["id"] for datum in metadata}) == len(tasks) * 4
-    assert len(api.get(f"{run}/artifacts").json) == len(tasks) * 3
-    assert len(api.get("/flows/Flow/runs").json) == 2
-    for task in tasks:
-        fields = [m["field_name"] for m in by_local_mode(project, "metadata", *ids_in(task))]
-        assert sorted(fields) == ["a", "a", "b", "b"]
-        names = [a["name"] for a in by_local_mode(project, "artifact", *ids_in(task))]
-        assert sorted(names) == ["x", "y", "z"]
-
-
-class Told:
-    """What clients have been told is stored."""
-
-    def __init__(self) -> None:
-        self.runs: list[str] = []
-        self.tasks: list[str] = []
-        self.rows: list[tuple[str, str, str]] = []  # the list that must have it, a key, its value
-        self.heartbeats: dict[str, int] = {}
-        self.tags: list[str] = []
-
-    def keep_writing(self, api: Api, run: str) -> None:
-        """Write to a run, and more, until the service is gone."""
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            for number in itertools.count():
-                task = api.new_task(f"{run}/steps/start")
-                self.tasks.append(task)
-                rows = [metadatum(f"{name}-{number}") for name in "ab"]
-                assert api.post(f"{task}/metadata", rows).status == 200
-                self.rows += [(f"{task}/metadata", "field_name", r["field_name"]) for r in rows]
-                rows = [artifact(f"{name}{number}") for name in "xy"]
-                assert api.post(f"{task}/artifact", rows).status == 200
-                self.rows += [(f"{task}/artifacts", "name", row["name"]) for row in rows]
-                now = int(time.time())
-                assert api.post(f"{task}/heartbeat").status == 200
-                self.heartbeats[task] = now
-                tag = f"{threading.get_ident()}-{time.time_ns()}"
-                assert api.patch(f"{run}/tag/mutate", {"tags_to_add": [tag]}).status == 200
-                self.tags.append(tag)
-                self.runs.append(api.new_run("/flows/Flow"))
-        api.close()
-
-    def check(self, api: Api, project: Path, run: str) -> None:
-        """Whether all of it is there, through the service and through local mode."""
-        assert len(set(self.tasks)) == len(self.tasks)
-        assert len(set(self.runs)) == len(self.runs)
-        assert set(self.tags) <= set(api.get(run).json["tags"])
-        assert {*self.runs} <= {
-            f"/flows/Flow/runs/{r['run_number']}" for r in api.get("/flows/Flow/runs").json
-        }
-        local_runs = by_local_mode(project, "run", "Flow")
-        assert {*self.runs} <= {f"/flows/Flow/runs/{r['run_number']}" for r in local_runs}
-        (local_run,) = (r for r in local_runs if str(r["run_number"]) == ids_in(run)[-1])
-        assert set(self.tags) <= set(local_run["tags"])
-        for task in self.tasks:
-            heartbeat = api.get(task).json["last_heartbeat_ts"]
-            assert (heartbeat or 0) >= self.heartbeats.get(task, 0)
-        for listing, rows in itertools.groupby(sorted(self.rows), lambda row: row[0]):
-            task, _, kind = listing.rpartition("/")
-            here = api.get(listing).json
-            there = by_local_mode(project, kind.rstrip("s"), *ids_in(task))
-            for _, key, value in rows:
-                assert value in [row[key] for row in here]
-                assert value in [row[key] for row in there]
-
-
-def is_running(pid: int) -> bool:
-    """Whether a process is there, and not only waits for its end to be noticed."""
-    ps = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
-    return ps.stdout.strip()[:1] not in ("", "Z")
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full device here")
-@pytest.mark.parametrize("words", ["status", "--help", "url", "runs"])
-def test_output_that_cannot_be_written_is_one_sentence(cli: Cli, words: str) -> None:
-    assert cli("start").returncode == 0
-    with open("/dev/full", "w") as full:
-        command = cli.command(*words.split())
-        ran = subprocess.run(
-            command, cwd=cli.folder, env=cli.environment, stdout=full, stderr=subprocess.PIPE
-        )
-    if words == "runs":  # there is none, and so nothing to be written
-        assert ran.returncode == 0
-    else:
-        assert ran.returncode == 1
-        assert ran.stderr.count(b"\n") == 1 and b"cannot be written" in ran.stderr
-
-
-@pytest.mark.skipif(not shutil.which("ps"), reason="there is no ps here")
-def test_what_was_acknowledged_outlives_a_kill_at_any_moment(cli: Cli, project: Path) -> None:
-    """As often as KILLS says; with -s, prints how much there was to lose."""
-    kills, acknowledged = int(os.environ.get("KILLS", "2")), 0
-    assert cli("start").returncode == 0
-    service = cli.status()
-    api = Api(service["url"])
-    run = api.new_run(api.new_flow())
-    api.new_step(run)
-    everything = Told()
-    for _ in range(kills):
-        told = Told()
-        with ThreadPoolExecutor(4) as pool:
-            clients = [pool.submit(told.keep_writing, api, run) for _ in range(4)]
-            time.sleep(random.uniform(0, 0.5))
-            os.kill(service["pid"], signal.SIGKILL)
-        for client in clients:
-            client.result()
-        assert eventually(lambda pid=service["pid"]: not is_running(pid))
-        api.close()
-        restarted = cli("start", "--port", service["port"])
-        assert restarted.returncode == 0, restarted.stderr
-        service = cli.status()
-        told.check(api, project, run)
-        everything.tasks += told.tasks
-        everything.runs += told.runs
-        everything.tags += told.tags
-        acknowledged += sum(map(len, (told.tasks, told.runs, told.rows, told.tags)))
-    everything.check(api, project, run)
-    on_disk = len(records(project))  # each of which can be read
-    api.close()
-    assert cli("run", "true").returncode == 0
-    print(f"{kills} kills, {acknowledged} acknowledged records, {on_disk} files")
-    assert acknowledged > kills or kills < 5
-
-
-def test_a_flow_survives_its_service(cli: Cli, daemon: Api) -> None:
-    with RunningFlow(
-        cli, METAFLOW_SERVICE_URL=daemon.url, METAFLOW_DEFAULT_METADATA="service"
-    ) as flow:
-        os.kill(cli.status()["pid"], signal.SIGKILL)
-        flow.go_on()  # from here on the flow asks a service that is not there
-        assert eventually(lambda: refuses_connections(daemon))
-        daemon.close()
-        restarted = cli("start", "--port", daemon.port)
-        assert restarted.returncode == 0, restarted.stderr
-    assert flow.exit_code == 0, flow.output
-    (run,) = daemon.get("/flows/Flow/runs?status=completed").json
-    steps = daemon.get(f"/flows/Flow/runs/{run['run_number']}/steps").json
-    assert {step["step_name"] for step in steps} == {"_parameters", "start", "end"}
-
-
-# -- nothing left ----------------------------------------------------------------------------------
-
-
-def traces(cli: Cli) -> list[str]:
-    """What a service has made and not removed, but for its log and the port that it keeps."""
-    left = [*all_paths(cli.folder / ".metaflow"), *all_paths(cli.home / "services")]
-    kept = ("metaflow-local-service.log", "metaflow-local-service.port")
-    return [path.name for path in left if path.name not in kept]
-
-
-@pytest.mark.skipif(not shutil.which("ps"), reason="there is no ps here")
-@pytest.mark.parametrize("how", ["SIGTERM", "idle", "root removed"])
-def test_a_service_that_has_stopped_leaves_nothing(cli: Cli, how: str) -> None:
-    timeout = "60" if how == "SIGTERM" else "0.2"
-    assert cli("start", METAFLOW_LOCAL_SERVICE_IDLE_TIMEOUT=timeout).returncode == 0
-    (pid,) = {json.loads(path.read_text())["pid"] for path in cli.folder.glob(".metaflow/*.pid")}
-    if how == "SIGTERM":
-        os.kill(pid, signal.SIGTERM)
-    elif how == "root removed":
-        shutil.rmtree(cli.folder / ".metaflow")
-    assert eventually(lambda: not is_running(pid))
-    assert traces(cli) == []
-
-
-# -- another machine -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def other_machine() -> Iterator[tuple[list[str], str]]:
-    """How to run a command where only a network leads here, and our address in that network."""
-    name = f"mls{os.getpid()}"
-    ours, theirs = (f"198.18.{os.getpid() // 64 % 256}.{os.getpid() % 64 * 4 + n}" for n in (1, 2))
-    there = ["ip", "netns", "exec", name]
-
-    def ip(*words: str) -> bool:
-        return subprocess.run(["ip", *words], capture_output=True).returncode == 0
-
-    if not shutil.which("ip") or not ip("netns", "add", name):
-        pytest.skip("network namespaces cannot be made here (ip netns add)")
-    try:
-        for words in (
-            ["link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name],
-            ["addr", "add", f"{ours}/30", "dev", name],
-            ["link", "set", name, "up"],
-            ["-n", name, "addr", "add", f"{theirs}/30", "dev", "eth0"],
-            ["-n", name, "link", "set", "eth0", "up"],
-        ):
-            if not ip(*words):
-                pytest.skip(f"two network namespaces cannot be joined here (ip {' '.join(words)})")
-        yield there, ours
-    finally:
-        ip("netns", "del", name)
-
-
-def test_a_worker_on_another_machine_runs_its_tasks_with_the_key_and_not_without(
-    cli: Cli, other_machine: tuple[list[str], str]
-) -> None:
-    there, address = other_machine
-    assert cli("start", "--host", address, "--generate-key").returncode == 0
-    url = cli.status()["url"]
-    exports = [line.partition("=") for line in cli("env").stdout.splitlines()]
-    told = {name.replace("export ", ""): value for name, _, value in exports}
-    assert told["METAFLOW_SERVICE_URL"] == url == f"http://{address}:{urlsplit(url).port}"
-    cli.folder.joinpath("go-on").touch()
-    with RunningFlow(cli, *there, **told) as flow:
-        pass
-    assert flow.exit_code == 0, flow.output
-    key = {"x-api-key": told["METAFLOW_SERVICE_AUTH_KEY"]}
-    with contextlib.closing(Api(url)) as api:
-        assert len(api.get("/flows/Flow/runs?status=completed", **key).json) == 1
-        assert api.get("/flows").status == 401
-    del told["METAFLOW_SERVICE_AUTH_KEY"]
-    ask = "import sys, urllib.request as r; r.urlopen(sys.argv[1] + '/ping', timeout=20)"
-    refused = subprocess.run(
-        [*there, sys.executable, "-c", ask, url], capture_output=True, text=True, timeout=60
-    )
-    assert "HTTP Error 401" in refused.stderr
-
-
 # ==================================================================================================
 # Registry
 # ==================================================================================================
+
+# One service per root: pidfile, lease, locks, namespaces, and what becomes of a service whose
+# folder is moved, copied or deleted. Services are real ones of the command line, and each takes a
+# second to start; that one stays, or does not come, is watched for one or two seconds.
 
 only_root_can = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 URL = re.compile(r"http://[0-9.]+:[0-9]+")
@@ -7985,6 +8475,9 @@ def test_stop_returns_when_all_but_the_log_and_the_port_is_gone(daemon: Api, cli
 # Daemon
 # ==================================================================================================
 
+# How a service comes to be and ends: starting, signals, idling, what it keeps of its starter, its
+# log, its searches. Services are real ones of the command line.
+
 
 def test_commands_keep_their_service_past_its_time_out_until_the_last_is_killed(cli: Cli) -> None:
     with cli.popen("run", "--idle-timeout", 0.2, "sleep", 60) as first:
@@ -8000,31 +8493,6 @@ def test_commands_keep_their_service_past_its_time_out_until_the_last_is_killed(
 def test_an_idle_time_out_of_zero_is_never_and_wins_over_the_environment(cli: Cli) -> None:
     assert cli("start", "--idle-timeout", 0, METAFLOW_LOCAL_SERVICE_IDLE_TIMEOUT="0.1")
     assert stays(cli.folder)
-
-
-@pytest.mark.parametrize("path", ["/ping", "{task}/heartbeat", "/nothing"])
-def test_every_request_starts_the_idle_clock_anew(
-    store: mls.Store, monkeypatch: pytest.MonkeyPatch, path: str
-) -> None:
-    monkeypatch.setattr(mls, "TICK_SECONDS", 0.05)
-    server = mls.Server("127.0.0.1", 0, None)
-    last_requests: list[float] = []  # when the last one was, each time that the server looks
-
-    def note(idle_seconds: float) -> bool:
-        last_requests.append(time.monotonic() - idle_seconds)
-        return True
-
-    thread = threading.Thread(target=server.serve, args=(mls.MetadataService(store), note))
-    thread.start()
-    with contextlib.closing(Api(server.url)) as client:
-        task = client.new_task_of_its_own()
-        before, looked = time.monotonic(), len(last_requests)
-        client.post(path.format(task=task))
-        assert eventually(lambda: len(last_requests) > looked + 1)
-    server.stop()
-    thread.join()
-    server.finish()
-    assert last_requests[-1] >= before
 
 
 class SlowRequest:
@@ -8293,6 +8761,46 @@ def test_the_log_has_no_character_that_a_terminal_takes_for_a_command() -> None:
     assert formatter.format(record) == "flow \\x1b[31mred\\nforged \\x9b2J\\u202e"
 
 
+def traces(cli: Cli) -> list[str]:
+    """What a service has made and not removed, but for its log and the port that it keeps."""
+    left = [*all_paths(cli.folder / ".metaflow"), *all_paths(cli.home / "services")]
+    kept = ("metaflow-local-service.log", "metaflow-local-service.port")
+    return [path.name for path in left if path.name not in kept]
+
+
+@pytest.mark.skipif(not shutil.which("ps"), reason="there is no ps here")
+@pytest.mark.parametrize("how", ["SIGTERM", "idle", "root removed"])
+def test_a_service_that_has_stopped_leaves_nothing(cli: Cli, how: str) -> None:
+    timeout = "60" if how == "SIGTERM" else "0.2"
+    assert cli("start", METAFLOW_LOCAL_SERVICE_IDLE_TIMEOUT=timeout).returncode == 0
+    (pid,) = {json.loads(path.read_text())["pid"] for path in cli.folder.glob(".metaflow/*.pid")}
+    if how == "SIGTERM":
+        os.kill(pid, signal.SIGTERM)
+    elif how == "root removed":
+        shutil.rmtree(cli.folder / ".metaflow")
+    assert eventually(lambda: not is_running(pid))
+    assert traces(cli) == []
+
+
+def test_everything_that_a_service_makes_is_private_whatever_the_umask(cli: Cli) -> None:
+    assert in_shell(cli, "umask 0; PROGRAM", "run", "true").returncode == 0
+    with contextlib.closing(Api(running(cli.folder).url)) as client:
+        client.post(f"{client.new_task_of_its_own()}/heartbeat")
+    made = [*all_paths(cli.folder), *all_paths(cli.home)]
+    assert len(made) > 10
+    assert [p for p in made if not p.is_symlink() and p.stat().st_mode & 0o077] == []
+
+
+def test_the_services_of_a_user_are_listed(daemon: Api, cli: Cli, tmp_path: Path) -> None:
+    assert cli("start", "--root", tmp_path).returncode == 0
+    other = cli.status("--root", tmp_path)
+    rows = daemon.get("/api/services").json["data"]
+    assert sorted(rows, key=lambda row: not row["is_this"]) == [
+        {"root": str(cli.folder), "url": daemon.url, "is_this": True},
+        {"root": other["root"], "url": other["url"], "is_this": False},
+    ]
+
+
 # -- searches --------------------------------------------------------------------------------------
 
 
@@ -8312,9 +8820,28 @@ def test_a_process_finds_what_a_search_in_place_finds() -> None:
         mls.find_matches("^(?:()$", texts, search)
 
 
+def test_a_regular_expression_that_never_ends_holds_up_nobody(daemon: Api, cli: Cli) -> None:
+    task = daemon.new_task_of_its_own()
+    daemon.post(f"{task}/metadata", [metadatum("field", "a" * 50 + "!")])
+    step = task.rsplit("/tasks/", 1)[0]
+    pid = cli.status()["pid"]
+    with ThreadPoolExecutor() as pool, contextlib.ExitStack() as on_failure:
+        on_failure.callback(os.kill, pid, signal.SIGKILL)  # nothing else would end it
+        endless = pool.submit(
+            daemon.get, f"{step}/filtered_tasks?pattern={quote('^(a+)+$', safe='')}"
+        )
+        assert daemon.get("/ping").status == 200
+        assert endless.result().status == 400
+        on_failure.pop_all()
+
+
 # ==================================================================================================
 # Library
 # ==================================================================================================
+
+# What Python code may call, and the fixtures for pytest. In this process, or in scripts, a notebook
+# and a pytest of their own, as a user has them; a kernel and pytest's workers take seconds to
+# start.
 
 
 @pytest.fixture
@@ -8569,6 +9096,10 @@ def test_each_pytest_worker_has_a_service_of_its_own_and_leaves_nothing(cli: Cli
 # Commands
 # ==================================================================================================
 
+# Subcommands: output, exit codes, sentences on stderr. Each runs as a process of its own; those
+# that only look do so on the flows that have failed (`failures`, see Model). `demo` and a few
+# others run a real flow, which takes as many seconds as that has tasks.
+
 
 @pytest.mark.parametrize(("end", "code"), [("exit 7", 7), ("kill -TERM $$", -signal.SIGTERM)])
 def test_run_becomes_its_command_and_ends_as_it_does(cli: Cli, end: str, code: int) -> None:
@@ -8816,6 +9347,54 @@ def test_a_status_that_cannot_be_told_is_4(daemon: Api, cli: Cli) -> None:
 def tell(folder: Path, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """Ask of what is recorded in a folder."""
     return Cli(folder, folder / "home")(*words, **environment)
+
+
+def test_the_key_is_told_to_nobody_but_the_user(cli: Cli, project: Path) -> None:
+    key = {"METAFLOW_SERVICE_AUTH_KEY": "tell-nobody"}
+    assert cli("start", METAFLOW_LOCAL_SERVICE_DEBUG="1", **key).returncode == 0
+    service = cli.status()
+    with contextlib.closing(Api(service["url"])) as api:
+        assert api.get("/ping").status == 401
+        assert api.get("/ping", **{"x-api-key": "tell-nobody"}).status == 200
+        assert api.get("/ping", **{"x-api-key": "tell-nobody-else"}).status == 401
+    pidfile = project / ".metaflow" / "metaflow-local-service.pid"
+    assert pidfile.stat().st_mode & 0o777 == 0o600
+    told = [Path(service["log"]).read_text(), json.dumps(service), cli("status").stdout]
+    told.append(cli("start", "--port", 1, **key).stderr)
+    told.append(cli("start", METAFLOW_SERVICE_AUTH_KEY="another").stderr)
+    if shutil.which("ps"):
+        ps = ["ps", "-ww", "-o", "args=", "-p", str(service["pid"])]
+        told.append(subprocess.run(ps, capture_output=True, text=True).stdout)
+    assert all(told)
+    assert "tell-nobody" not in "".join(told)
+    assert "export METAFLOW_SERVICE_AUTH_KEY=tell-nobody" in cli("env").stdout.splitlines()
+    assert cli("run", "printenv", "METAFLOW_SERVICE_AUTH_KEY").stdout == "tell-nobody\n"
+
+
+@pytest.mark.parametrize("command", [["start"], ["serve"], ["url"], ["run", "true"]])
+def test_other_machines_are_not_let_in_without_a_key(
+    cli: Cli, project: Path, command: list[str]
+) -> None:
+    refused = cli(command[0], "--host", "0.0.0.0", *command[1:])
+    assert refused.returncode == 2
+    assert "METAFLOW_SERVICE_AUTH_KEY" in refused.stderr
+    assert all_paths(project) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full device here")
+@pytest.mark.parametrize("words", ["status", "--help", "url", "runs"])
+def test_output_that_cannot_be_written_is_one_sentence(cli: Cli, words: str) -> None:
+    assert cli("start").returncode == 0
+    with open("/dev/full", "w") as full:
+        command = cli.command(*words.split())
+        ran = subprocess.run(
+            command, cwd=cli.folder, env=cli.environment, stdout=full, stderr=subprocess.PIPE
+        )
+    if words == "runs":  # there is none, and so nothing to be written
+        assert ran.returncode == 0
+    else:
+        assert ran.returncode == 1
+        assert ran.stderr.count(b"\n") == 1 and b"cannot be written" in ran.stderr
 
 
 def told_json(folder: Path, *words: object) -> list[Any]:
@@ -9074,6 +9653,44 @@ def test_a_card_is_a_file_that_a_browser_opens(
     assert (tmp_path / "opened").read_text() == f"file://{path}\n"
 
 
+CARD_FLOW = """
+from metaflow import FlowSpec, card, step
+
+class CardFlow(FlowSpec):
+    @card(type="blank")
+    @step
+    def start(self):
+        self.next(self.end)
+
+    @step
+    def end(self):
+        pass
+
+if __name__ == "__main__":
+    CardFlow()
+"""
+
+
+def test_cards_are_found_that_go_where_the_command_works_and_not_into_the_root(cli: Cli) -> None:
+    """Metaflow's card store takes the nearest .metaflow above the working directory."""
+    (cli.folder / "flow.py").write_text(CARD_FLOW)
+    (cli.folder / ".metaflow").mkdir()
+    elsewhere = cli.folder.parent / "elsewhere"
+    elsewhere.mkdir()
+    ran = cli("run", "--root", elsewhere, sys.executable, "flow.py", "run")
+    assert ran.returncode == 0, ran.stderr
+    (flow,) = (path.parent for path in cli.folder.parent.rglob(".metaflow/*/data"))
+    assert flow == elsewhere / ".metaflow" / "CardFlow"
+    assert [path.name for path in flow.iterdir() if path.name.isdigit()]
+    told = cli("card", "CardFlow/latest/start", "--root", elsewhere)
+    assert told.returncode == 0, told.stderr
+    assert Path(told.stdout.strip()).is_file()
+    shutil.rmtree(cli.folder / ".metaflow" / "mf.cards", ignore_errors=True)
+    gone = cli("card", "CardFlow/latest/start", "--root", elsewhere)
+    if not (elsewhere / ".metaflow" / "mf.cards").exists():  # Metaflow may come to heed the root
+        assert (gone.returncode, "1 recorded" in gone.stderr) == (1, True)
+
+
 @contextlib.contextmanager
 def terminal(width: int) -> Iterator[tuple[int, Callable[[], str]]]:
     """The descriptor of a terminal, and what was written to it so far."""
@@ -9189,36 +9806,6 @@ def test_the_help_of_every_subcommand_has_an_example(cli: Cli) -> None:
         assert f"metaflow-local-service {name}" in told.partition("\nExample: ")[2]
 
 
-# ==================================================================================================
-# The package
-# ==================================================================================================
-
-
-def test_the_package_is_a_command_and_a_module(cli: Cli, tmp_path: Path) -> None:
-    for needed in ("flit_core", "pip"):
-        pytest.importorskip(needed)
-    files = ("LICENSE", "README.md", "metaflow_local_service.py", "pyproject.toml")
-    for name in files:
-        shutil.copy(REPOSITORY / name, tmp_path)
-
-    def built(kind: str) -> Path:
-        program = f"from flit_core import buildapi; print(buildapi.build_{kind}('.'))"
-        made = subprocess.check_output([sys.executable, "-c", program], cwd=tmp_path, text=True)
-        return tmp_path / made.strip()
-
-    with tarfile.open(built("sdist")) as archive:
-        assert {Path(name).name for name in archive.getnames()} >= set(files)
-    installed = tmp_path / "installed"
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
-    subprocess.run([*pip, "--target", installed, built("wheel")], check=True)
-    assert [file.read_text() for file in installed.rglob("LICENSE")] == [text_of("LICENSE")]
-    environment = {**cli.environment, "PYTHONPATH": str(installed)}
-    for command in (f"{installed}/bin/metaflow-local-service", "python -m metaflow_local_service"):
-        told = in_shell(cli, f"{command} --version", env=environment).stdout
-        metaflows = importlib.metadata.version("metaflow")
-        assert told == f"metaflow-local-service {mls.__version__} (Metaflow {metaflows})\n"
-
-
 # -- du, rm and gc ---------------------------------------------------------------------------------
 
 
@@ -9327,8 +9914,45 @@ def test_du_tells_of_flows_and_of_their_runs(cli: Cli, runs_to_delete: list[mls.
 
 
 # ==================================================================================================
-# Real flows, recorded and read by both modes
+# The package
 # ==================================================================================================
+
+# What is built and installed is the command and the module.
+
+
+def test_the_package_is_a_command_and_a_module(cli: Cli, tmp_path: Path) -> None:
+    for needed in ("flit_core", "pip"):
+        pytest.importorskip(needed)
+    files = ("LICENSE", "README.md", "metaflow_local_service.py", "pyproject.toml")
+    for name in files:
+        shutil.copy(REPOSITORY / name, tmp_path)
+
+    def built(kind: str) -> Path:
+        program = f"from flit_core import buildapi; print(buildapi.build_{kind}('.'))"
+        made = subprocess.check_output([sys.executable, "-c", program], cwd=tmp_path, text=True)
+        return tmp_path / made.strip()
+
+    with tarfile.open(built("sdist")) as archive:
+        assert {Path(name).name for name in archive.getnames()} >= set(files)
+    installed = tmp_path / "installed"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
+    subprocess.run([*pip, "--target", installed, built("wheel")], check=True)
+    assert [file.read_text() for file in installed.rglob("LICENSE")] == [text_of("LICENSE")]
+    environment = {**cli.environment, "PYTHONPATH": str(installed)}
+    for command in (f"{installed}/bin/metaflow-local-service", "python -m metaflow_local_service"):
+        told = in_shell(cli, f"{command} --version", env=environment).stdout
+        metaflows = importlib.metadata.version("metaflow")
+        assert told == f"metaflow-local-service {mls.__version__} (Metaflow {metaflows})\n"
+
+
+# ==================================================================================================
+# The whole
+# ==================================================================================================
+
+# Everything together. Real flows are recorded once by local mode and by the service (`history`, the
+# longest of all set-ups: about 30 tasks, 40 seconds), and Metaflow's client must answer alike over
+# both. Then what only the whole can lose: records at a `kill -9`, flows whose service dies, clients
+# by the dozen beside local mode, a worker on another machine.
 
 
 # -- the flows -------------------------------------------------------------------------------------
@@ -10009,806 +10633,267 @@ def test_tags_are_changed_from_the_command_line(history: History, cli: Cli, tagg
         assert "first" not in listed
 
 
-# ==================================================================================================
-# The page in a real browser (`nox -s browser`)
-# ==================================================================================================
+# -- nothing lost ----------------------------------------------------------------------------------
 
-browser = pytest.mark.browser
+FLOW_OF_LOCAL_MODE = textwrap.dedent(
+    """
+    import os, time
+    from metaflow import FlowSpec, step
 
-HOSTILE = "<img src=x onerror=alert(1)>"
-SEEN_FLOW = """
-import os, time
-from metaflow import FlowSpec, Parameter, card, current, retry, step
-from metaflow.cards import Markdown, Table
-class SeenFlow(FlowSpec):
-    text = Parameter("text", default="HOSTILE")
-    @card(type="blank", refresh_interval=1)
-    @step
-    def start(self):
-        print("hello", self.text)
-        heading = Markdown("# Begun")
-        current.card.append(heading)
-        current.card.append(Table([[self.text, 1]]))
-        while not os.path.exists("finish"):
-            if os.path.exists("go on"):
-                heading.update("# Halfway")
-            current.card.refresh()
-            time.sleep(0.1)
-        self.hostile = {self.text: [1, 2.5, None]}
-        self.letters = "ab"
-        self.next(self.work, foreach="letters")
-    @retry(times=1, minutes_between_retries=0)
-    @step
-    def work(self):
-        print("attempt", current.retry_count, "on", self.input)
-        if self.input == "b" and current.retry_count == 0:
-            raise ValueError("fails once, " + self.text)
-        self.result = self.input.upper()
-        self.next(self.join)
-    @step
-    def join(self, inputs):
-        self.next(self.end)
-    @step
-    def end(self):
-        pass
-if __name__ == "__main__":
-    SeenFlow()
-""".replace("HOSTILE", HOSTILE)
+    class Flow(FlowSpec):
+        @step
+        def start(self):
+            open("is-running", "w").close()
+            while not os.path.exists("go-on"):
+                time.sleep(0.02)
+            self.value = 42
+            self.next(self.end)
+
+        @step
+        def end(self):
+            pass
+
+    if __name__ == "__main__":
+        Flow()
+    """
+)
 
 
-@pytest.fixture(scope="session")
-def chromium() -> Iterator[Browser]:
-    """A browser, without any traffic of its own."""
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    program = next(filter(None, map(shutil.which, names)), None)
-    if program is None:
-        pytest.skip(f"there is no browser here: none of {', '.join(names)} is on the path")
-    switches = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
-    switches += " --disable-background-networking --disable-component-update"
-    api.expect.set_options(timeout=90_000)  # a busy machine takes its time
-    with api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=program, args=switches.split())
-        yield opened
-        opened.close()
+class RunningFlow:
+    """A run of a real flow, which waits in its first step to be told to go on."""
+
+    def __init__(self, cli: Cli, *prefix: str, **environment: str) -> None:
+        self._folder = cli.folder
+        (cli.folder / "flow.py").write_text(FLOW_OF_LOCAL_MODE)
+        self._process = subprocess.Popen(
+            [*prefix, sys.executable, "flow.py", "run"],
+            cwd=cli.folder,
+            env={**cli.environment, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def __enter__(self) -> RunningFlow:
+        is_running = self._folder / "is-running"
+        assert eventually(lambda: is_running.exists() or self._process.poll() is not None, 60)
+        assert is_running.exists(), self._process.communicate()[0]
+        return self
+
+    def go_on(self) -> None:
+        (self._folder / "go-on").touch()
+
+    def __exit__(self, *_: object) -> None:
+        self.go_on()
+        self.output, _ = self._process.communicate(timeout=90)
+        self.exit_code = self._process.returncode
 
 
-@contextlib.contextmanager
-def new_page(
-    chromium: Browser, permitted: str = "404.*/(dag|parameters) ", **options: Any
-) -> Iterator[BrowserPage]:
-    """A window of its own, in which nothing may go wrong, but what `permitted` matches: there are
-    runs without a graph, of which our page asks all the same."""
-    complaints: list[str] = []
-    with contextlib.closing(chromium.new_context(**options)) as context:
-        page = context.new_page()
+def test_64_clients_at_once_lose_nothing(api: Api, cli: Cli, project: Path) -> None:
+    run = api.new_run(api.new_flow())
+    steps = [api.new_step(run, name) for name in ("start", "middle", "end")]
 
-        def answer_for_the_rest_of_the_world(route: Any) -> None:
-            if route.request.frame == page.main_frame:  # a card may ask elsewhere, for a font
-                complaints.append(f"asks {route.request.url}")
-            route.fulfill(body="")
+    def work(number: int) -> list[str]:
+        tasks = []
+        for step in steps:
+            task = api.new_task(step)
+            for field in ("a", "b"):
+                rows = [metadatum(field, str(number)) for _ in range(2)]
+                assert api.post(f"{task}/metadata", rows).json == {"metadata_created": 2}
+            rows = [artifact(name) for name in ("x", "y", "z")]
+            assert api.post(f"{task}/artifact", rows).json == {"artifacts_created": 3}
+            tasks.append(task)
+        api.close()
+        return tasks
 
-        context.route(re.compile(r"^https?://(?!127\.0\.0\.1:)"), answer_for_the_rest_of_the_world)
+    with RunningFlow(cli, METAFLOW_DEFAULT_METADATA="local") as local_mode:
+        with ThreadPoolExecutor(64) as pool:
+            tasks = [task for made in pool.map(work, range(64)) for task in made]
+        local_mode.go_on()
+    assert local_mode.exit_code == 0, local_mode.output
+    assert sorted(int(ids_in(task)[-1]) for task in tasks) == list(range(1, 3 * 64 + 1))
+    metadata = api.get(f"{run}/metadata").json
+    assert len(metadata) == len({datum["id"] for datum in metadata}) == len(tasks) * 4
+    assert len(api.get(f"{run}/artifacts").json) == len(tasks) * 3
+    assert len(api.get("/flows/Flow/runs").json) == 2
+    for task in tasks:
+        fields = [m["field_name"] for m in by_local_mode(project, "metadata", *ids_in(task))]
+        assert sorted(fields) == ["a", "a", "b", "b"]
+        names = [a["name"] for a in by_local_mode(project, "artifact", *ids_in(task))]
+        assert sorted(names) == ["x", "y", "z"]
 
-        def hear(said: Any) -> None:
-            if said.type == "error":
-                complaints.append(f"{said.text} at {said.location['url']} ")
 
-        page.on("console", hear)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
-        yield page
-    assert [said for said in complaints if not re.search(permitted, said)] == []
+class Told:
+    """What clients have been told is stored."""
+
+    def __init__(self) -> None:
+        self.runs: list[str] = []
+        self.tasks: list[str] = []
+        self.rows: list[tuple[str, str, str]] = []  # the list that must have it, a key, its value
+        self.heartbeats: dict[str, int] = {}
+        self.tags: list[str] = []
+
+    def keep_writing(self, api: Api, run: str) -> None:
+        """Write to a run, and more, until the service is gone."""
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            for number in itertools.count():
+                task = api.new_task(f"{run}/steps/start")
+                self.tasks.append(task)
+                rows = [metadatum(f"{name}-{number}") for name in "ab"]
+                assert api.post(f"{task}/metadata", rows).status == 200
+                self.rows += [(f"{task}/metadata", "field_name", r["field_name"]) for r in rows]
+                rows = [artifact(f"{name}{number}") for name in "xy"]
+                assert api.post(f"{task}/artifact", rows).status == 200
+                self.rows += [(f"{task}/artifacts", "name", row["name"]) for row in rows]
+                now = int(time.time())
+                assert api.post(f"{task}/heartbeat").status == 200
+                self.heartbeats[task] = now
+                tag = f"{threading.get_ident()}-{time.time_ns()}"
+                assert api.patch(f"{run}/tag/mutate", {"tags_to_add": [tag]}).status == 200
+                self.tags.append(tag)
+                self.runs.append(api.new_run("/flows/Flow"))
+        api.close()
+
+    def check(self, api: Api, project: Path, run: str) -> None:
+        """Whether all of it is there, through the service and through local mode."""
+        assert len(set(self.tasks)) == len(self.tasks)
+        assert len(set(self.runs)) == len(self.runs)
+        assert set(self.tags) <= set(api.get(run).json["tags"])
+        assert {*self.runs} <= {
+            f"/flows/Flow/runs/{r['run_number']}" for r in api.get("/flows/Flow/runs").json
+        }
+        local_runs = by_local_mode(project, "run", "Flow")
+        assert {*self.runs} <= {f"/flows/Flow/runs/{r['run_number']}" for r in local_runs}
+        (local_run,) = (r for r in local_runs if str(r["run_number"]) == ids_in(run)[-1])
+        assert set(self.tags) <= set(local_run["tags"])
+        for task in self.tasks:
+            heartbeat = api.get(task).json["last_heartbeat_ts"]
+            assert (heartbeat or 0) >= self.heartbeats.get(task, 0)
+        for listing, rows in itertools.groupby(sorted(self.rows), lambda row: row[0]):
+            task, _, kind = listing.rpartition("/")
+            here = api.get(listing).json
+            there = by_local_mode(project, kind.rstrip("s"), *ids_in(task))
+            for _, key, value in rows:
+                assert value in [row[key] for row in here]
+                assert value in [row[key] for row in there]
+
+
+@pytest.mark.skipif(not shutil.which("ps"), reason="there is no ps here")
+def test_what_was_acknowledged_outlives_a_kill_at_any_moment(cli: Cli, project: Path) -> None:
+    """As often as KILLS says; with -s, prints how much there was to lose."""
+    kills, acknowledged = int(os.environ.get("KILLS", "2")), 0
+    assert cli("start").returncode == 0
+    service = cli.status()
+    api = Api(service["url"])
+    run = api.new_run(api.new_flow())
+    api.new_step(run)
+    everything = Told()
+    for _ in range(kills):
+        told = Told()
+        with ThreadPoolExecutor(4) as pool:
+            clients = [pool.submit(told.keep_writing, api, run) for _ in range(4)]
+            time.sleep(random.uniform(0, 0.5))
+            os.kill(service["pid"], signal.SIGKILL)
+        for client in clients:
+            client.result()
+        assert eventually(lambda pid=service["pid"]: not is_running(pid))
+        api.close()
+        restarted = cli("start", "--port", service["port"])
+        assert restarted.returncode == 0, restarted.stderr
+        service = cli.status()
+        told.check(api, project, run)
+        everything.tasks += told.tasks
+        everything.runs += told.runs
+        everything.tags += told.tags
+        acknowledged += sum(map(len, (told.tasks, told.runs, told.rows, told.tags)))
+    everything.check(api, project, run)
+    on_disk = len(records(project))  # each of which can be read
+    api.close()
+    assert cli("run", "true").returncode == 0
+    print(f"{kills} kills, {acknowledged} acknowledged records, {on_disk} files")
+    assert acknowledged > kills or kills < 5
+
+
+def test_a_flow_survives_its_service(cli: Cli, daemon: Api) -> None:
+    with RunningFlow(
+        cli, METAFLOW_SERVICE_URL=daemon.url, METAFLOW_DEFAULT_METADATA="service"
+    ) as flow:
+        os.kill(cli.status()["pid"], signal.SIGKILL)
+        flow.go_on()  # from here on the flow asks a service that is not there
+        assert eventually(lambda: refuses_connections(daemon))
+        daemon.close()
+        restarted = cli("start", "--port", daemon.port)
+        assert restarted.returncode == 0, restarted.stderr
+    assert flow.exit_code == 0, flow.output
+    (run,) = daemon.get("/flows/Flow/runs?status=completed").json
+    steps = daemon.get(f"/flows/Flow/runs/{run['run_number']}/steps").json
+    assert {step["step_name"] for step in steps} == {"_parameters", "start", "end"}
+
+
+def test_a_time_zone_changes_nothing(cli: Cli) -> None:
+    assert cli("start", TZ="Asia/Tokyo").returncode == 0
+    with contextlib.closing(Api(cli.status()["url"])) as api:
+        task = api.new_task_of_its_own()
+        api.post(f"{task}/heartbeat")
+        run = api.get(task.split("/steps/")[0]).json
+        assert abs(run["ts_epoch"] / 1000 - time.time()) < 3000
+        assert abs(run["last_heartbeat_ts"] - time.time()) < 3000
+        assert abs(api.get(task).json["last_heartbeat_ts"] - time.time()) < 3000
+        assert len(api.get("/flows/Flow/runs?status=running").json) == 1
+        assert api.get("/flows/Flow/runs?status=failed").json == []
+
+
+# -- another machine -------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def page(chromium: Browser) -> Iterator[BrowserPage]:
-    """An empty window; what goes wrong in it fails the test."""
-    with new_page(chromium) as page:
-        yield page
+def other_machine() -> Iterator[tuple[list[str], str]]:
+    """How to run a command where only a network leads here, and our address in that network."""
+    name = f"mls{os.getpid()}"
+    ours, theirs = (f"198.18.{os.getpid() // 64 % 256}.{os.getpid() % 64 * 4 + n}" for n in (1, 2))
+    there = ["ip", "netns", "exec", name]
+
+    def ip(*words: str) -> bool:
+        return subprocess.run(["ip", *words], capture_output=True).returncode == 0
+
+    if not shutil.which("ip") or not ip("netns", "add", name):
+        pytest.skip("network namespaces cannot be made here (ip netns add)")
+    try:
+        for words in (
+            ["link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name],
+            ["addr", "add", f"{ours}/30", "dev", name],
+            ["link", "set", name, "up"],
+            ["-n", name, "addr", "add", f"{theirs}/30", "dev", "eth0"],
+            ["-n", name, "link", "set", "eth0", "up"],
+        ):
+            if not ip(*words):
+                pytest.skip(f"two network namespaces cannot be joined here (ip {' '.join(words)})")
+        yield there, ours
+    finally:
+        ip("netns", "del", name)
 
 
-def expect(what: Any) -> Any:
-    """Playwright's assertion on a page or a part of it, which waits for its coming true."""
-    from playwright.sync_api import expect
-
-    return expect(what)
-
-
-def visit(page: BrowserPage, url: str) -> None:
-    """Open a view of our page, and wait until it hears of what happens."""
-    page.goto(url)
-    expect(page.locator("#live")).to_have_attribute("data-state", "live")
-
-
-def run_row(page: BrowserPage, flow: str) -> Any:
-    return page.locator(f"#runs tr[data-run^='{flow}/']")
-
-
-def task_rows(page: BrowserPage, step: str) -> Any:
-    return page.locator(f"#timeline a[data-task^='{step}/']")
-
-
-class Seen(NamedTuple):
-    """A service, and the views of a run that has finished under it."""
-
-    home: str
-    run: str
-    retried: str
-
-
-@pytest.fixture(scope="session")
-def seen_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
-    """SeenFlow, which has run once for all tests that only look."""
-    with command_line(tmp_path_factory.mktemp("browser").resolve()) as cli:
-        (cli.folder / "seen.py").write_text(SEEN_FLOW)
-        (cli.folder / "finish").touch()
-        assert cli("start", "--idle-timeout", 3600).returncode == 0
-        ran = cli("run", sys.executable, "seen.py", "run", "--tag", HOSTILE)
-        assert ran.returncode == 0, ran.stderr
-        home = cli.status()["url"]
-        api = Api(home)
-        (run,) = api.get("/api/runs").json["data"]
-        path = f"/SeenFlow/{run['run_number']}"
-        tasks = f"/api/flows/SeenFlow/runs/{run['run_number']}/tasks?step_name=work"
-        work = api.get(f"{tasks}&_order=-attempt_id").json["data"]
-        api.close()
-        yield Seen(f"{home}/#/", f"{home}/#{path}", f"{home}/#{path}/work/{work[0]['task_id']}")
-
-
-@browser
-def test_one_clicks_from_the_list_to_the_log_of_a_task(page: BrowserPage, seen_run: Seen) -> None:
-    visit(page, seen_run.home)
-    expect(run_row(page, "SeenFlow")).to_have_attribute("data-status", "completed")
-    run_row(page, "SeenFlow").click()
-    expect(page).to_have_url(seen_run.run)
-    expect(page.locator("#head h1")).to_contain_text("SeenFlow/")
-    task_rows(page, "start").click()
-    expect(page.locator("#log-out")).to_contain_text(f"hello {HOSTILE}")
-    page.go_back()
-    page.go_back()
-    expect(run_row(page, "SeenFlow")).to_be_visible()
-
-
-@browser
-def test_a_run_is_shown_with_its_graph_parameters_and_retries(
-    page: BrowserPage, seen_run: Seen
+def test_a_worker_on_another_machine_runs_its_tasks_with_the_key_and_not_without(
+    cli: Cli, other_machine: tuple[list[str], str]
 ) -> None:
-    visit(page, seen_run.run)
-    expect(page.locator("#parameters")).to_contain_text(json.dumps(HOSTILE))
-    names = ["start", "work", "join", "end"]
-    nodes = page.locator("#dag .node")
-    expect(nodes).to_have_count(len(names))
-    assert [node.get_attribute("data-step") for node in nodes.all()] == names
-    expect(nodes.nth(1)).to_have_class(re.compile("many"))
-    retried = task_rows(page, "work").filter(has_text="2 tries")
-    expect(retried.locator(".bar.s-failed")).to_have_count(1)
-    expect(retried.locator(".bar.s-completed")).to_have_count(1)
-    nodes.nth(1).click()
-    expect(page.locator(".step-head", has_text="work")).to_be_focused()
-    nodes.nth(2).click()
-    expect(page.locator("#head h1")).to_contain_text("join/")
-
-
-@browser
-def test_each_attempt_has_its_own_status_and_log(page: BrowserPage, seen_run: Seen) -> None:
-    visit(page, seen_run.retried)
-    expect(page.locator("#log-out")).to_contain_text("attempt 1 on b")
-    expect(page.locator("#log-out")).not_to_contain_text("attempt 0")
-    page.get_by_role("link", name="Attempt 0: failed").click()
-    expect(page.locator("#head")).to_have_attribute("data-status", "failed")
-    expect(page.locator("#log-out")).to_contain_text("attempt 0 on b")
-    expect(page.locator("#log-err")).to_contain_text(f"ValueError: fails once, {HOSTILE}")
-    logs = page.locator("[id^=log-]").evaluate_all("logs => logs.map(({id}) => id)")
-    assert logs == ["log-err", "log-out"], "what it failed with comes first"
-
-
-@browser
-def test_what_a_task_made_stands_apart_from_what_it_inherited(
-    page: BrowserPage, seen_run: Seen
-) -> None:
-    visit(page, seen_run.retried)
-    expect(page.locator("#artifacts tr", has_text="result")).to_contain_text("B")
-    expect(page.locator("#artifacts")).not_to_contain_text("letters")
-    for part, name, value in (
-        ("#inherited", "hostile", f"{{'{HOSTILE}': [1, 2.5, None]}}"),
-        ("#inherited", "letters", "ab"),
-        ("#metadata", "foreach-stack", '["letters=b"]'),
-    ):
-        row = page.locator(f"{part} tr", has_text=name)
-        expect(row).to_contain_text(value)
-        expect(row).not_to_be_visible()
-    page.locator("#metadata summary").click()
-    expect(page.locator("#metadata tr", has_text="foreach-stack")).to_be_visible()
-
-
-@browser
-def test_a_card_is_rendered_by_its_own_scripts_that_cannot_act_as_the_page(
-    page: BrowserPage, seen_run: Seen
-) -> None:
-    visit(page, seen_run.run)
-    task_rows(page, "start").click()
-    card = page.frame_locator("#cards iframe")
-    expect(card.get_by_role("heading", name="Begun")).to_be_visible()
-    expect(card.get_by_text(HOSTILE)).to_be_visible()
-    expect(page.locator("#cards iframe")).to_have_class("ready")
-    frame = page.frames[1]
-    assert frame.evaluate("self.origin") == "null"
-    assert eventually(
-        lambda: frame.evaluate("document.documentElement.scrollHeight - innerHeight") <= 0
-    ), "the card is as high as what it holds"
-
-
-@browser
-def test_what_flows_say_is_never_markup(page: BrowserPage, seen_run: Seen) -> None:
-    for view in seen_run:  # an image in it would not load, which is an error on the console
-        visit(page, view)
-        expect(page.get_by_text(HOSTILE).first).to_be_attached()
-        assert page.locator("main img").count() == 0
-
-
-@browser
-def test_a_run_appears_and_finishes_on_a_page_that_is_open(
-    page: BrowserPage, cli: Cli, daemon: Api
-) -> None:
-    (cli.folder / "seen.py").write_text(SEEN_FLOW)
-    visit(page, daemon.url)
-    page.evaluate("window.isTheSame = true")
-    flow = cli.popen("run", sys.executable, "seen.py", "run")
-    expect(run_row(page, "SeenFlow")).to_have_attribute("data-status", "running")
-    expect(page).to_have_title("\u25b6 1 running \u00b7 Metaflow runs")
-    run_row(page, "SeenFlow").locator("a").click()
-    task_rows(page, "start").click()
-    expect(page.locator("#head")).to_have_attribute("data-status", "running")
-    card = page.frame_locator("#cards iframe.ready")  # its successor is loading beside it
-    expect(card.get_by_role("heading", name="Begun")).to_be_visible()
-    (cli.folder / "go on").touch()
-    expect(card.get_by_role("heading", name="Halfway")).to_be_visible()
-    (cli.folder / "finish").touch()
-    expect(page.locator("#head")).to_have_attribute("data-status", "completed")
-    expect(page.locator("#log-out")).to_contain_text("hello")
-    expect(page.locator("#artifacts tr", has_text="letters")).to_contain_text("ab")
-    expect(card.get_by_role("heading", name="Halfway")).to_be_visible()
-    page.keyboard.press("Escape")
-    expect(page.locator("#head")).to_have_attribute("data-status", "completed")
-    expect(page).to_have_title(re.compile("^\u2713 SeenFlow/"))
-    expect(task_rows(page, "end")).to_have_attribute("data-status", "completed")
-    page.keyboard.press("Escape")
-    expect(run_row(page, "SeenFlow")).to_have_attribute("data-status", "completed")
-    assert page.evaluate("window.isTheSame"), "it was loaded anew"
-    assert flow.communicate(timeout=60) and flow.returncode == 0
-
-
-@browser
-def test_a_run_that_ends_unseen_changes_the_title_and_the_icon(
-    page: BrowserPage, cli: Cli, daemon: Api
-) -> None:
-    (cli.folder / "seen.py").write_text(SEEN_FLOW)
-    visit(page, daemon.url)
-    flow = cli.popen("run", sys.executable, "seen.py", "run")
-    expect(page).to_have_title(re.compile("running"))
-    icon = page.locator("#icon").get_attribute("href")
-    page.evaluate("Object.defineProperty(document, 'hidden', {value: true})")
-    (cli.folder / "finish").touch()
-    expect(page).to_have_title("\u2713 completed: SeenFlow")
-    assert page.locator("#icon").get_attribute("href") != icon
-    assert flow.communicate(timeout=60) and flow.returncode == 0
-
-
-WALKED_FLOW = """
-import sys
-from metaflow import FlowSpec, Parameter, step
-class WalkedFlow(FlowSpec):
-    size = Parameter("size", default="big")
-    @step
-    def start(self):
-        self.next({"big": self.big, "small": self.small}, condition="size")
-    @step
-    def big(self):
-        self.count = 0
-        self.next(self.loop)
-    @step
-    def small(self):
-        self.count = 1
-        self.next(self.loop)
-    @step
-    def loop(self):
-        self.count += 1
-        self.again = "yes" if self.count < 3 else "no"
-        self.next({"yes": self.loop, "no": self.fan}, condition="again")
-    @step
-    def fan(self):
-        for number in range(2100):
-            print("line", number)
-        for percent in (0, 50, 100):
-            sys.stderr.write(f"\\r{percent}% done")
-        sys.stderr.write("\\n\\x1b[31mred\\x1b[0m plain\\n")
-        self.numbers = list(range(30))
-        self.next(self.work, foreach="numbers")
-    @step
-    def work(self):
-        self.square = self.input * self.input
-        if self.input == 20:
-            raise ValueError("twenty is too many")
-        self.next(self.join)
-    @step
-    def join(self, inputs):
-        self.next(self.end)
-    @step
-    def end(self):
-        pass
-if __name__ == "__main__":
-    WalkedFlow()
-"""
-
-
-@pytest.fixture(scope="session")
-def walked_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of WalkedFlow's run, which has failed, for all tests that only look."""
-    with command_line(tmp_path_factory.mktemp("walked").resolve()) as cli:
-        (cli.folder / "walked.py").write_text(WALKED_FLOW)
-        assert cli("start", "--idle-timeout", 3600).returncode == 0
-        ran = cli("run", sys.executable, "walked.py", "run", "--max-workers", "2")
-        assert ran.returncode == 1, ran.stderr
-        home = cli.status()["url"]
-        api = Api(home)
-        (run,) = api.get("/api/runs").json["data"]
-        api.close()
-        yield f"{home}/#/WalkedFlow/{run['run_number']}"
-
-
-def open_task(page: BrowserPage, run: str, step: str) -> None:
-    """Open the first task of a step."""
-    visit(page, run)
-    task_rows(page, step).first.click()
-    expect(page.locator("#head h1")).to_contain_text(f"{step}/")
-
-
-@browser
-def test_the_graph_tells_which_way_a_run_went_and_how_far(
-    page: BrowserPage, walked_run: str
-) -> None:
-    visit(page, walked_run)
-    nodes = page.locator("#dag .node")
-    expect(nodes).to_have_count(8)
-    for step, text in {
-        "small": "not taken",
-        "loop": "3 tasks",
-        "work": "1 failed",
-        "join": "not reached",
-        "end": "not reached",
-    }.items():
-        expect(page.locator(f".node[data-step={step}]")).to_contain_text(text)
-    expect(page.locator("#dag path.back")).to_have_count(1)
-    expect(page.locator("#dag text")).to_have_text(["big", "small", "no", "yes"])
-    page.locator(".node[data-step=work]").click()
-    expect(page.locator("#head")).to_have_attribute("data-status", "failed")
-    expect(page.locator("#log-err")).to_contain_text("twenty is too many")
-
-
-@browser
-def test_a_failed_run_says_why_and_leads_there(page: BrowserPage, walked_run: str) -> None:
-    visit(page, walked_run.split("#")[0])
-    expect(page.locator("#runs .why")).to_contain_text("ValueError: twenty is too many")
-    visit(page, walked_run)
-    cause = page.get_by_role("region", name="Why it failed")
-    for text in ("ValueError: twenty is too many", "walked.py:"):
-        expect(cause).to_contain_text(text)
-    expect(cause.get_by_label("Last lines of standard error")).to_contain_text("in work")
-    cause.get_by_role("link", name="Open the task").click()
-    expect(page.locator("#head h1")).to_contain_text("work/")
-    expect(page.locator("#log-err")).to_contain_text("twenty is too many")
-
-
-@browser
-def test_the_tasks_of_a_foreach_are_searched_sorted_and_only_the_failed_shown(
-    page: BrowserPage, walked_run: str
-) -> None:
-    visit(page, walked_run)
-    work = task_rows(page, "work")
-    shown = work.count()
-    assert shown < 20, "a long foreach is folded"
-    expect(page.locator("#timeline a[data-status=failed]")).to_have_count(1)
-    expect(page.locator(".step-head", has_text="work").locator(".bar")).to_have_count(1)
-    page.get_by_role("button", name="Show all").click()
-    assert work.count() > 20
-    box = page.get_by_label("Search tasks by value, id, or artifact:value")
-    box.fill("square:81")
-    expect(work).to_have_count(1)
-    expect(page.locator("#timeline a.nav")).to_have_count(1)
-    box.fill("")
-    page.get_by_label("Only failed").check()
-    expect(page.locator("#timeline a.nav")).to_have_count(1)
-    page.get_by_label("Only failed").uncheck()
-    page.get_by_label("Order of tasks").select_option("longest")
-    bars = "rows => rows.map(row => row.querySelector('.bar').style.cssText.match(/[\\d.]+/g))"
-    times = [round(float(end) - float(begin), 6) for begin, end in work.evaluate_all(bars)]
-    assert len(times) > 20 and times == sorted(times, reverse=True)
-
-
-@browser
-def test_logs_are_shown_as_a_terminal_does_searched_and_linked_to(
-    page: BrowserPage, walked_run: str
-) -> None:
-    open_task(page, walked_run, "fan")
-    err = page.locator("#log-err .line > span")
-    expect(err.first).to_have_text("100% done")
-    expect(err.nth(1)).to_have_text("red plain")
-    expect(err.nth(1).locator(".c1")).to_have_text("red")
-    lines = page.locator("#log-out .line")
-    expect(lines).to_have_count(1100)
-    page.get_by_role("button", name="Load earlier lines").click()
-    expect(lines).to_have_count(2100)
-    expect(page.get_by_role("button", name="Load all")).to_have_count(0)
-    page.get_by_label("Search in standard output").fill("line 77")
-    expect(page.locator("#log-out .hit")).to_have_count(11)
-    page.keyboard.press("Enter")
-    expect(page.locator("#log-out .target")).to_contain_text("line 77")
-    link = lines.nth(41).locator("a").get_attribute("href")
-    visit(page, page.url.split("#")[0] + (link or ""))
-    page.reload()
-    target = page.locator("#log-out .line.target")
-    expect(target).to_contain_text("line 41")
-    expect(target).to_be_in_viewport()
-
-
-@browser
-def test_names_and_lines_of_code_are_copied(chromium: Browser, walked_run: str) -> None:
-    with new_page(chromium, permissions=["clipboard-read", "clipboard-write"]) as page:
-        visit(page, walked_run)
-        pathspec = "/".join(walked_run.rsplit("/", 2)[1:])
-        page.get_by_role("button", name="Copy pathspec").click()
-        assert page.evaluate("navigator.clipboard.readText()") == pathspec
-        page.locator("#code summary").click()
-        expect(page.locator("#code")).to_contain_text(f'Run("{pathspec}")')
-        expect(page.locator("#code")).to_contain_text("walked.py resume --origin-run-id")
-        task_rows(page, "fan").click()
-        page.get_by_role("button", name="Copy the Python that loads numbers").click()
-        copied = page.evaluate("navigator.clipboard.readText()")
-        assert re.fullmatch(rf'Task\("{pathspec}/fan/[0-9]+"\)\.data\.numbers', copied)
-
-
-@browser
-def test_tags_are_added_and_removed(page: BrowserPage, daemon: Api) -> None:
-    run = daemon.new_run(daemon.new_flow("Tagged"))
-    visit(page, f"{daemon.url}/#{run.replace('/flows', '').replace('/runs', '')}")
-    page.get_by_role("button", name="Add a tag").click()
-    page.get_by_label("New tag").fill("two words")
-    page.keyboard.press("Enter")
-    expect(page.locator("#tags .tag")).to_have_text(re.compile("two words"))
-    assert daemon.get(run).json["tags"] == ["two words"]
-    page.get_by_role("button", name="Remove the tag two words").click()
-    expect(page.locator("#tags .tag")).to_have_count(0)
-    assert daemon.get(run).json["tags"] == []
-
-
-@browser
-def test_a_run_is_deleted_from_its_menu_and_from_all_pages(
-    chromium: Browser, cli: Cli, daemon: Api
-) -> None:
-    flow = daemon.new_flow("Deleted")
-    beating = {"system_tags": ["metaflow_version:2.19.0"]}  # so that it is running for minutes
-    gone, kept = (daemon.new_run(flow, **beating).split("/")[-1] for _ in range(2))
-    with new_page(chromium, permitted="409|404.*/dag ") as page, new_page(chromium) as other:
-        visit(other, daemon.url)
-        expect(run_row(other, "Deleted")).to_have_count(2)
-        visit(page, f"{daemon.url}/#/Deleted/{gone}")
-        menu = page.locator("#head .menu summary")
-        menu.click()
-        opener = page.get_by_role("button", name="Delete this run")
-        dialog = page.get_by_role("dialog")
-        opener.click()
-        expect(dialog).to_contain_text(f"Deleted/{gone}")
-        expect(dialog).to_contain_text("cannot be undone")
-        expect(dialog.get_by_role("button", name="Cancel")).to_be_focused()
-        page.keyboard.press("Escape")
-        expect(dialog).to_have_count(0)
-        expect(menu).to_be_focused()
-        assert daemon.get(f"/flows/Deleted/runs/{gone}").status == 200
-        menu.click()
-        opener.click()
-        dialog.get_by_role("button", name="Delete").click()
-        expect(dialog).to_contain_text("is running")
-        dialog.get_by_role("button", name="Close").click()
-        complete_run(cli, daemon, f"/flows/Deleted/runs/{gone}")
-        menu.click()
-        opener.click()
-        dialog.get_by_role("button", name="Delete").click()
-        expect(run_row(page, "Deleted")).to_have_count(1)
-        expect(run_row(page, "Deleted")).to_have_attribute("data-run", f"Deleted/{kept}")
-        expect(run_row(other, "Deleted")).to_have_count(1)
-
-
-FILTERED = {
-    "AlphaTrain": {"tags": ["experiment", "lr=0.1"], "user_name": "ada"},
-    "AlphaScore": {"tags": ["two words"], "user_name": "bob"},
-    "Beta": {
-        "tags": [],
-        "user_name": "ada",
-        "system_tags": ["project:fraud", "project_branch:test.branch"],
-    },
-}
-
-
-def complete_run(cli: Cli, api: Api, run: str) -> None:
-    task = api.new_task(api.new_step(run, "end"))
-    end_task(api, task)
-    store_log(cli.folder / ".metaflow", task)
-
-
-@pytest.fixture(scope="session")
-def filtered_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of the page of a service that has FILTERED."""
-    with command_line(tmp_path_factory.mktemp("filtered").resolve()) as cli:
-        assert cli("start", "--idle-timeout", 3600).returncode == 0
-        api = Api(cli.status()["url"])
-        for flow, fields in FILTERED.items():
-            complete_run(cli, api, api.new_run(api.new_flow(flow), **fields))
-        api.close()
-        yield api.url
-
-
-@browser
-@pytest.mark.parametrize(
-    ("query", "flows"),
-    [
-        ("ALPHA", ["AlphaScore", "AlphaTrain"]),
-        ("flow:alpha -flow:score", ["AlphaTrain"]),
-        ("flow:beta,score", ["Beta", "AlphaScore"]),
-        ('tag:"two words"', ["AlphaScore"]),
-        ("tag:exper user:AD", ["AlphaTrain"]),
-        ("-user:ada", ["AlphaScore"]),
-        ("project:fra branch:test.", ["Beta"]),
-        ("status:compl", ["Beta", "AlphaScore", "AlphaTrain"]),
-        ("-status:completed", []),
-        ("since:1h -before:today flow:beta", ["Beta"]),
-        ("before:2h", []),
-    ],
-)
-def test_one_rule_filters_by_every_field(
-    page: BrowserPage, filtered_runs: str, query: str, flows: Sequence[str]
-) -> None:
-    visit(page, f"{filtered_runs}/#/?q={quote(query)}")
-    rows = page.locator("#runs tbody tr")
-    expect(rows).to_have_count(len(flows))
-    assert [row.split("/")[0] for row in rows.evaluate_all("a => a.map(r => r.dataset.run)")] == [
-        *flows
-    ]
-
-
-@browser
-@pytest.mark.parametrize(
-    ("query", "answer"),
-    [("colour:red", 'There is no field "colour"'), ("since:soon", '"soon" is no time')],
-)
-def test_a_filter_that_is_not_understood_is_told_so(
-    page: BrowserPage, filtered_runs: str, query: str, answer: str
-) -> None:
-    visit(page, f"{filtered_runs}/#/?q={quote(query)}")
-    expect(page.get_by_role("alert")).to_contain_text(answer)
-
-
-@browser
-def test_what_is_typed_into_the_filter_is_completed(page: BrowserPage, filtered_runs: str) -> None:
-    visit(page, filtered_runs)
-    page.keyboard.press("/")
-    page.keyboard.type("pro")
-    for key in ("ArrowDown", "Enter", "ArrowDown", "Enter"):
-        page.keyboard.press(key)
-    expect(page.locator("#filter")).to_have_value("project:fraud ")
-    expect(page.locator("#runs tbody tr")).to_have_count(1)
-
-
-@browser
-def test_runs_are_sorted_grouped_and_marked(page: BrowserPage, filtered_runs: str) -> None:
-    visit(page, filtered_runs)
-    rows = page.locator("#runs tbody tr[data-run]")
-    expect(rows).to_have_count(3)
-    page.get_by_role("button", name="Flow", exact=True).click()
-    expect(page.get_by_role("columnheader", name="Flow")).to_have_attribute(
-        "aria-sort", "descending"
-    )
-    expect(rows.first).to_have_attribute("data-run", re.compile("^Beta/"))
-    page.get_by_role("button", name="Flow", exact=True).click()
-    expect(rows.first).to_have_attribute("data-run", re.compile("^AlphaScore/"))
-    page.get_by_role("button", name="Group by flow").click()
-    expect(page.locator("#runs tr.group")).to_have_count(3)
-    page.keyboard.press("j")
-    page.keyboard.press("x")
-    expect(page.locator("#marked")).to_contain_text("1 run marked")
-    expect(page.get_by_role("button", name="Compare")).to_be_disabled()
-    page.keyboard.press("j")
-    page.keyboard.press("x")
-    page.keyboard.press("c")
-    expect(page.locator("#compare tbody")).to_contain_text("experiment")
-    page.keyboard.press("Escape")
-    expect(page.locator("#runs tr.group")).to_have_count(3)
-
-
-@browser
-def test_ordinary_tags_leave_the_columns_whole(page: BrowserPage, cli: Cli, daemon: Api) -> None:
-    tags = [
-        "nightly-build",
-        "experiment",
-        "a tag of several words",
-        "learning_rate=0.001",
-        "x" * 90,
-    ]
-    flow = daemon.new_flow("AFlowWithQuiteALongNameIndeed")
-    complete_run(cli, daemon, daemon.new_run(flow, tags=tags, user_name="barbara"))
-    page.set_viewport_size({"width": 1600, "height": 900})
-    visit(page, daemon.url)
-    row = run_row(page, "AFlowWithQuiteALongNameIndeed")
-    expect(row.locator(".tag")).to_have_count(3)
-    expect(row).to_contain_text("+2")
-    expect(row).to_contain_text("barbara")
-    assert row.bounding_box()["height"] < 50, "nothing of it wraps"
-    assert page.locator("#runs").bounding_box()["width"] > 1500
-
-
-@browser
-def test_a_page_outlives_its_service_and_hears_what_it_has_missed(
-    chromium: Browser, cli: Cli, daemon: Api
-) -> None:
-    with new_page(chromium, permitted="WebSocket connection") as page:
-        gone = daemon.new_run(daemon.new_flow("Gone"))
-        visit(page, daemon.url)
-        expect(run_row(page, "Gone")).to_be_visible()
-        assert cli("stop").returncode == 0
-        expect(page.locator("#live")).to_have_attribute("data-state", "reconnecting")
-        shutil.rmtree(Path(cli.folder, ".metaflow", *gone.split("/")[2::2]))
-        daemon.close()
-        assert cli("start", "--port", daemon.port).returncode == 0
-        daemon.new_run(daemon.new_flow("Missed"))
-        expect(run_row(page, "Missed")).to_be_visible()
-        expect(run_row(page, "Gone")).to_have_count(0)
-
-
-@browser
-def test_the_keyboard_is_enough(page: BrowserPage, daemon: Api) -> None:
-    for flow in ("First", "Second", "Third"):
-        daemon.new_run(daemon.new_flow(flow))
-    visit(page, daemon.url)
-    links = page.locator("#runs a.nav")
-    expect(links).to_have_count(3)
-    for key, at in (("j", 0), ("j", 1), ("ArrowDown", 2), ("k", 1)):
-        page.keyboard.press(key)
-        expect(links.nth(at)).to_be_focused()
-    page.keyboard.press("Enter")
-    expect(page.locator("#head h1")).to_contain_text("Second/")
-    page.keyboard.press("Escape")
-    expect(links.nth(1)).to_be_focused()
-    page.keyboard.press("?")
-    expect(page.locator("#keys")).to_be_visible()
-    page.keyboard.press("Escape")
-    expect(page.locator("#keys")).to_have_count(0)
-    page.keyboard.press("/")
-    page.keyboard.type("flow:third")
-    expect(run_row(page, "Second")).to_have_count(0)
-    page.keyboard.press("Enter")
-    expect(links.first).to_be_focused()
-
-
-@browser
-def test_six_hundred_runs_and_a_thousand_tasks_are_all_within_reach(
-    chromium: Browser, daemon: Api
-) -> None:
-    flow = daemon.new_flow("Many")
-    for _ in range(599):
-        daemon.new_run(flow)
-    step = daemon.new_step(daemon.new_run(flow, tags=["wide"]))
-    for _ in range(1000):
-        task = daemon.new_task(step)
-        daemon.post(f"{task}/metadata", [metadatum("attempt", "0")])
-    with new_page(chromium) as page:
-        visit(page, daemon.url)
-        rows = run_row(page, "Many")
-        expect(rows.first).to_be_visible()
-        while rows.count() < 600:
-            seen = rows.count()
-            page.keyboard.press("End")
-            expect(rows.nth(seen)).to_be_attached()
-        opened = rows.nth(500).locator("a")
-        opened.scroll_into_view_if_needed()
-        scrolled = page.evaluate("scrollY")
-        opened.click()
-        expect(page.locator("#head h1")).to_contain_text("Many/")
-        page.go_back()
-        expect(opened).to_be_focused()
-        assert page.evaluate("scrollY") == scrolled > 0
-        page.evaluate("scrollTo(0, 0)")
-        rows.first.locator("a").click()
-        expect(task_rows(page, "start").first).to_be_visible()
-        page.get_by_role("button", name="Show all 1,000").click()
-        expect(task_rows(page, "start")).to_have_count(1000)
-
-
-@browser
-def test_the_key_is_asked_for_once(chromium: Browser, cli: Cli) -> None:
-    assert cli("start", METAFLOW_SERVICE_AUTH_KEY="sesame").returncode == 0
+    there, address = other_machine
+    assert cli("start", "--host", address, "--generate-key").returncode == 0
     url = cli.status()["url"]
-    service = Api(url, "sesame")
-    service.new_run(service.new_flow("Locked"))
-    service.close()
-    with new_page(chromium, permitted="401") as page:
-        page.goto(url)
-        for key in ("wrong", "sesame"):
-            page.get_by_label("Key", exact=True).fill(key)
-            page.keyboard.press("Enter")
-            expect(page.get_by_text("This key is wrong.")).to_have_count(int(key == "wrong"))
-        expect(run_row(page, "Locked")).to_be_visible()
-        visit(page, url)
-        expect(run_row(page, "Locked")).to_be_visible()
-
-
-@browser
-def test_a_build_of_another_ui_has_its_routes_its_requests_and_its_socket(
-    page: BrowserPage, cli: Cli, tmp_path: Path
-) -> None:
-    build = tmp_path / "build"
-    (build / "static").mkdir(parents=True)
-    (build / "index.html").write_text(
-        "<!doctype html><link rel=icon href=data:,><title>Another</title>"
-        "<p id=runs></p><p id=heard></p><script src=/static/app.js></script>"
+    exports = [line.partition("=") for line in cli("env").stdout.splitlines()]
+    told = {name.replace("export ", ""): value for name, _, value in exports}
+    assert told["METAFLOW_SERVICE_URL"] == url == f"http://{address}:{urlsplit(url).port}"
+    cli.folder.joinpath("go-on").touch()
+    with RunningFlow(cli, *there, **told) as flow:
+        pass
+    assert flow.exit_code == 0, flow.output
+    key = {"x-api-key": told["METAFLOW_SERVICE_AUTH_KEY"]}
+    with contextlib.closing(Api(url)) as api:
+        assert len(api.get("/flows/Flow/runs?status=completed", **key).json) == 1
+        assert api.get("/flows").status == 401
+    del told["METAFLOW_SERVICE_AUTH_KEY"]
+    ask = "import sys, urllib.request as r; r.urlopen(sys.argv[1] + '/ping', timeout=20)"
+    refused = subprocess.run(
+        [*there, sys.executable, "-c", ask, url], capture_output=True, text=True, timeout=60
     )
-    (build / "static" / "app.js").write_text(
-        """
-        const show = (id, text) => { document.getElementById(id).textContent = text; };
-        const asked = fetch("/api/runs").then(answer => answer.json());
-        asked.then(({data}) => show("runs", data.length));
-        const socket = new WebSocket(`ws://${location.host}/api/ws`);
-        socket.onmessage = ({data}) => show("heard", data);
-        socket.onopen = () =>
-          socket.send(JSON.stringify({type: "SUBSCRIBE", uuid: "it", resource: "/runs"}));
-        """
-    )
-    assert cli("start", "--ui-dir", build).returncode == 0
-    service = Api(cli.status()["url"])
-    page.goto(f"{service.url}/AFlow/17/view/timeline?direction=asc")
-    expect(page).to_have_title("Another")
-    expect(page.locator("#runs")).to_have_text("0")
-    service.new_run(service.new_flow("AFlow"))
-    expect(page.locator("#heard")).to_contain_text('"INSERT"')
-    service.close()
-
-
-@browser
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize(("size", "width"), [("wide", 1280), ("narrow", 400)])
-def test_every_view_fits_its_window(
-    chromium: Browser, seen_run: Seen, tmp_path: Path, scheme: str, size: str, width: int
-) -> None:
-    """Leaves screenshots, to be looked at, in the folder that SCREENSHOTS names."""
-    folder = Path(os.environ.get("SCREENSHOTS") or tmp_path)
-    window = {"width": width, "height": 860}
-    with new_page(chromium, viewport=window, color_scheme=scheme) as page:
-        for name, view in seen_run._asdict().items():
-            visit(page, view)
-            expect(page.get_by_text(HOSTILE).first).to_be_attached()
-            expect(page.get_by_text("Loading \u2026")).to_have_count(0)
-            page.screenshot(path=folder / f"{name}-{size}-{scheme}.png", full_page=True)
-            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), name
-
-
-@browser
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1600, 400])
-def test_axe_finds_nothing(
-    chromium: Browser, seen_run: Seen, walked_run: str, scheme: str, width: int
-) -> None:
-    axe = os.environ.get("AXE")
-    if axe is None:
-        pytest.skip("axe-core is not here: AXE has to name its file, as `nox -s browser` does")
-    window = {"width": width, "height": 900}
-    # The page's own policy would not let axe in.
-    with new_page(chromium, viewport=window, color_scheme=scheme, bypass_csp=True) as page:
-        for view in (*seen_run, walked_run):
-            visit(page, view)
-            expect(page.get_by_text("Loading \u2026")).to_have_count(0)
-            page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
-            page.add_script_tag(path=axe)
-            found = page.evaluate(
-                "axe.run(document, {iframes: false}).then(({violations}) => violations"
-                ".map(({id, nodes}) => [id, ...nodes.map(({html}) => html)]))"
-            )
-            assert found == []
+    assert "HTTP Error 401" in refused.stderr
