@@ -226,7 +226,7 @@ def store(project: Path) -> mls.Store:
 
 
 @contextlib.contextmanager
-def served(store: mls.Store, host: str = "127.0.0.1", key: str | None = None) -> Iterator[Api]:
+def serve(store: mls.Store, host: str = "127.0.0.1", key: str | None = None) -> Iterator[Api]:
     """Serve a store from this process."""
     server = mls.Server(host, 0, key)
     service = mls.MetadataService(store)
@@ -245,7 +245,7 @@ def served(store: mls.Store, host: str = "127.0.0.1", key: str | None = None) ->
 @pytest.fixture
 def api(store: mls.Store) -> Iterator[Api]:
     """A client of a service on an empty root, in this process."""
-    with served(store) as client:
+    with serve(store) as client:
         yield client
 
 
@@ -330,20 +330,20 @@ def command_line(folder: Path) -> Iterator[Cli]:
     """A command line below a folder; all services that it starts are stopped afterwards."""
     (folder / "home").mkdir()
     (folder / "project").mkdir(exist_ok=True)
-    cli = Cli(folder / "project", folder / "home")
+    program = Cli(folder / "project", folder / "home")
     try:
-        yield cli
+        yield program
     finally:
-        if (cli.home / "services").exists():  # else none was started
-            stopped = cli("stop", "--all")
+        if (program.home / "services").exists():  # else none was started
+            stopped = program("stop", "--all")
             assert stopped.returncode == 0, stopped.stderr
 
 
 @pytest.fixture
 def cli(project: Path) -> Iterator[Cli]:
     """The command line in an empty project."""
-    with command_line(project.parent) as cli:
-        yield cli
+    with command_line(project.parent) as program:
+        yield program
 
 
 @pytest.fixture
@@ -357,7 +357,7 @@ def daemon(cli: Cli) -> Iterator[Api]:
 
 
 @contextlib.contextmanager
-def ui_served(store: mls.Store, key: str | None = None, **options: Any) -> Iterator[Api]:
+def serve_ui(store: mls.Store, key: str | None = None, **options: Any) -> Iterator[Api]:
     """Serve a store and its UI from this process."""
     server = mls.Server("127.0.0.1", 0, key)
     service = mls.UiService(store, credentials=server.access.credentials, **options)
@@ -377,7 +377,7 @@ def ui_served(store: mls.Store, key: str | None = None, **options: Any) -> Itera
 @pytest.fixture
 def ui(store: mls.Store) -> Iterator[Api]:
     """A client of a service with a UI, on an empty root."""
-    with ui_served(store) as client:
+    with serve_ui(store) as client:
         yield client
 
 
@@ -557,18 +557,21 @@ def test_a_layer_names_only_what_is_defined_above_it_or_in_it() -> None:
 
 
 @structural
-def test_no_local_variable_bears_the_name_of_a_function_or_class() -> None:
-    tree = ast.parse(SOURCE)
-    of_module = {s.name for s in tree.body if isinstance(s, (ast.FunctionDef, ast.ClassDef))}
+@pytest.mark.parametrize("path", [MODULE, Path(__file__)], ids=lambda path: path.stem)
+def test_no_local_variable_bears_the_name_of_a_function_or_class(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    defined = {s.name: s for s in tree.body if isinstance(s, (ast.FunctionDef, ast.ClassDef))}
+    decorators = {name: map(ast.unparse, s.decorator_list) for name, s in defined.items()}
+    fixtures = {name for name, words in decorators.items() if "pytest.fixture" in " ".join(words)}
     shadows = []
     for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
         arguments = function.args
         every = (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)
-        names = {argument.arg for argument in every}
+        names = {argument.arg for argument in every} - fixtures  # which are asked for so
         for node in ast.walk(function):
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 names.add(node.id)
-        shadows += [f"{name} in {function.name}" for name in names & of_module]
+        shadows += [f"{name} in {function.name}" for name in names & defined.keys()]
     assert shadows == []
 
 
@@ -671,7 +674,7 @@ def test_ci_runs_the_one_test_command_of_the_readme_and_ends_as_it_does(tmp_path
         (None, {"METAFLOW_DATASTORE_SYSROOT_LOCAL": "~"}, "~"),
     ],
 )
-def test_the_root_is_what_is_said_most_directly(
+def test_the_most_direct_setting_of_the_root_wins(
     project: Path, option: str | None, environment: dict[str, str], expected: str
 ) -> None:
     for name, root in (("config", "of-the-config"), ("config_work", "of-the-profile")):
@@ -684,17 +687,17 @@ def test_the_root_is_what_is_said_most_directly(
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b"\xff", b'{"METAFLOW_DATASTORE_SYSROOT_LOCAL": 5}']
 )
-def test_a_configuration_that_makes_no_sense_names_no_root(project: Path, content: bytes) -> None:
+def test_an_invalid_configuration_is_ignored(project: Path, content: bytes) -> None:
     (project / "config.json").write_bytes(content)
     assert mls.root_folder(None, {"METAFLOW_HOME": str(project)}, str(project)) == str(project)
 
 
-def test_the_root_is_here_when_nothing_else_is_said(project: Path) -> None:
+def test_the_root_is_the_current_folder_by_default(project: Path) -> None:
     (project / ".metaflow").write_text("a file is no folder")
     assert mls.root_folder(None, {"METAFLOW_HOME": str(project)}, str(project)) == str(project)
 
 
-def test_one_root_has_one_name_whatever_links_lead_there(project: Path, tmp_path: Path) -> None:
+def test_a_root_has_one_path_whatever_links_lead_to_it(project: Path, tmp_path: Path) -> None:
     (project / "sub").mkdir()
     (tmp_path / "real").mkdir()
     (project / ".metaflow").symlink_to(tmp_path / "real")
@@ -764,7 +767,7 @@ def test_metaflow_itself_would_use_the_same_root(tmp_path: Path) -> None:
     assert json.loads(asked.stdout) == ours
 
 
-def test_what_was_exported_is_not_the_users_setting_unless_they_set_it_since() -> None:
+def test_exported_variables_are_not_the_users_own_unless_changed_since() -> None:
     user = {"PATH": "/bin", SYSROOT: "sub"}
     exports = {SYSROOT: "/here/sub", mls.ENV_KEY: "theirs"}
     within = {**user, **exports, mls.ENV_EXPORTED: mls.describe_exports(exports, user)}
@@ -775,7 +778,7 @@ def test_what_was_exported_is_not_the_users_setting_unless_they_set_it_since() -
 
 
 @pytest.mark.parametrize("mark", ["", "{", "[]", "5", '{"a": 5}', '{"PATH": ["/bin", 5]}'])
-def test_a_mark_of_exports_that_is_not_ours_does_no_harm(mark: str) -> None:
+def test_an_invalid_record_of_exports_is_ignored(mark: str) -> None:
     environment = {"HOME": "/", mls.ENV_EXPORTED: mark}
     assert mls.user_environment(environment) == {"HOME": "/"}
 
@@ -798,7 +801,7 @@ PROXIED = {"http_proxy": "http://proxy:3128"}
         ("localhost", {"no_proxy": "*,a"}, ["*,a,localhost", "*,a,localhost"]),
     ],
 )
-def test_the_host_is_excepted_from_proxies_and_what_was_excepted_stays(
+def test_the_host_is_added_to_the_exceptions_from_proxies(
     host: str, environment: dict[str, str], expected: list[str] | None
 ) -> None:
     exceptions = mls.proxy_exceptions(host, environment)
@@ -824,7 +827,7 @@ def test_the_host_is_excepted_from_proxies_and_what_was_excepted_stays(
         ("127.0.0.1:81", True),
     ],
 )
-def test_whether_a_proxy_would_be_asked_is_known(exceptions: str, is_caught: bool) -> None:
+def test_it_is_known_whether_a_proxy_would_be_asked(exceptions: str, is_caught: bool) -> None:
     for name in ("no_proxy", "NO_PROXY"):
         assert mls.has_proxy("127.0.0.1", 80, {**PROXIED, name: exceptions}) is is_caught
     assert not mls.has_proxy("127.0.0.1", 80, {"https_proxy": "http://proxy"})
@@ -845,12 +848,12 @@ def test_an_idle_time_out_is_a_number_of_seconds(text: str, value: float) -> Non
 
 
 @pytest.mark.parametrize("text", ["", "-1", "1e3", "nan", "inf", " 5", "5s", "1,5", "٣", "5\n"])
-def test_an_idle_time_out_is_nothing_else(text: str) -> None:
+def test_an_invalid_idle_time_out_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"^an idle time-out is a number of seconds"):
         mls.parse_seconds(text)
 
 
-def test_an_empty_variable_is_as_good_as_none() -> None:
+def test_an_empty_variable_counts_as_unset() -> None:
     assert mls.from_environment({"PORT": ""}, "PORT", mls.parse_port) is None
     assert mls.from_environment({}, "PORT", mls.parse_port) is None
     assert mls.from_environment({"PORT": "80"}, "PORT", mls.parse_port) == 80
@@ -859,7 +862,7 @@ def test_an_empty_variable_is_as_good_as_none() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"), [("1", True), ("yes", True), ("", False), ("0", False), ("False", False)]
 )
-def test_debugging_is_asked_for_by_a_variable(text: str, expected: bool) -> None:
+def test_a_variable_turns_debugging_on(text: str, expected: bool) -> None:
     assert mls.is_debug({"METAFLOW_LOCAL_SERVICE_DEBUG": text}) is expected
 
 
@@ -901,11 +904,11 @@ def new_task(store: mls.Store, run: Ids, step: str = "start", task_id: str | Non
     return (*run, step, str(task["task_id"]))
 
 
-def a_field(name: str, value: Any = "value", attempt: int = 0) -> mls.NewMetadatum:
+def metadatum_to_store(name: str, value: Any = "value", attempt: int = 0) -> mls.NewMetadatum:
     return mls.NewMetadatum(name, value, name, labels([f"attempt_id:{attempt}"], []))
 
 
-def an_artifact(name: str, attempt: int = 0) -> mls.NewArtifact:
+def artifact_to_store(name: str, attempt: int = 0) -> mls.NewArtifact:
     return mls.NewArtifact(
         name, f":root:/{name!a}", "local", "sha", "metaflow.artifact", "pickle", attempt, labels()
     )
@@ -987,10 +990,14 @@ def test_the_folders_are_called_what_metaflow_calls_them() -> None:
 def test_local_mode_reads_what_the_store_has_written(store: mls.Store, local: Any) -> None:
     for run in (new_run(store), new_run(store, "argo-1")):
         for task in (new_task(store, run), new_task(store, run, "end", "t-1")):
-            rows = [a_field("attempt", "0"), a_field("name with spaces"), a_field("ü", ["a", "b"])]
+            rows = [
+                metadatum_to_store("attempt", "0"),
+                metadatum_to_store("name with spaces"),
+                metadatum_to_store("ü", ["a", "b"]),
+            ]
             store.create_metadata(task, rows)
             store.create_artifacts(
-                task, [an_artifact("x"), an_artifact("ü"), an_artifact("_graph")]
+                task, [artifact_to_store("x"), artifact_to_store("ü"), artifact_to_store("_graph")]
             )
     store.change_tags(run, add=["new"], remove=["t"])
     assert_both_tell_the_same(store, local)
@@ -1015,7 +1022,7 @@ def test_the_longest_artifact_names_of_local_mode_are_found_both_ways(
 ) -> None:
     task = new_task(store, new_run(store))
     ours, theirs = "o" * length, "t" * length
-    store.create_artifacts(task, [an_artifact(ours)])
+    store.create_artifacts(task, [artifact_to_store(ours)])
     detail = SimpleNamespace(name=theirs, type="", sha="", ds_type="local", url="u", ds_root="")
     local.register_data_artifacts(*task[1:], 0, [detail])
     for name in (ours, theirs):
@@ -1026,7 +1033,7 @@ def test_the_longest_artifact_names_of_local_mode_are_found_both_ways(
 # -- ids -------------------------------------------------------------------------------------------
 
 
-def test_a_run_id_is_the_microsecond_of_its_making(store: mls.Store) -> None:
+def test_a_run_id_is_the_microsecond_of_its_creation(store: mls.Store) -> None:
     before = time.time_ns() // 1000
     assert before <= int(new_run(store)[1]) <= time.time_ns() // 1000
 
@@ -1073,7 +1080,7 @@ def test_tasks_made_by_64_threads_have_all_numbers_once(store: mls.Store) -> Non
         assert sorted(map(int, made)) == list(range(1, 129))
 
 
-def test_an_id_that_the_client_brings_is_kept_and_taken_once(store: mls.Store) -> None:
+def test_a_client_may_bring_an_id_once(store: mls.Store) -> None:
     run = new_run(store, "argo-flow.x:1")
     task = new_task(store, run, task_id="t é-1")
     assert (run[1], task[3]) == ("argo-flow.x:1", "t é-1")
@@ -1085,7 +1092,7 @@ def test_an_id_that_the_client_brings_is_kept_and_taken_once(store: mls.Store) -
     assert record_file(store, task).read_bytes() == before
 
 
-def test_an_id_that_many_bring_at_once_is_made_once(store: mls.Store) -> None:
+def test_an_id_that_many_clients_bring_at_once_is_created_once(store: mls.Store) -> None:
     store.create_flow(("Flow",), labels())
 
     def is_made(_: int) -> bool:
@@ -1098,7 +1105,7 @@ def test_an_id_that_many_bring_at_once_is_made_once(store: mls.Store) -> None:
 
 
 @pytest.mark.parametrize("number", ["0", "12", "007", "²", "٣"])
-def test_a_number_is_no_id_that_a_client_may_bring(store: mls.Store, number: str) -> None:
+def test_a_client_may_not_bring_a_number_as_an_id(store: mls.Store, number: str) -> None:
     run = new_run(store)
     store.create_step((*run, "start"), labels())
     before = all_paths(Path(store.folder))
@@ -1115,7 +1122,7 @@ NO_FOLDER_NAMES = ["", ".", "..", "_meta", "a/b", "/", "a\0b", "x" * 256, "é" *
 
 
 @pytest.mark.parametrize("name", NO_FOLDER_NAMES)
-def test_what_cannot_name_a_folder_is_refused(store: mls.Store, name: str) -> None:
+def test_an_id_that_cannot_name_a_folder_is_refused(store: mls.Store, name: str) -> None:
     run = new_run(store)
     step = (*run, "start")
     store.create_step(step, labels())
@@ -1147,12 +1154,12 @@ def test_a_flow_cannot_have_the_name_of_a_file_of_the_service(store: mls.Store) 
 def test_names_are_never_patterns(store: mls.Store, name: str) -> None:
     plain = new_task(store, new_run(store, "a", flow="a"), "a", "a")
     odd = new_task(store, new_run(store, name, flow=name), name, name)
-    store.create_artifacts(plain, [an_artifact("a"), an_artifact("b")])
-    store.create_metadata(plain, [a_field("a")])
+    store.create_artifacts(plain, [artifact_to_store("a"), artifact_to_store("b")])
+    store.create_metadata(plain, [metadatum_to_store("a")])
     assert store.artifact(plain, name) is None
     assert (list(store.artifacts(odd)), list(store.metadata(odd))) == ([], [])
-    store.create_artifacts(odd, [an_artifact("a"), an_artifact(name)])
-    store.create_metadata(odd, [a_field(name)])
+    store.create_artifacts(odd, [artifact_to_store("a"), artifact_to_store(name)])
+    store.create_metadata(odd, [metadatum_to_store(name)])
     assert store.artifact(odd, name)["name"] == name
     assert [m["field_name"] for m in store.metadata(odd)] == [name]
     assert len(store.artifacts(odd)) == len(store.artifacts(plain)) == 2
@@ -1172,7 +1179,9 @@ def test_metadata_may_be_of_any_name_and_text(
     store: mls.Store, fields: list[tuple[str, Any]]
 ) -> None:
     task = new_task(store, new_run(store))
-    assert store.create_metadata(task, [a_field(*field) for field in fields]) == len(fields)
+    assert store.create_metadata(task, [metadatum_to_store(*field) for field in fields]) == len(
+        fields
+    )
     read = [(m["field_name"], m["value"]) for m in store.metadata(task)]
     assert read == fields[::-1]  # newest first
 
@@ -1181,43 +1190,47 @@ def test_metadata_may_be_of_any_name_and_text(
 @given(st.lists(any_text, unique=True, min_size=1, max_size=5))
 def test_artifacts_may_be_of_any_name(store: mls.Store, names: list[str]) -> None:
     task = new_task(store, new_run(store))
-    store.create_artifacts(task, [an_artifact(name) for name in names])
+    store.create_artifacts(task, [artifact_to_store(name) for name in names])
     assert sorted(a["name"] for a in store.artifacts(task)) == sorted(names)
     for name in names:
-        assert store.artifact(task, name)["location"] == an_artifact(name).location
+        assert store.artifact(task, name)["location"] == artifact_to_store(name).location
 
 
 def test_an_artifact_named_like_the_file_of_another_is_not_the_other(store: mls.Store) -> None:
     task = new_task(store, new_run(store))
-    store.create_artifacts(task, [an_artifact("a/b")])
+    store.create_artifacts(task, [artifact_to_store("a/b")])
     (path,) = folder_of(store, task).glob("_meta/0_artifact_*")
     name = path.name[len("0_artifact_") : -len(".json")]
     assert store.artifact(task, name) is None
-    store.create_artifacts(task, [an_artifact(name)])
+    store.create_artifacts(task, [artifact_to_store(name)])
     assert {a["name"] for a in store.artifacts(task)} == {"a/b", name}
 
 
 # -- metadata and artifacts ------------------------------------------------------------------------
 
 
-def test_a_field_given_many_times_in_one_millisecond_is_kept_every_time(
+def test_metadata_of_one_millisecond_is_all_kept(
     store: mls.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = new_task(store, new_run(store))
     now = time.time_ns()
     monkeypatch.setattr(time, "time_ns", lambda: now)
     for start in (0, 50, 100):
-        store.create_metadata(task, [a_field("f", str(n)) for n in range(start, start + 50)])
+        store.create_metadata(
+            task, [metadatum_to_store("f", str(n)) for n in range(start, start + 50)]
+        )
     read = list(store.metadata(task))
     assert [m["value"] for m in read] == [str(n) for n in reversed(range(150))]
     assert len({m["id"] for m in read}) == 150
 
 
-def test_an_artifact_stays_what_it_was_first_said_to_be(store: mls.Store) -> None:
+def test_an_artifact_is_not_overwritten(store: mls.Store) -> None:
     task = new_task(store, new_run(store))
-    first = an_artifact("x")
-    assert store.create_artifacts(task, [first, first._replace(sha="2"), an_artifact("y")]) == 2
-    assert store.create_artifacts(task, [first._replace(sha="3"), an_artifact("x", 1)]) == 1
+    first = artifact_to_store("x")
+    assert (
+        store.create_artifacts(task, [first, first._replace(sha="2"), artifact_to_store("y")]) == 2
+    )
+    assert store.create_artifacts(task, [first._replace(sha="3"), artifact_to_store("x", 1)]) == 1
     assert [store.artifact(task, "x", attempt)["sha"] for attempt in (0, 1)] == ["sha", "sha"]
 
 
@@ -1265,7 +1278,7 @@ def test_heartbeats_outlive_the_store(store: mls.Store, project: Path) -> None:
 # -- what others do to the files -------------------------------------------------------------------
 
 
-def test_what_local_mode_writes_is_seen_at_the_next_call(store: mls.Store, local: Any) -> None:
+def test_records_written_by_local_mode_are_seen_at_once(store: mls.Store, local: Any) -> None:
     run = new_run(store)
     task = new_task(store, run)
     for n in range(5):
@@ -1281,7 +1294,7 @@ def test_what_local_mode_writes_is_seen_at_the_next_call(store: mls.Store, local
         assert f"tag{n}" in store.task(task)["tags"]
 
 
-def test_what_others_delete_is_gone_at_the_next_call(store: mls.Store) -> None:
+def test_records_deleted_by_others_are_gone_at_once(store: mls.Store) -> None:
     run, other = new_run(store), new_run(store)
     task = new_task(store, run)
     assert store.task(task) and len(list(store.runs(("Flow",)))) == 2
@@ -1289,12 +1302,12 @@ def test_what_others_delete_is_gone_at_the_next_call(store: mls.Store) -> None:
     assert (store.run(run), store.task(task), list(store.steps(run))) == (None, None, [])
     assert [str(r["run_number"]) for r in store.runs(("Flow",))] == [other[1]]
     with pytest.raises(mls.NotFound):
-        store.create_metadata(task, [a_field("f")])
+        store.create_metadata(task, [metadatum_to_store("f")])
 
 
 def test_changes_within_one_tick_of_the_time_stamps_are_seen(store: mls.Store) -> None:
     task = new_task(store, new_run(store))
-    store.create_metadata(task, [a_field("f")])
+    store.create_metadata(task, [metadatum_to_store("f")])
     record, meta = record_file(store, task[:2]), folder_of(store, task) / "_meta"
     stamp = (time.time() + 60,) * 2  # so that a slow machine does not take it for settled
     for n in range(5):
@@ -1330,11 +1343,11 @@ UNREADABLE: dict[str, Callable[[Path], object]] = {  # what stands in the place 
 
 
 @pytest.mark.parametrize("kind", UNREADABLE)
-def test_a_file_that_is_no_record_is_left_out_named_in_the_log_and_kept(
+def test_an_unreadable_record_is_skipped_logged_and_kept(
     store: mls.Store, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
     good = new_task(store, new_run(store))
-    store.create_metadata(good, [a_field("f")])
+    store.create_metadata(good, [metadatum_to_store("f")])
     bad = [
         record_file(store, ("Flow", "bad")),
         record_file(store, (*good[:3], "bad")),
@@ -1364,14 +1377,12 @@ LISTS_OF_FILES: dict[str, Callable[[mls.Store, Ids], Iterable[Any]]] = {
 
 
 @pytest.mark.parametrize("pattern", LISTS_OF_FILES)
-def test_what_others_change_in_a_file_is_seen_at_the_next_call(
-    store: mls.Store, pattern: str
-) -> None:
+def test_a_file_changed_by_others_is_read_again(store: mls.Store, pattern: str) -> None:
     """Also when there was no record in it, and of flows, runs, steps and tasks also when the file's
     folder has not changed for long."""
     task = new_task(store, new_run(store, "argo"))
-    store.create_metadata(task, [a_field("f")])
-    store.create_artifacts(task, [an_artifact("x")])
+    store.create_metadata(task, [metadatum_to_store("f")])
+    store.create_artifacts(task, [artifact_to_store("x")])
     (path,) = Path(store.folder).rglob(pattern)
     good = path.read_bytes()
     for moment, (content, users) in enumerate(
@@ -1395,8 +1406,8 @@ def test_a_folder_vouches_for_its_metadata_and_artifacts_until_it_changes(
 ) -> None:
     """Both modes put such files there by rename, which changes the folder; people may not."""
     task = new_task(store, new_run(store))
-    store.create_metadata(task, [a_field("f", "first")])
-    store.create_artifacts(task, [an_artifact("x")])
+    store.create_metadata(task, [metadatum_to_store("f", "first")])
+    store.create_artifacts(task, [artifact_to_store("x")])
     meta = folder_of(store, task) / "_meta"
     step = api_path(task[:3])
 
@@ -1428,9 +1439,7 @@ def test_a_folder_vouches_for_its_metadata_and_artifacts_until_it_changes(
     assert told() == ([], [])
 
 
-def test_a_list_tells_of_heartbeats_and_tags_since_the_last_time(
-    store: mls.Store, api: Api, local: Any
-) -> None:
+def test_a_list_shows_new_heartbeats_and_tags(store: mls.Store, api: Api, local: Any) -> None:
     task = new_task(store, new_run(store))
     runs, tasks = f"/flows/{task[0]}/runs", f"{api_path(task[:3])}/tasks"
     for count in range(3):
@@ -1465,22 +1474,22 @@ def test_a_cache_weighs_no_more_than_its_limit(puts: list[Any], limit: int) -> N
         assert key in cache or value > limit
 
 
-def test_what_the_memory_does_not_hold_is_read_again(
+def test_what_the_caches_have_dropped_is_read_again(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (project / ".metaflow").mkdir()
     for limit in ("RECORDS_IN_MEMORY", "NAMES_IN_MEMORY"):
         monkeypatch.setattr(mls, limit, 3)
-    store = mls.Store(str(project))
-    run = new_run(store)
-    tasks = [new_task(store, run) for _ in range(10)]
+    own_store = mls.Store(str(project))
+    run = new_run(own_store)
+    tasks = [new_task(own_store, run) for _ in range(10)]
     for task in tasks:
-        store.create_metadata(task, [a_field("f", task[3])])
-        store.heartbeat(task)
-    assert [t["task_id"] for t in store.tasks((*run, "start"))] == list(range(10, 0, -1))
-    assert [next(store.metadata(task))["value"] for task in tasks] == [t[3] for t in tasks]
-    assert all(store.task(task)["last_heartbeat_ts"] for task in tasks)
-    assert new_task(store, run)[3] == "11"
+        own_store.create_metadata(task, [metadatum_to_store("f", task[3])])
+        own_store.heartbeat(task)
+    assert [t["task_id"] for t in own_store.tasks((*run, "start"))] == list(range(10, 0, -1))
+    assert [next(own_store.metadata(task))["value"] for task in tasks] == [t[3] for t in tasks]
+    assert all(own_store.task(task)["last_heartbeat_ts"] for task in tasks)
+    assert new_task(own_store, run)[3] == "11"
 
 
 # -- on the disk -----------------------------------------------------------------------------------
@@ -1496,8 +1505,10 @@ WRITES: dict[str, Callable[[mls.Store, Ids], object]] = {
     "task with an id": lambda store, task: store.create_task(
         task[:3], "x", labels(), has_heartbeats=True
     ),
-    "metadata": lambda store, task: store.create_metadata(task, [a_field("f")] * 5),
-    "artifacts": lambda store, task: store.create_artifacts(task, list(map(an_artifact, "abcde"))),
+    "metadata": lambda store, task: store.create_metadata(task, [metadatum_to_store("f")] * 5),
+    "artifacts": lambda store, task: store.create_artifacts(
+        task, list(map(artifact_to_store, "abcde"))
+    ),
     "tags": lambda store, task: store.change_tags(task[:2], add=["new"], remove=[]),
     "heartbeat": lambda store, task: store.heartbeat(task),
 }
@@ -1564,10 +1575,10 @@ def test_what_was_replaced_stays_when_a_later_write_fails(
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", fails_at_last)
         with pytest.raises(OSError):
-            store.create_artifacts(task, list(map(an_artifact, "abc")))
+            store.create_artifacts(task, list(map(artifact_to_store, "abc")))
     assert [path.exists() for path in broken] == [True, True]
     assert store.artifact(task, "a") is not None
-    store.create_artifacts(task, list(map(an_artifact, "abc")))
+    store.create_artifacts(task, list(map(artifact_to_store, "abc")))
     assert sorted(a["name"] for a in store.artifacts(task)) == ["a", "b", "c"]
 
 
@@ -1578,7 +1589,7 @@ def test_a_clock_that_was_set_back_between_two_services_costs_no_record(
     now = time.time_ns()
     monkeypatch.setattr(time, "time_ns", lambda: now)
     for number, service in enumerate([store, mls.Store(str(project))]):
-        service.create_metadata(task, [a_field("f", f"{number}{n}") for n in range(2)])
+        service.create_metadata(task, [metadatum_to_store("f", f"{number}{n}") for n in range(2)])
     assert sorted(m["value"] for m in store.metadata(task)) == ["00", "01", "10", "11"]
     assert len({m["id"] for m in store.metadata(task)}) == 4
 
@@ -1613,15 +1624,13 @@ def test_records_are_private_to_their_user(store: mls.Store) -> None:
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
 
 
-def test_what_a_killed_service_left_half_written_troubles_nobody(
-    store: mls.Store, local: Any
-) -> None:
+def test_temporary_files_of_a_killed_service_are_ignored(store: mls.Store, local: Any) -> None:
     task = new_task(store, new_run(store))
-    store.create_metadata(task, [a_field("name")])
+    store.create_metadata(task, [metadatum_to_store("name")])
     for depth in range(1, 5):
         folder = Path(store.folder, *task[:depth], mls.META_DIR)
         (folder / f"{mls.TEMPORARY}17").write_text('{"half')
-    store.create_artifacts(task, [an_artifact("x")])
+    store.create_artifacts(task, [artifact_to_store("x")])
     assert_both_tell_the_same(store, local)
 
 
@@ -1646,16 +1655,16 @@ def test_a_link_in_the_way_of_a_record_is_not_followed(
     assert not outside.exists()
 
 
-def test_a_datastore_that_is_a_link_is_the_users_choice(project: Path, tmp_path: Path) -> None:
+def test_a_datastore_may_be_a_link(project: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (project / ".metaflow").symlink_to(tmp_path / "elsewhere")
-    with served(mls.Store(str(project))) as api:
-        api.new_task_of_its_own()
+    with serve(mls.Store(str(project))) as client:
+        client.new_task_of_its_own()
     assert (tmp_path / "elsewhere" / "Flow").is_dir()
 
 
 @pytest.mark.parametrize("content", [b"", b"[]"])
-def test_a_record_that_cannot_be_read_counts_as_none_and_is_replaced(
+def test_an_unreadable_record_is_replaced_by_a_new_one(
     api: Api, project: Path, content: bytes
 ) -> None:
     task = api.new_task(api.new_step(api.new_run(api.new_flow(), run_number="run-1")), task_id="t")
@@ -1681,14 +1690,14 @@ def test_a_record_that_cannot_be_read_counts_as_none_and_is_replaced(
     assert by_local_mode(project, "run", "Flow")
 
 
-def test_a_folder_in_place_of_a_record_is_one_sentence(api: Api, project: Path) -> None:
+def test_a_folder_in_place_of_a_record_is_reported(api: Api, project: Path) -> None:
     (project / ".metaflow" / "Flow" / "_meta" / "_self.json").mkdir(parents=True)
     refused = api.post("/flows/Flow")
     assert refused.status in range(400, 500)
     assert "is a folder" in refused.json["message"]
 
 
-def test_tags_are_on_the_disk_before_they_replace_others(
+def test_tags_are_flushed_to_disk_before_they_replace_others(
     api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the order of the system calls; what a crash leaves then is the file system's promise."""
@@ -1716,7 +1725,9 @@ def test_tags_are_on_the_disk_before_they_replace_others(
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 @pytest.mark.parametrize("of", ["the file", "its folder"])
-def test_what_may_not_be_read_is_left_out_until_it_may(api: Api, project: Path, of: str) -> None:
+def test_a_record_without_read_permission_is_skipped_until_it_has_it(
+    api: Api, project: Path, of: str
+) -> None:
     flow = api.new_flow()
     api.new_run(flow)
     spoiled = project.joinpath(".metaflow", *api.new_run(flow).split("/")[2::2], "_meta")
@@ -1737,28 +1748,28 @@ def test_a_run_after_one_of_a_wrong_clock_shows_its_own_time(
     (project / ".metaflow").mkdir()
     now, future = time.time_ns(), 2_208_988_800 * 10**9  # 2040
     monkeypatch.setattr(time, "time_ns", lambda: future)
-    with served(mls.Store(str(project))) as api:
-        wrong = api.post(f"{api.new_flow()}/run").json
+    with serve(mls.Store(str(project))) as client:
+        wrong = client.post(f"{client.new_flow()}/run").json
     monkeypatch.setattr(time, "time_ns", lambda: now)
-    store = mls.Store(str(project))
-    with served(store) as api:
-        right = [api.post("/flows/Flow/run").json for _ in range(3)]
-        api.new_run(api.new_flow("Other"))
+    own_store = mls.Store(str(project))
+    with serve(own_store) as client:
+        right = [client.post("/flows/Flow/run").json for _ in range(3)]
+        client.new_run(client.new_flow("Other"))
     ids = [run["run_number"] for run in (wrong, *right)]
     assert ids == sorted(set(ids))
     assert [run["ts_epoch"] // 10**6 for run in (wrong, *right)] == [
         moment // 10**12 for moment in (future, now, now, now)
     ]
-    rows = list(mls.Model(store).runs())
+    rows = list(mls.Model(own_store).runs())
     assert [row["ts_epoch"] for row in rows] == sorted((r["ts_epoch"] for r in rows), reverse=True)
     assert {r["run_number"]: r["ts_epoch"] for r in rows if r["flow_id"] == "Flow"} == {
         run["run_number"]: run["ts_epoch"] for run in (wrong, *right)
     }
-    listed = [run["run_number"] for run in store.runs(("Flow",))]
+    listed = [run["run_number"] for run in own_store.runs(("Flow",))]
     assert listed == [ids[0], *ids[:0:-1]]
 
 
-def test_a_walk_through_pages_does_not_look_at_all_tasks_again(
+def test_later_pages_do_not_list_all_tasks_again(
     store: mls.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = new_task(store, new_run(store))
@@ -1777,7 +1788,7 @@ def test_a_walk_through_pages_does_not_look_at_all_tasks_again(
     assert looked
 
 
-def test_a_first_page_sees_what_has_come(store: mls.Store) -> None:
+def test_a_first_page_has_the_newest_metadata(store: mls.Store) -> None:
     task = new_task(store, new_run(store))
     for count in range(3):
         store.create_metadata(task, [mls.NewMetadatum("f", str(count), "t", labels())])
@@ -1833,20 +1844,20 @@ def test_a_datastore_is_left_neither_by_names_nor_by_links_to_files(datastore: P
 @pytest.mark.parametrize(
     "root", ["", "relative/.metaflow", "/", "/etc", "{root}\0", "{root}config"]
 )
-def test_what_is_no_datastore_by_its_name_is_not_opened(datastore: Path, root: str) -> None:
+def test_a_folder_not_named_as_a_datastore_is_not_opened(datastore: Path, root: str) -> None:
     (datastore.parent / ".metaflowconfig").mkdir()
     (datastore.parent / ".metaflowconfig" / "passwd").write_text("secret")
     assert content_of(root.format(root=datastore), "passwd") is None
 
 
 def test_links_to_folders_that_the_owner_has_made_are_followed(tmp_path: Path) -> None:
-    disk, project = tmp_path / "disk", tmp_path / "project"
-    for folder in (disk / ".metaflow" / "Flow", disk / "data", project):
+    other_disk, own_project = tmp_path / "disk", tmp_path / "project"
+    for folder in (other_disk / ".metaflow" / "Flow", other_disk / "data", own_project):
         folder.mkdir(parents=True)
-    (project / ".metaflow").symlink_to(disk / ".metaflow")
-    (disk / ".metaflow" / "Flow" / "data").symlink_to("../../data")
-    (disk / "data" / "blob").write_text("far away")
-    assert content_of(project / ".metaflow", "Flow", "data", "blob") == "far away"
+    (own_project / ".metaflow").symlink_to(other_disk / ".metaflow")
+    (other_disk / ".metaflow" / "Flow" / "data").symlink_to("../../data")
+    (other_disk / "data" / "blob").write_text("far away")
+    assert content_of(own_project / ".metaflow", "Flow", "data", "blob") == "far away"
 
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
@@ -1854,7 +1865,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a 
 
 @needs_root
 @pytest.mark.parametrize("given_away", [".metaflow", ".metaflow/Flow", ".metaflow/Flow/file"])
-def test_what_belongs_to_another_user_is_not_there(datastore: Path, given_away: str) -> None:
+def test_files_of_another_user_are_not_found(datastore: Path, given_away: str) -> None:
     with mls.FileOpener(str(datastore.parent)).open_file(str(datastore), "Flow", "file"):
         os.chown(datastore.parent / given_away, 1000, 1000)
     with pytest.raises(FileNotFoundError):
@@ -1951,7 +1962,7 @@ def test_a_file_that_flips_between_itself_and_a_link_tells_no_secret(datastore: 
     assert "here" in found and found <= {"here", None}
 
 
-def test_what_is_no_file_is_not_read(datastore: Path) -> None:
+def test_only_regular_files_are_read(datastore: Path) -> None:
     os.mkfifo(datastore / "Flow" / "pipe")
     before = len(os.listdir("/dev/fd"))
     assert content_of(datastore, "Flow", "pipe") is None
@@ -1960,7 +1971,7 @@ def test_what_is_no_file_is_not_read(datastore: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
-def test_a_file_that_may_not_be_read_is_not_there(datastore: Path) -> None:
+def test_a_file_without_read_permission_is_not_found(datastore: Path) -> None:
     os.chmod(datastore / "Flow" / "file", 0)
     assert content_of(datastore, "Flow", "file") is None
 
@@ -2004,7 +2015,7 @@ def test_of_a_log_of_many_lines_the_last_are_shown(monkeypatch: pytest.MonkeyPat
 # -- values ----------------------------------------------------------------------------------------
 
 
-def shown(value: object, protocol: int = 4) -> str:
+def format_pickled(value: object, protocol: int = 4) -> str:
     return mls.format_value(mls.PickleReader().read(pickle.dumps(value, protocol)))
 
 
@@ -2123,14 +2134,14 @@ def test_objects_of_the_standard_library_are_shown_for_what_they_are(
 ) -> None:
     if isinstance(value, bytes):
         kind = "image/png" if value.startswith(b"\x89PNG") else "application/octet-stream"
-        assert shown(value, protocol).startswith(f"<{len(value)} bytes, {kind}")
+        assert format_pickled(value, protocol).startswith(f"<{len(value)} bytes, {kind}")
     else:
-        assert shown(value, protocol) == text
+        assert format_pickled(value, protocol) == text
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_a_member_of_an_enum_is_shown_by_name_or_value(protocol: int) -> None:
-    assert shown(Colour.RED, protocol) in (
+    assert format_pickled(Colour.RED, protocol) in (
         f"<{__name__}.Colour('red')>",
         f"<{__name__}.Colour.RED>",
     )
@@ -2154,7 +2165,7 @@ SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | 
 )
 @settings(deadline=None, max_examples=60)
 def test_a_value_is_shown_as_str_would_show_it(value: object, protocol: int) -> None:
-    assert shown(value, protocol) == str(value)
+    assert format_pickled(value, protocol) == str(value)
 
 
 @pytest.mark.parametrize(
@@ -2170,11 +2181,11 @@ def test_a_value_is_shown_as_str_would_show_it(value: object, protocol: int) -> 
     ],
 )
 def test_values_of_other_types_are_shown_as_what_they_are(value: object, text: str) -> None:
-    assert shown(value) == text
+    assert format_pickled(value) == text
 
 
 def test_an_integer_whose_digits_nobody_can_wait_for_is_only_measured() -> None:
-    assert shown(2**20000) == "<integer of 20001 bits>"
+    assert format_pickled(2**20000) == "<integer of 20001 bits>"
 
 
 class Bomb:
@@ -2188,7 +2199,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_a_pickle_that_is_looked_at_runs_nothing(tmp_path: Path, protocol: int) -> None:
+def test_reading_a_pickle_runs_nothing(tmp_path: Path, protocol: int) -> None:
     pickled = pickle.dumps([Bomb(tmp_path / "boom")], protocol)
     value = mls.PickleReader().read(pickled)
     assert "system" in mls.format_value(value)
@@ -2197,14 +2208,14 @@ def test_a_pickle_that_is_looked_at_runs_nothing(tmp_path: Path, protocol: int) 
     assert (tmp_path / "boom").exists(), "it is a bomb"
 
 
-def test_a_value_that_holds_itself_or_a_billion_is_shown_up_to_a_length() -> None:
+def test_a_recursive_or_huge_value_is_cut() -> None:
     itself: list[Any] = []
     itself.append(itself)
-    assert len(shown(itself)) < 1000
+    assert len(format_pickled(itself)) < 1000
     laughs: Any = ["ha"]
     for _ in range(40):
         laughs = [laughs, laughs]
-    assert len(shown(laughs)) <= mls.LONGEST_TEXT + 3
+    assert len(format_pickled(laughs)) <= mls.LONGEST_TEXT + 3
 
 
 def test_a_small_pickle_becomes_no_large_json() -> None:
@@ -2217,7 +2228,7 @@ def test_a_small_pickle_becomes_no_large_json() -> None:
 
 @given(st.binary(max_size=100))
 @settings(deadline=None, max_examples=200)
-def test_what_is_no_pickle_is_refused_and_nothing_else_happens(noise: bytes) -> None:
+def test_any_bytes_are_a_pickle_or_refused(noise: bytes) -> None:
     for beginning in (b"", b"\x80\x04", pickle.dumps({"a": [1, (2,)]})[:-1]):
         with contextlib.suppress(ValueError):
             mls.format_value(mls.PickleReader().read(beginning + noise))
@@ -2249,7 +2260,7 @@ def nested_names(depth: int) -> bytes:
     ],
     ids=["nested names", "append to a dict", "items of a set", "copied sets", "copied bytes"],
 )  # fmt: skip
-def test_a_pickle_that_would_take_for_ever_or_makes_no_sense_is_refused_or_shown(
+def test_a_hostile_pickle_is_refused_or_cut(
     pickled: bytes,
 ) -> None:
     with contextlib.suppress(ValueError):
@@ -2273,11 +2284,14 @@ def test_an_attribute_whose_name_is_no_text_is_no_member_of_an_enum() -> None:
 
 
 def test_long_bytes_of_an_old_pickle_are_shown() -> None:
-    assert shown(b"x" * 90, protocol=2) == str(b"x" * 90)
+    assert format_pickled(b"x" * 90, protocol=2) == str(b"x" * 90)
 
 
 def test_of_an_object_only_few_attributes_are_shown() -> None:
-    assert shown(SimpleNamespace(**{f"a{n}": n for n in range(100)})) == "<types.SimpleNamespace>"
+    assert (
+        format_pickled(SimpleNamespace(**{f"a{n}": n for n in range(100)}))
+        == "<types.SimpleNamespace>"
+    )
 
 
 # ==================================================================================================
@@ -2288,7 +2302,7 @@ def test_of_an_object_only_few_attributes_are_shown() -> None:
 # examples. Each new column or filter gets its row in one of the tables here.
 
 
-def a_run(number: int | str, **fields: Any) -> dict[str, Any]:
+def run_record(number: int | str, **fields: Any) -> dict[str, Any]:
     """A run as the store gives it."""
     return {
         "flow_id": "Flow",
@@ -2303,16 +2317,16 @@ def a_run(number: int | str, **fields: Any) -> dict[str, Any]:
 
 
 SOME_RUNS = [
-    a_run(
+    run_record(
         1, user_name="Alice", user="Alice", ts_epoch=100, tags=["red"], system_tags=["user:Alice"]
     ),
-    a_run(2, user_name="bob", ts_epoch=200, last_heartbeat_ts=20, tags=["red", "blü"]),
-    a_run("argo-1", user_name="100%_a", ts_epoch=300, last_heartbeat_ts=30, status="failed"),
-    a_run("argo-2", ts_epoch=400, last_heartbeat_ts=40, tags=[], system_tags=["red"]),
+    run_record(2, user_name="bob", ts_epoch=200, last_heartbeat_ts=20, tags=["red", "blü"]),
+    run_record("argo-1", user_name="100%_a", ts_epoch=300, last_heartbeat_ts=30, status="failed"),
+    run_record("argo-2", ts_epoch=400, last_heartbeat_ts=40, tags=[], system_tags=["red"]),
 ]
 
 
-def passed(query: str, records: list[dict[str, Any]] = SOME_RUNS) -> list[Any]:
+def select_runs(query: str, records: list[dict[str, Any]] = SOME_RUNS) -> list[Any]:
     """The numbers of the runs that a query lets pass."""
     parameters = parse_qsl(query, keep_blank_values=True)
     tests = [
@@ -2373,8 +2387,8 @@ def passed(query: str, records: list[dict[str, Any]] = SOME_RUNS) -> list[Any]:
         ("nothing=1&step_name:zz=1&_order=x", [1, 2, "argo-1", "argo-2"]),
     ],
 )
-def test_a_filter_lets_pass_what_it_says(query: str, expected: list[Any]) -> None:
-    assert passed(query) == expected
+def test_a_filter_selects_runs(query: str, expected: list[Any]) -> None:
+    assert select_runs(query) == expected
 
 
 @pytest.mark.parametrize(
@@ -2397,16 +2411,16 @@ def test_a_filter_lets_pass_what_it_says(query: str, expected: list[Any]) -> Non
         ("_tags:zz=red", None),
     ],
 )
-def test_a_filter_that_makes_no_sense_is_refused(query: str, sentence: str | None) -> None:
+def test_an_invalid_filter_is_refused(query: str, sentence: str | None) -> None:
     with pytest.raises(mls.BadQuery) as refused:
-        passed(query)
+        select_runs(query)
     assert sentence in (None, str(refused.value))
 
 
 any_name = st.sampled_from(["alice", "Bob", "", "a%_", "ü"])
 any_number = st.integers(0, 4)
 any_run = st.builds(
-    a_run,
+    run_record,
     any_number | st.sampled_from(["argo-1", "x"]),
     user_name=st.none() | any_name,
     ts_epoch=any_number,
@@ -2423,12 +2437,12 @@ number_conditions = st.tuples(
     name_conditions | number_conditions,
     st.sampled_from([("eq", "ne"), ("lt", "ge"), ("gt", "le")]),
 )
-def test_a_filter_and_its_complement_make_the_whole_but_for_nulls(
+def test_a_filter_and_its_complement_select_everything_but_nulls(
     records: list[Any], condition: tuple[str, Any], operators: tuple[str, str]
 ) -> None:
     field, value = condition
     for run in records:
-        sides = [passed(f"{field}:{one}={quote(str(value))}", [run]) for one in operators]
+        sides = [select_runs(f"{field}:{one}={quote(str(value))}", [run]) for one in operators]
         assert sum(map(len, sides)) == (0 if run[field] is None else 1)
 
 
@@ -2443,10 +2457,10 @@ def test_a_filter_and_its_complement_make_the_whole_but_for_nulls(
         max_size=4,
     ),
 )
-def test_one_more_filter_never_lets_more_pass(records: list[Any], conditions: list[Any]) -> None:
+def test_another_filter_never_selects_more(records: list[Any], conditions: list[Any]) -> None:
     parts = [f"{field}{how}={quote(str(value))}" for (field, value), how in conditions]
-    fewer = passed("&".join(parts), records)
-    more = iter(passed("&".join(parts[1:]), records))
+    fewer = select_runs("&".join(parts), records)
+    more = iter(select_runs("&".join(parts[1:]), records))
     assert all(run in more for run in fewer)  # a subsequence of them
 
 
@@ -2496,7 +2510,7 @@ def test_a_pattern_means_what_it_means_in_postgresql(
 
 
 @pytest.mark.parametrize("pattern", ["(", "[", "[[", "*", "a{2,1}", "(?<=a*)b", "(" * 500, "\\"])
-def test_what_is_no_pattern_is_refused(pattern: str) -> None:
+def test_an_invalid_pattern_is_refused(pattern: str) -> None:
     with pytest.raises(mls.BadQuery):
         mls.find_matches(pattern, ["text"], mls.search_in_place)
 
@@ -2521,7 +2535,7 @@ def test_what_is_no_pattern_is_refused(pattern: str) -> None:
         ("", "", True),
     ],
 )
-def test_what_the_client_wraps_means_what_it_means_in_local_mode(
+def test_a_pattern_of_metaflows_client_means_what_it_does_in_local_mode(
     pattern: str, text: str, is_found: bool
 ) -> None:
     with contextlib.suppress(re.error):
@@ -2555,14 +2569,14 @@ def test_plain_patterns_are_searched_for_in_place(pattern: str, is_cheap: bool) 
     assert not mls.is_cheap(reading, ["a" * 20_000_000])
 
 
-def test_a_pattern_has_a_limit() -> None:
+def test_a_pattern_has_at_most_1000_characters() -> None:
     with pytest.raises(mls.BadQuery, match="at most 1000"):
         mls.find_matches("a" * 1001, [], mls.search_in_place)
 
 
 @settings(max_examples=200)
 @given(st.text("ab.^$|*+?[]{}1,\\dwsZ-", max_size=8), st.lists(st.text("ab1-. \n^$", max_size=6)))
-def test_a_search_in_place_finds_what_one_elsewhere_finds(pattern: str, texts: list[str]) -> None:
+def test_a_search_in_place_finds_full_matches(pattern: str, texts: list[str]) -> None:
     reading = mls.candidate_regexes(f"^(?:{pattern})$")[0]
     if mls.is_cheap(reading, texts):
         found = mls.find_matches(f"^(?:{pattern})$", texts, mls.search_in_place)
@@ -2591,7 +2605,7 @@ ORDERS = ["FLOW_ORDER", "RUN_ORDER", "STEP_ORDER", "TASK_ORDER", "METADATA_ORDER
 
 @pytest.mark.parametrize("name", ORDERS)
 @given(record=any_record)
-def test_a_cursor_leads_back_to_the_place_of_its_record(name: str, record: Any) -> None:
+def test_a_cursor_decodes_to_the_sort_key_of_its_record(name: str, record: Any) -> None:
     order = getattr(mls, name)
     assert mls.decode_cursor(order, mls.encode_cursor(order, record)) == order.sort_key(record)
 
@@ -2614,7 +2628,7 @@ any_cursor = st.text(max_size=20) | st.one_of(
 
 @pytest.mark.parametrize("name", ORDERS)
 @given(cursor=any_cursor, record=any_record)
-def test_a_cursor_is_a_place_or_refused(name: str, cursor: str, record: Any) -> None:
+def test_any_text_is_a_cursor_or_refused(name: str, cursor: str, record: Any) -> None:
     order = getattr(mls, name)
     with contextlib.suppress(mls.BadQuery):
         place, sort_key = mls.decode_cursor(order, cursor), order.sort_key(record)
@@ -2643,7 +2657,9 @@ def test_a_cursor_that_holds_no_numbers_is_refused(content: str) -> None:
 
 def test_a_cursor_may_hold_its_numbers_as_text_or_fractions() -> None:
     cursor = base64.b64encode(b'{"ts_epoch": "12", "run_number": 3.0}').decode()
-    assert mls.decode_cursor(mls.RUN_ORDER, cursor) == mls.RUN_ORDER.sort_key(a_run(3, ts_epoch=12))
+    assert mls.decode_cursor(mls.RUN_ORDER, cursor) == mls.RUN_ORDER.sort_key(
+        run_record(3, ts_epoch=12)
+    )
 
 
 @pytest.mark.parametrize(
@@ -2756,16 +2772,16 @@ def can_name_the_last_step() -> bool:
 
 def record_flows(folder: Path, home: Path) -> None:
     """Run the flows in a folder at the same time: one through the service, one in local mode."""
-    cli = Cli(folder, home)
+    program = Cli(folder, home)
     for name, text in FLOWS_TO_SEE.items():
         (folder / name).write_text(text)
     (folder / ".metaflow").mkdir()
-    flows = [cli.popen("run", sys.executable, "zoo.py", "run", "--tag", "demo")]
+    flows = [program.popen("run", sys.executable, "zoo.py", "run", "--tag", "demo")]
     if can_name_the_last_step():
         custom = subprocess.Popen(
             [sys.executable, "custom.py", "run"],
             cwd=folder,
-            env={**cli.environment, "METAFLOW_DEFAULT_METADATA": "local"},
+            env={**program.environment, "METAFLOW_DEFAULT_METADATA": "local"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -2776,7 +2792,7 @@ def record_flows(folder: Path, home: Path) -> None:
             _, errors = flow.communicate(timeout=300)
             assert flow.returncode == 0, errors
     finally:
-        cli("stop", "--all")
+        program("stop", "--all")
 
 
 @pytest.fixture(scope="session")
@@ -2812,10 +2828,10 @@ def task_in(model: mls.Model, flow: str, step: str, which: int = 0) -> mls.Ids:
     return model.store.task_ids((*ids, step))[which]
 
 
-def content(model: mls.Model, ids: mls.Ids, name: str) -> Any:
-    artifact = model.store.artifact(ids, name)
-    assert artifact is not None
-    return model.with_value(mls.artifact_row(artifact)).get("content")
+def artifact_text(model: mls.Model, ids: mls.Ids, name: str) -> Any:
+    row = model.store.artifact(ids, name)
+    assert row is not None
+    return model.with_value(mls.artifact_row(row)).get("content")
 
 
 def test_a_run_that_reached_its_end_is_completed_when_its_last_task_was(seen: mls.Model) -> None:
@@ -2844,7 +2860,7 @@ def max_retried(model: mls.Model, run: Any) -> Any:
 def test_a_caught_failure_is_a_completed_task_that_shows_the_exception(seen: mls.Model) -> None:
     (run,) = runs_of(seen, "ZooFlow")
     assert [t["status"] for t in attempts_of(seen, run, "right")] == ["completed"]
-    problem = content(seen, task_in(seen, "ZooFlow", "right"), "problem")
+    problem = artifact_text(seen, task_in(seen, "ZooFlow", "right"), "problem")
     assert "MetaflowExceptionWrapper" in problem and "'caught'" in problem
 
 
@@ -2995,16 +3011,16 @@ RECORDED: Mapping[str, Sequence[str]] = {
 
 def record_causes(folder: Path, recorder: str) -> None:
     """Let the flow fail in every way, tagged with it, and in local mode once not at all."""
-    cli = Cli(folder, folder / "home")
+    program = Cli(folder, folder / "home")
     (folder / "causes.py").write_text(CAUSES_FLOW)
     (folder / ".metaflow").mkdir()
 
     def record(how: str) -> None:
         command = [sys.executable, "causes.py", "run", "--max-workers", "1", "--tag", how]
         run = subprocess.Popen(
-            cli.command("run", *command) if recorder == "service" else command,
+            program.command("run", *command) if recorder == "service" else command,
             cwd=folder,
-            env={**cli.environment, "HOW": how, "METAFLOW_DEFAULT_METADATA": "local"},
+            env={**program.environment, "HOW": how, "METAFLOW_DEFAULT_METADATA": "local"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -3018,7 +3034,7 @@ def record_causes(folder: Path, recorder: str) -> None:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(record, hows))
     finally:
-        cli("stop")
+        program("stop")
 
 
 def end_by_hand(folder: Path, process: subprocess.Popen[Any], how: str) -> None:
@@ -3057,22 +3073,22 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 EVERY_FAILURE = [(recorder, how) for recorder, hows in RECORDED.items() for how in hows]
 
 
-def much_later(folder: Path) -> mls.Model:
+def model_much_later(folder: Path) -> mls.Model:
     """Those runs as one sees them when all signs of life have ceased."""
     return mls.Model(mls.Store(str(folder)), lambda: time.time() + 4000)
 
 
-def failure(model: mls.Model, how: str) -> Any:
+def run_tagged(model: mls.Model, how: str) -> Any:
     (run,) = (row for row in model.runs() if how in (row["tags"] or ()))
     return model.judge(run)
 
 
 @pytest.mark.parametrize(("recorder", "how"), EVERY_FAILURE)
-def test_a_run_that_failed_tells_the_task_the_attempt_the_exception_and_the_line(
+def test_the_cause_of_a_failed_run_names_task_attempt_exception_and_line(
     failures: Callable[[str], Path], recorder: str, how: str
 ) -> None:
     folder, expected = failures(recorder), CAUSES[how]
-    run = failure(much_later(folder), how)
+    run = run_tagged(model_much_later(folder), how)
     cause = run["cause"]
     assert (run["status"], cause["kind"], cause["step_name"]) == (
         "failed",
@@ -3097,11 +3113,11 @@ def test_a_run_that_failed_tells_the_task_the_attempt_the_exception_and_the_line
     assert is_told == has_begun or how == "interrupt"
 
 
-def test_what_was_retried_or_caught_is_the_cause_of_an_attempt_and_not_of_its_run(
+def test_a_retried_or_caught_failure_is_the_cause_of_its_attempt_only(
     failures: Callable[[str], Path],
 ) -> None:
-    model = much_later(failures("local"))
-    run = failure(model, "fine")
+    model = model_much_later(failures("local"))
+    run = run_tagged(model, "fine")
     assert (run["status"], run["cause"]) == ("completed", None)
     causes = {
         (t["step_name"], t["attempt_id"], t["status"]): t["cause"]["summary"]
@@ -3114,25 +3130,25 @@ def test_what_was_retried_or_caught_is_the_cause_of_an_attempt_and_not_of_its_ru
 
 
 def test_the_cause_of_a_run_is_that_of_the_attempt(failures: Callable[[str], Path]) -> None:
-    model = much_later(failures("local"))
+    model = model_much_later(failures("local"))
     for how, expected in CAUSES.items():
         if expected.step:
-            run = failure(model, how)
+            run = run_tagged(model, how)
             ids = (*mls.run_row_ids(run), expected.step, str(run["cause"]["task_id"]))
             assert model.attempts(ids, model.clock())[0]["cause"] == run["cause"]
 
 
 @pytest.mark.parametrize("recorder", RECORDED)
-def test_all_but_a_run_that_fell_silent_have_failed_at_once(
+def test_a_run_has_failed_at_once_unless_it_fell_silent(
     failures: Callable[[str], Path], recorder: str
 ) -> None:
     now = mls.Model(mls.Store(str(failures(recorder))))
     for how in RECORDED[recorder]:
         if CAUSES[how].kind != "scheduler gone":
-            assert failure(now, how)["status"] == "failed", how
+            assert run_tagged(now, how)["status"] == "failed", how
 
 
-def test_a_run_that_never_came_to_a_task_never_started(store: mls.Store) -> None:
+def test_a_run_without_tasks_never_started(store: mls.Store) -> None:
     ids = new_run(store)
     run = mls.Model(store, lambda: time.time() + 400).run(ids)
     assert run and run["cause"]
@@ -3140,7 +3156,7 @@ def test_a_run_that_never_came_to_a_task_never_started(store: mls.Store) -> None
     assert run["cause"]["pathspec"] == "/".join(ids)
 
 
-def test_the_first_task_that_failed_is_to_blame_and_not_those_that_fell_with_it() -> None:
+def test_the_first_failed_task_is_the_cause() -> None:
     graph: Any = {"steps": {"s": {"decorators": [{"name": "retry", "attributes": {"times": 1}}]}}}
 
     def failed(number: int, finished_at: int, attempt: int = 1) -> Any:
@@ -3162,10 +3178,10 @@ def test_the_first_task_that_failed_is_to_blame_and_not_those_that_fell_with_it(
 def test_the_cause_is_judged_once(
     failures: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = much_later(failures("local"))
-    assert eventually(lambda: model.is_settled(failure(model, "foreach")))
+    model = model_much_later(failures("local"))
+    assert eventually(lambda: model.is_settled(run_tagged(model, "foreach")))
     monkeypatch.setattr(mls.Model, "_find_cause", None)
-    assert failure(model, "foreach")["cause"]["kind"] == "raised"
+    assert run_tagged(model, "foreach")["cause"]["kind"] == "raised"
 
 
 @pytest.mark.parametrize(
@@ -3224,7 +3240,9 @@ def test_a_traceback_is_read_for_the_innermost_line_of_the_users_own_code(
         (None, "no sign of life any more"),
     ],
 )
-def test_an_end_is_told_by_its_signal_or_exit_code(code: int | None, text: str) -> None:
+def test_the_end_of_a_process_is_described_by_signal_or_exit_code(
+    code: int | None, text: str
+) -> None:
     assert mls.describe_process_end(mls.ProcessEnd(code, False, False, 0)) == text
 
 
@@ -3272,7 +3290,7 @@ def test_the_decorators_of_a_step_say_how_many_attempts_it_has(
         ("xs=b=c", "b=c"),  # as text, from older clients
     ],
 )
-def test_a_nested_foreach_is_told_by_its_path_and_clones_by_their_origins(
+def test_a_foreach_label_is_the_path_of_values_also_for_a_clone(
     store: mls.Store, ui: Api, stack: Any, label: str | None
 ) -> None:
     origin = ui.new_task_of_its_own()
@@ -3287,7 +3305,7 @@ def test_a_nested_foreach_is_told_by_its_path_and_clones_by_their_origins(
 
 
 @pytest.mark.parametrize("name", ["..", "a/b", "None", ""])
-def test_a_clone_of_what_can_be_no_task_is_in_no_loop(ui: Api, name: str) -> None:
+def test_a_clone_of_an_invalid_task_has_no_label(ui: Api, name: str) -> None:
     task = ui.new_task_of_its_own()
     named = [metadatum("origin-run-id", name), metadatum("origin-task-id", name)]
     ui.post(f"{task}/metadata", named)
@@ -3295,7 +3313,7 @@ def test_a_clone_of_what_can_be_no_task_is_in_no_loop(ui: Api, name: str) -> Non
     assert (row["foreach_label"], row["origin_pathspec"]) == (None, None)
 
 
-def test_a_cloned_task_and_a_resumed_run_say_where_they_come_from(ui: Api) -> None:
+def test_a_cloned_task_and_a_resumed_run_name_their_origins(ui: Api) -> None:
     task = ui.new_task_of_its_own()
     origin = [metadatum("origin-run-id", "1234"), metadatum("origin-task-id", "7")]
     ended = [metadatum("attempt", "0"), metadatum("attempt_ok", "True")]
@@ -3379,12 +3397,12 @@ def test_a_run_is_completed_by_its_own_last_step_whatever_that_is_called(
 def test_a_run_that_was_killed_is_running_until_its_heartbeats_are_old(
     failures: Callable[[str], Path],
 ) -> None:
-    store = mls.Store(str(failures("service")))
-    (recorded,) = (row for row in mls.Model(store).runs() if "both" in (row["tags"] or ()))
+    own_store = mls.Store(str(failures("service")))
+    (silent_run,) = (row for row in mls.Model(own_store).runs() if "both" in (row["tags"] or ()))
 
     def seen_after(delay: float) -> tuple[Any, Any]:
-        model = mls.Model(store, lambda: recorded["last_heartbeat_ts"] + delay)
-        run = failure(model, "both")
+        model = mls.Model(own_store, lambda: silent_run["last_heartbeat_ts"] + delay)
+        run = run_tagged(model, "both")
         (attempt,) = attempts_of(model, run, "start")
         return run, attempt
 
@@ -3467,7 +3485,7 @@ def test_attempts_are_numbered_without_gaps_and_the_order_of_records_means_nothi
         assert attempt.is_ok == (None if newest is None else newest["value"] == "True")
 
 
-def test_an_attempt_of_a_million_makes_no_million_rows() -> None:
+def test_a_huge_attempt_number_makes_no_rows() -> None:
     rows: Any = [{"id": 1, "field_name": "attempt", "value": "99999", "ts_epoch": 1, "tags": None}]
     assert mls.attempts_from_metadata(rows, [3]) == [mls.Attempt()] * 4
 
@@ -3516,7 +3534,7 @@ def test_a_verdict_on_a_running_run_looks_at_each_folder_and_record_once(
 # -- graphs and traces that make no sense ----------------------------------------------------------
 
 
-def test_a_graph_that_is_none_is_no_graph(store: mls.Store, ui: Api) -> None:
+def test_an_invalid_graph_is_not_found(store: mls.Store, ui: Api) -> None:
     run = ui.new_run(ui.new_flow())
     task = ui.new_task(ui.new_step(run, "_parameters"))
     sha = "a" * 40
@@ -3529,7 +3547,7 @@ def test_a_graph_that_is_none_is_no_graph(store: mls.Store, ui: Api) -> None:
     assert ui.get(f"/api{run}").json["data"]["status"] == "running"
 
 
-def stored(store: mls.Store, value: object) -> dict[str, str]:
+def store_value(store: mls.Store, value: object) -> dict[str, str]:
     """Put a value into the datastore, and say where it is."""
     content = gzip.compress(pickle.dumps(value))
     sha = hashlib.sha1(content).hexdigest()
@@ -3554,16 +3572,16 @@ def make_running_task(ui: Api, ds_root: str) -> tuple[str, tuple[str, ...]]:
         {"steps": {}, "end_step": "../.."},
     ],
 )
-def test_a_graph_that_makes_no_sense_hides_no_run(store: mls.Store, ui: Api, graph: Any) -> None:
+def test_an_invalid_graph_hides_no_run(store: mls.Store, ui: Api, graph: Any) -> None:
     task, _ = make_running_task(ui, store.folder)
     ui.post(f"{task}/metadata", [metadatum("attempt_ok", "False")])
     parameters = ui.new_task(ui.new_step(task[: task.index("/steps")], "_parameters"))
-    ui.post(f"{parameters}/artifact", [artifact("_graph_info", **stored(store, graph))])
+    ui.post(f"{parameters}/artifact", [artifact("_graph_info", **store_value(store, graph))])
     ui.post(f"{parameters}/metadata", [metadatum("attempt-done", "0")])
     assert len(ui.get("/api/runs").json["data"]) == 1
 
 
-def test_a_datastore_whose_name_is_no_text_hides_no_run(ui: Api) -> None:
+def test_an_invalid_datastore_name_hides_no_run(ui: Api) -> None:
     task, _ = make_running_task(ui, "/\ud800/.metaflow")
     (run,) = ui.get("/api/runs").json["data"]
     assert run["status"] == "running"
@@ -3572,9 +3590,7 @@ def test_a_datastore_whose_name_is_no_text_hides_no_run(ui: Api) -> None:
 
 
 @pytest.mark.parametrize("told", ["[" * 100_000, "5", '{"success": '])
-def test_what_a_scheduler_left_is_believed_only_where_it_makes_sense(
-    store: mls.Store, ui: Api, told: str
-) -> None:
+def test_an_invalid_file_of_the_scheduler_is_ignored(store: mls.Store, ui: Api, told: str) -> None:
     _, ids = make_running_task(ui, store.folder)
     Path(store.folder, *ids, "0.runtime").write_text(told)
     (run,) = ui.get("/api/runs").json["data"]
@@ -3582,9 +3598,9 @@ def test_what_a_scheduler_left_is_believed_only_where_it_makes_sense(
 
 
 def test_facts_of_runs_differ_by_section_and_name() -> None:
-    empty: dict[str, dict[str, Any]] = {section: {} for section in mls.COMPARED_SECTIONS}
-    one = {**empty, "parameters": {"n": 1, "m": 5}, "tags": {"x": True}}
-    other = {**empty, "parameters": {"n": 2, "m": 5}}
+    nothing: dict[str, dict[str, Any]] = {section: {} for section in mls.COMPARED_SECTIONS}
+    one = {**nothing, "parameters": {"n": 1, "m": 5}, "tags": {"x": True}}
+    other = {**nothing, "parameters": {"n": 2, "m": 5}}
     assert mls.compare_facts([one, other]) == [
         {"section": "parameters", "name": "n", "values": [1, 2]},
         {"section": "tags", "name": "x", "values": [True, None]},
@@ -3621,7 +3637,7 @@ LATER = 10 * 86_400
 """Seconds after which nothing is young, and nothing that was recorded before is running."""
 
 
-def much_later_in(folder: Path) -> mls.Retention:
+def retention_much_later(folder: Path) -> mls.Retention:
     """What may be deleted in a project, as it is seen days after it was recorded."""
     return mls.Retention(mls.Model(mls.Store(str(folder)), lambda: time.time() + LATER))
 
@@ -3631,14 +3647,14 @@ def delete_runs(retention: mls.Retention, runs: Iterable[mls.Ids]) -> None:
         pass
 
 
-def collect(retention: mls.Retention, flow: str | None = None) -> int:
+def collect_garbage(retention: mls.Retention, flow: str | None = None) -> int:
     """Do what `gc` does without conditions, and return how many blobs that removed."""
     retention.finish_deletions()
     found = retention.find_garbage(flow=flow)
     return sum(1 for garbage in found for _ in retention.remove_garbage(garbage))
 
 
-def ended_run(api: Api, name: str = "Flow", **fields: Any) -> mls.Ids:
+def create_ended_run(api: Api, name: str = "Flow", **fields: Any) -> mls.Ids:
     """Record a run of a flow that has succeeded."""
     api.post(f"/flows/{name}")
     run = api.new_run(f"/flows/{name}", **fields)
@@ -3646,7 +3662,7 @@ def ended_run(api: Api, name: str = "Flow", **fields: Any) -> mls.Ids:
     return tuple(run.split("/")[2::2])
 
 
-def living_run(api: Api) -> str:
+def create_living_run(api: Api) -> str:
     """Record the beginning of a run, and return its path."""
     api.post("/flows/Flow")
     return api.new_run("/flows/Flow", system_tags=["metaflow_version:2.15.0"])
@@ -3709,7 +3725,7 @@ class Replica:
             content = path.read_text()
             path.unlink()
             path.write_text(content)
-        return much_later_in(self.project)
+        return retention_much_later(self.project)
 
     @staticmethod
     def run_of(path: Path) -> mls.Ids | None:
@@ -3787,7 +3803,7 @@ def replica(history: History, tmp_path_factory: pytest.TempPathFactory) -> Repli
 of_replica = pytest.mark.xdist_group("replica")
 
 
-def with_needed(runs: Collection[mls.Ids], retention: mls.Retention) -> set[mls.Ids]:
+def deletable_runs(runs: Collection[mls.Ids], retention: mls.Retention) -> set[mls.Ids]:
     """Those of the runs that may go together."""
     return set(runs) - retention.reasons_to_stay(runs).keys()
 
@@ -3795,7 +3811,7 @@ def with_needed(runs: Collection[mls.Ids], retention: mls.Retention) -> set[mls.
 @of_replica
 @settings(max_examples=3, deadline=None)
 @given(data=st.data())
-def test_what_stays_is_as_it_was_and_of_the_rest_nothing_is_left(
+def test_a_deletion_leaves_nothing_behind_and_changes_nothing_else(
     replica: Replica, data: st.DataObject
 ) -> None:
     retention = replica.put_back()
@@ -3809,7 +3825,7 @@ def test_what_stays_is_as_it_was_and_of_the_rest_nothing_is_left(
     planned = [garbage.usage() for garbage in retention.find_garbage(chosen)]
     delete_runs(retention, chosen)
     assert [garbage.usage() for garbage in retention.find_garbage()] == planned
-    collect(retention)
+    collect_garbage(retention)
     stay = set(replica.runs) - chosen
     replica.check(stay)
     assert compared in chosen or replica.facts(compared) == facts
@@ -3822,7 +3838,7 @@ def test_a_run_can_be_resumed_when_all_others_are_gone(
     failed = tuple(history.recorded["failed_local"].run.split("/"))
     retention = replica.put_back()
     delete_runs(retention, [run for run in replica.runs if run != failed])
-    collect(retention)
+    collect_garbage(retention)
     flows = Flows(Cli(replica.project, tmp_path))
     flows.mend()
     resumed = flows.flow("local", "FailingFlow", "resume", "--origin-run-id", failed[1])
@@ -3853,7 +3869,7 @@ def test_a_kill_at_any_moment_of_a_deletion_leaves_runs_whole_or_gone(replica: R
     folder = replica.project / ".metaflow"
     for _ in range(kills):
         retention = replica.put_back()
-        chosen = with_needed(random.sample(replica.runs, len(replica.runs) // 2), retention)
+        chosen = deletable_runs(random.sample(replica.runs, len(replica.runs) // 2), retention)
         names = ["/".join(run) for run in chosen]
         command = [sys.executable, "-c", KILLED, str(replica.project), *names]
         environment = {**os.environ, "PYTHONPATH": str(MODULE.parent)}
@@ -3870,13 +3886,13 @@ def test_a_kill_at_any_moment_of_a_deletion_leaves_runs_whole_or_gone(replica: R
         }
         assert {p for p in whole if replica.run_of(p) not in (None, *gone)} <= present
         halves += any(folder.glob("*.trash/*"))
-        collect(much_later_in(replica.project))
+        collect_garbage(retention_much_later(replica.project))
         replica.check(set(replica.runs) - gone)
     print(f"{kills} kills, {halves} of them while a run was removed, {ended} after the end")
 
 
 @of_replica
-def test_what_is_measured_is_what_du_tells(replica: Replica) -> None:
+def test_sizes_are_those_that_du_reports(replica: Replica) -> None:
     retention = replica.put_back()
     told = subprocess.check_output(["du", "-sk", replica.project / ".metaflow"], text=True)
     total = retention.measure_all().bytes
@@ -3892,11 +3908,9 @@ def test_what_is_measured_is_what_du_tells(replica: Replica) -> None:
 # -- what stays ------------------------------------------------------------------------------------
 
 
-def test_a_run_that_is_not_there_lives_or_is_needed_stays_with_all_others(
-    store: mls.Store, api: Api
-) -> None:
-    first, second = ended_run(api), ended_run(api)
-    living = tuple(living_run(api).split("/")[2::2])
+def test_runs_are_deleted_all_or_none(store: mls.Store, api: Api) -> None:
+    first, second = create_ended_run(api), create_ended_run(api)
+    living = tuple(create_living_run(api).split("/")[2::2])
     task = f"/flows/Flow/runs/{second[1]}/steps/end/tasks/1"
     told = [("origin-run-id", first[1]), ("origin-task-id", "1")]
     for step in (task, api.new_task(api.new_step(task.split("/steps")[0]))):
@@ -3923,15 +3937,15 @@ def test_a_run_of_a_client_without_heartbeats_stays_until_it_is_silent_for_minut
     run = api.new_run("/flows/Flow")  # about to start, as an orchestrator's
     refused = api.request("DELETE", run)
     assert (refused.status, "may go on" in refused.json["message"]) == (409, True)
-    delete_runs(much_later_in(project), [tuple(run.split("/")[2::2])])
+    delete_runs(retention_much_later(project), [tuple(run.split("/")[2::2])])
     assert api.get(run).status == 404
 
 
 def test_a_run_with_the_name_of_the_artifacts_folder_is_not_taken_for_it(
     store: mls.Store, api: Api
 ) -> None:
-    run = ended_run(api, run_number="data")
-    sha = stored(store, "value")["sha"]
+    run = create_ended_run(api, run_number="data")
+    sha = store_value(store, "value")["sha"]
     refer(store, run, sha)
     assert api.request("DELETE", "/flows/Flow/runs/data").status == 409
     assert blob_path(store, sha).exists()
@@ -3940,26 +3954,26 @@ def test_a_run_with_the_name_of_the_artifacts_folder_is_not_taken_for_it(
 def test_a_blob_stays_for_a_day_and_while_a_run_of_its_flow_lives(
     store: mls.Store, api: Api
 ) -> None:
-    ended_run(api)
-    path = blob_path(store, stored(store, "value")["sha"])
-    assert collect(mls.Retention(mls.Model(store))) == 0
+    create_ended_run(api)
+    path = blob_path(store, store_value(store, "value")["sha"])
+    assert collect_garbage(mls.Retention(mls.Model(store))) == 0
     os.utime(path, (1, 1))
-    living = living_run(api)
-    assert collect(mls.Retention(mls.Model(store))) == 0
+    living = create_living_run(api)
+    assert collect_garbage(mls.Retention(mls.Model(store))) == 0
     end_task(api, api.new_task(api.new_step(living, "end")))
-    assert collect(mls.Retention(mls.Model(store))) == 1 and not path.exists()
+    assert collect_garbage(mls.Retention(mls.Model(store))) == 1 and not path.exists()
 
 
 def test_a_blob_stays_when_a_run_begins_after_the_references_were_read(
     store: mls.Store, api: Api, project: Path
 ) -> None:
-    ended_run(api)
-    path = blob_path(store, stored(store, "value")["sha"])
-    retention = much_later_in(project)
+    create_ended_run(api)
+    path = blob_path(store, store_value(store, "value")["sha"])
+    retention = retention_much_later(project)
     (garbage,) = retention.find_garbage()
-    ended_run(api)
+    create_ended_run(api)
     assert list(retention.remove_garbage(garbage)) == [] and path.exists()
-    assert collect(retention) == 1
+    assert collect_garbage(retention) == 1
 
 
 @pytest.mark.parametrize(
@@ -3968,52 +3982,52 @@ def test_a_blob_stays_when_a_run_begins_after_the_references_were_read(
 def test_a_blob_stays_whose_digest_stands_in_a_value(
     store: mls.Store, api: Api, project: Path, value: object
 ) -> None:
-    run = ended_run(api)
-    inner = stored(store, "inner")["sha"]
-    middle = stored(store, eval(repr(value).replace("{}", inner)))["sha"]
-    outer = stored(store, ["names the middle one", middle])["sha"]
-    stored(store, "nobody's")
+    run = create_ended_run(api)
+    inner = store_value(store, "inner")["sha"]
+    middle = store_value(store, eval(repr(value).replace("{}", inner)))["sha"]
+    outer = store_value(store, ["names the middle one", middle])["sha"]
+    store_value(store, "nobody's")
     refer(store, run, outer)
-    assert collect(much_later_in(project)) == 1
+    assert collect_garbage(retention_much_later(project)) == 1
     assert all(blob_path(store, sha).exists() for sha in (inner, middle, outer))
     refer(store, run, outer, size=39)  # said to be too small to name anything
-    assert collect(much_later_in(project)) == 2
+    assert collect_garbage(retention_much_later(project)) == 2
 
 
 def test_a_digest_is_found_across_the_pieces_in_which_a_blob_is_read(
     store: mls.Store, api: Api, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mls, "BLOB_CHUNK", 50)
-    run = ended_run(api)
-    inner = stored(store, "inner")["sha"]
-    refer(store, run, stored(store, random.randbytes(1000).hex() + " " + inner)["sha"])
-    assert collect(much_later_in(project)) == 0 and blob_path(store, inner).exists()
+    run = create_ended_run(api)
+    inner = store_value(store, "inner")["sha"]
+    refer(store, run, store_value(store, random.randbytes(1000).hex() + " " + inner)["sha"])
+    assert collect_garbage(retention_much_later(project)) == 0 and blob_path(store, inner).exists()
 
 
-def test_what_records_name_stays(store: mls.Store, api: Api, project: Path) -> None:
-    run = ended_run(api)
-    package, record = stored(store, "package")["sha"], stored(store, "of a record")["sha"]
+def test_blobs_named_by_records_stay(store: mls.Store, api: Api, project: Path) -> None:
+    run = create_ended_run(api)
+    package, record = store_value(store, "package")["sha"], store_value(store, "of a record")["sha"]
     task = f"/flows/Flow/runs/{run[1]}/steps/end/tasks/1"
     api.post(f"{task}/metadata", [metadatum("code-package", json.dumps({"sha": package}))])
     api.post(f"{task}/artifact", [artifact("name", sha=record)])
-    assert collect(much_later_in(project)) == 0
-    delete_runs(much_later_in(project), [run])
-    assert collect(much_later_in(project)) == 2
+    assert collect_garbage(retention_much_later(project)) == 0
+    delete_runs(retention_much_later(project), [run])
+    assert collect_garbage(retention_much_later(project)) == 2
 
 
 def test_a_run_of_which_there_is_no_record_keeps_what_it_names(
     store: mls.Store, project: Path
 ) -> None:
-    sha = stored(store, "value")["sha"]
+    sha = store_value(store, "value")["sha"]
     task = Path(store.folder, "Flow", "1", "start", "1")
     task.mkdir(parents=True)
     (task / "0.data.json").write_text(json.dumps({"objects": {"name": sha}}))
-    assert collect(much_later_in(project)) == 0
+    assert collect_garbage(retention_much_later(project)) == 0
 
 
 def test_files_that_are_not_metaflows_stay(store: mls.Store, api: Api, project: Path) -> None:
-    ended_run(api)
-    sha = stored(store, "value")["sha"]
+    create_ended_run(api)
+    sha = store_value(store, "value")["sha"]
     content = b"text of a file that was included"
     named = hashlib.sha1(content).hexdigest()
     others = [
@@ -4029,23 +4043,23 @@ def test_files_that_are_not_metaflows_stay(store: mls.Store, api: Api, project: 
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(gzip.compress(content))
     Path(f"{blob_path(store, sha)}_meta").write_text("{}")
-    assert collect(much_later_in(project)) == 3
+    assert collect_garbage(retention_much_later(project)) == 3
     assert all(path.exists() for path in others)
     assert not any(path.exists() for path in (*included, Path(f"{blob_path(store, sha)}_meta")))
 
 
 def test_a_meta_file_that_was_left_alone_goes(store: mls.Store, api: Api, project: Path) -> None:
-    ended_run(api)
-    path = blob_path(store, stored(store, "value")["sha"])
+    create_ended_run(api)
+    path = blob_path(store, store_value(store, "value")["sha"])
     path.rename(f"{path}_meta")
-    assert collect(much_later_in(project)) == 1 and not Path(f"{path}_meta").exists()
+    assert collect_garbage(retention_much_later(project)) == 1 and not Path(f"{path}_meta").exists()
 
 
 def test_no_link_is_followed(store: mls.Store, api: Api, project: Path) -> None:
     precious = project / "precious"
     (precious / "ab").mkdir(parents=True)
     (precious / "ab" / ("ab" * 20)).touch()
-    run, behind_link = ended_run(api), ended_run(api)
+    run, behind_link = create_ended_run(api), create_ended_run(api)
     (run_folder(store, run) / "link").symlink_to(precious)
     moved = project / "elsewhere"
     run_folder(store, behind_link).rename(moved)
@@ -4053,21 +4067,21 @@ def test_no_link_is_followed(store: mls.Store, api: Api, project: Path) -> None:
     reply = api.request("DELETE", f"/flows/Flow/runs/{behind_link[1]}")
     assert (reply.status, "symbolic link" in reply.json["message"]) == (409, True)
     assert moved.exists()
-    sha = stored(store, "value")["sha"]
-    (found,) = much_later_in(project).find_garbage()
+    sha = store_value(store, "value")["sha"]
+    (found,) = retention_much_later(project).find_garbage()
     assert found.size() == 0 and "is a symbolic link" in found.doubt
     run_folder(store, behind_link).unlink()
     assert api.request("DELETE", f"/flows/Flow/runs/{run[1]}").status == 200
     blob_path(store, sha).parent.with_name("ab").symlink_to(precious / "ab")
-    assert collect(much_later_in(project)) == 1
+    assert collect_garbage(retention_much_later(project)) == 1
     assert (precious / "ab" / ("ab" * 20)).exists()
 
 
 @pytest.mark.parametrize("kept", ["card.html", "latest_run"])
-def test_what_a_crash_has_left_is_finished_by_the_next_clean_up(
+def test_an_interrupted_deletion_is_finished_by_the_next_one(
     store: mls.Store, api: Api, project: Path, kept: str
 ) -> None:
-    first, second = ended_run(api), ended_run(api)
+    first, second = create_ended_run(api), create_ended_run(api)
     card = Path(store.folder, "mf.cards", *first[:1], "runs", first[1], "card.html")
     card.parent.mkdir(parents=True)
     card.touch()
@@ -4076,17 +4090,17 @@ def test_what_a_crash_has_left_is_finished_by_the_next_clean_up(
     (Path(store.folder) / mls.TRASH_DIR).mkdir()
     run_folder(store, first).rename(Path(store.folder, mls.TRASH_DIR, f"{mls.TRASH_ENTRY}1"))
     (Path(store.folder) / mls.TRASH_DIR / f"{mls.TRASH_ENTRY}2").mkdir()
-    collect(much_later_in(project))
+    collect_garbage(retention_much_later(project))
     assert not card.exists() and latest.read_text() == second[1]
     assert os.listdir(Path(store.folder) / mls.TRASH_DIR) == []
-    delete_runs(much_later_in(project), [second])
+    delete_runs(retention_much_later(project), [second])
     assert not latest.exists() and store.flow(("Flow",)) is not None
 
 
 def test_cards_in_another_root_go_unless_the_run_is_there_too(
     store: mls.Store, api: Api, project: Path
 ) -> None:
-    runs = [ended_run(api), ended_run(api)]
+    runs = [create_ended_run(api), create_ended_run(api)]
     other = project / "sub" / ".metaflow"
     cards = [other / "mf.cards" / "Flow" / "runs" / run[1] / "card.html" for run in runs]
     for card in cards:
@@ -4114,21 +4128,21 @@ def test_cards_are_found_in_the_root_alone_where_no_other_can_be_noted(
 
 
 def test_a_run_is_deleted_on_a_full_disk(disk: Path) -> None:
-    with served(mls.Store(str(disk))) as api:
-        first, second = ended_run(api), ended_run(api)
+    with serve(mls.Store(str(disk))) as client:
+        first, second = create_ended_run(client), create_ended_run(client)
         latest = disk / ".metaflow" / "Flow" / "latest_run"
         latest.write_text(second[1])
         with contextlib.suppress(OSError), (disk / "ballast").open("wb", buffering=0) as f:
             while True:
                 f.write(b"x" * 4096)
-        assert api.request("DELETE", f"/flows/Flow/runs/{second[1]}").status == 200
+        assert client.request("DELETE", f"/flows/Flow/runs/{second[1]}").status == 200
         assert latest.read_text() == first[1]
 
 
 def test_a_run_is_deleted_where_no_folder_can_be_made(
     store: mls.Store, api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = ended_run(api)
+    run = create_ended_run(api)
 
     def make_no_folder(parent: int, name: str) -> bool:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
@@ -4139,8 +4153,8 @@ def test_a_run_is_deleted_where_no_folder_can_be_made(
     assert os.listdir(Path(store.folder, "Flow", "_meta")) == ["_self.json"]
 
 
-def test_two_that_delete_the_same_do_it_once(store: mls.Store, api: Api) -> None:
-    runs = [ended_run(api) for _ in range(5)]
+def test_concurrent_deletions_delete_a_run_once(store: mls.Store, api: Api) -> None:
+    runs = [create_ended_run(api) for _ in range(5)]
 
     def delete_each() -> int:
         retention, deleted = mls.Retention(mls.Model(store)), 0
@@ -4185,7 +4199,7 @@ ARTIFACT_SHAPE = (
 )
 
 
-def values(record: dict[str, Any], shape: str) -> list[Any]:
+def stable_values(record: dict[str, Any], shape: str) -> list[Any]:
     """The values of a record but for its times and its metadatum id; its keys are those given."""
     assert list(record) == shape.split()
     assert is_recent(record["ts_epoch"], 1000)
@@ -4196,7 +4210,7 @@ def test_a_flow_has_its_fields_in_their_order(api: Api) -> None:
     body = {"user_name": "x", "tags": ["t"], "system_tags": ["s"], "flow_id": "other", "odd": 1}
     flow = api.post("/flows/Flow", body).json
     shape = "flow_id user_name ts_epoch tags system_tags"
-    assert values(flow, shape) == ["Flow", "x", ["t"], ["s"]]
+    assert stable_values(flow, shape) == ["Flow", "x", ["t"], ["s"]]
     assert [api.get("/flows/Flow").json] == [flow] == api.get("/flows").json
     assert (api.post("/flows/Flow").status, api.get("/flows/None").status) == (409, 404)
 
@@ -4210,16 +4224,16 @@ def test_runs_steps_and_tasks_have_their_fields_in_their_order(
     run = api.post(f"{flow}/run", {**body, "run_number": own_id}).json
     number = run["run_number"]
     assert number == own_id or isinstance(number, int)
-    assert values(run, RUN_SHAPE) == ["Flow", number, "x", ["t"], ["s"]]
+    assert stable_values(run, RUN_SHAPE) == ["Flow", number, "x", ["t"], ["s"]]
     path = f"{flow}/runs/{number}"
 
     other = {"user_name": "y", "tags": ["not shown"], "system_tags": None, "run_number": 5}
     step = api.post(f"{path}/steps/start/step", other).json
-    assert values(step, STEP_SHAPE) == ["Flow", str(number), "start", "y", ["t"], ["s"]]
+    assert stable_values(step, STEP_SHAPE) == ["Flow", str(number), "start", "y", ["t"], ["s"]]
 
     task = api.post(f"{path}/steps/start/task", {**other, "task_id": own_id}).json
     expected = ["Flow", number, "start", own_id or 1, "y", ["t"], ["s"]]
-    assert values(task, TASK_SHAPE) == expected
+    assert stable_values(task, TASK_SHAPE) == expected
 
     # The heartbeat of a task is one of its run, too.
     assert is_recent(task["last_heartbeat_ts"], 1)
@@ -4239,7 +4253,7 @@ def test_metadata_has_its_fields_in_their_order(api: Api) -> None:
     assert api.post(f"{task}/metadata", [row]).json == {"metadata_created": 1}
     (read,) = api.get(f"{task}/metadata").json
     expected = ["Flow", number, "start", 1, "f", "v", "f", "x", ["attempt_id:0"], ["s"]]
-    assert values(read, METADATUM_SHAPE) == expected
+    assert stable_values(read, METADATUM_SHAPE) == expected
     assert isinstance(read["id"], int)
 
 
@@ -4251,7 +4265,7 @@ def test_an_artifact_has_its_fields_in_their_order(api: Api) -> None:
     read = api.get(f"{task}/artifacts/x").json
     own = ["x", ":root:/somewhere/x", "local", "sha-of-x-0", "metaflow.artifact", "gzip+pickle-v4"]
     expected = ["Flow", number, "start", 1, *own, "tester", 0, [], []]
-    assert values(read, ARTIFACT_SHAPE) == expected
+    assert stable_values(read, ARTIFACT_SHAPE) == expected
     run = f"/flows/Flow/runs/{number}"
     for path in (f"{task}/artifacts", f"{task}/attempt/0/artifacts", f"{run}/artifacts"):
         assert api.get(path).json == [read]
@@ -4259,7 +4273,7 @@ def test_an_artifact_has_its_fields_in_their_order(api: Api) -> None:
     assert api.get(f"{task}/artifacts/x/attempt/0").json == read
 
 
-def test_what_a_request_does_not_say_has_a_default(api: Api) -> None:
+def test_missing_fields_have_defaults(api: Api) -> None:
     flow = api.post("/flows/Flow", {}).json
     run = api.post("/flows/Flow/run", {}).json
     path = f"/flows/Flow/runs/{run['run_number']}"
@@ -4296,8 +4310,8 @@ def test_steps_tasks_and_artifacts_show_the_tags_of_their_run(api: Api) -> None:
     assert api.patch(f"{run}/tag/mutate", {"tags_to_add": ["new"]}).json == {"tags": ["new"]}
     one_by_one = [step, task, f"{task}/artifacts/x", f"{task}/artifacts/x/attempt/0", run]
     assert [api.get(path).json["tags"] for path in one_by_one] == [["new"]] * 5
-    lists = [f"{run}/steps", f"{step}/tasks", f"{run}/artifacts", f"{task}/attempt/0/artifacts"]
-    assert [api.get(path).json[0]["tags"] for path in lists] == [["new"]] * 4
+    listings = [f"{run}/steps", f"{step}/tasks", f"{run}/artifacts", f"{task}/attempt/0/artifacts"]
+    assert [api.get(path).json[0]["tags"] for path in listings] == [["new"]] * 4
     assert api.get(f"{task}/metadata").json[0]["tags"] == ["attempt_id:0"]
 
 
@@ -4338,7 +4352,7 @@ def test_steps_tasks_and_artifacts_show_the_tags_of_their_run(api: Api) -> None:
         ("{step}/step", {}, 409),
     ],
 )
-def test_a_post_that_cannot_be_is_a_sentence_and_leaves_nothing_behind(
+def test_a_refused_post_is_one_sentence_and_leaves_nothing(
     api: Api, project: Path, path: str, body: Any, status: int
 ) -> None:
     flow = api.new_flow()
@@ -4351,9 +4365,7 @@ def test_a_post_that_cannot_be_is_a_sentence_and_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize("missing", ["/flows/None", "{flow}/runs/1", "{run}/steps/none"])
-def test_what_is_not_there_is_a_404_and_what_is_below_it_an_empty_list(
-    api: Api, missing: str
-) -> None:
+def test_a_missing_object_is_a_404_and_lists_below_it_are_empty(api: Api, missing: str) -> None:
     flow = api.new_flow()
     path = missing.format(flow=flow, run=api.new_run(flow))
     reply = api.get(path)
@@ -4424,7 +4436,7 @@ def test_what_the_reference_loses_in_a_bulk_post_is_kept(api: Api) -> None:
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", "a b", "ü+é", "*", "100%", "?x=1", "#", "a\nb"])
-def test_names_come_and_go_percent_encoded(api: Api, name: str) -> None:
+def test_names_are_percent_encoded_in_paths(api: Api, name: str) -> None:
     task = api.new_task_of_its_own()
     api.post(f"{task}/artifact", [artifact(name), artifact("plain")])
     assert api.get(f"{task}/artifacts/{quote(name, safe='')}").json["name"] == name
@@ -4590,7 +4602,7 @@ def lists(api: Api, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     return {path: api.get(path).json for path in paths}
 
 
-def pages(api: Api, path: str, limit: int) -> Iterator[list[Any]]:
+def fetch_pages(api: Api, path: str, limit: int) -> Iterator[list[Any]]:
     cursor = ""
     while cursor is not None:
         reply = api.get(f"{path}?_limit={limit}&_cursor={quote(cursor, safe='')}")
@@ -4606,7 +4618,7 @@ def test_the_pages_of_a_list_make_the_list(
     for path, whole in lists.items():
         assert len(whole) == 7
         assert [r["ts_epoch"] for r in whole] == sorted(r["ts_epoch"] for r in whole)[::-1]
-        found = list(pages(api, path, limit))
+        found = list(fetch_pages(api, path, limit))
         assert [record for page in found for record in page] == whole, path
         assert len(found) == -(-7 // limit)
 
@@ -4619,7 +4631,7 @@ def test_pages_are_complete_while_records_are_added(api: Api, lists: dict[str, l
         (metadata, lambda: api.post(metadata, [metadatum("new")])),
     ):
         found = []
-        for page in pages(api, path, 2):
+        for page in fetch_pages(api, path, 2):
             found += page
             add()
         assert [record for record in found if record in lists[path]] == lists[path]
@@ -4718,7 +4730,7 @@ def test_every_list_says_how_long_its_pages_are(api: Api) -> None:
         assert (reply.status, reply.headers.get("x-limit")) == (200, "100"), path
 
 
-def test_what_is_filtered_comes_in_pages_too(api: Api) -> None:
+def test_filtered_lists_come_in_pages(api: Api) -> None:
     flow = api.new_flow()
     for n in range(6):
         run = api.new_run(flow, run_number=f"argo-{n}", tags=["odd"] * (n % 2))
@@ -4766,7 +4778,7 @@ def test_runs_are_found_by_their_status(api: Api) -> None:
         "/runs/1/steps/s/filtered_tasks?pattern=(",
     ],
 )
-def test_a_query_that_makes_no_sense_is_a_400(api: Api, query: str) -> None:
+def test_an_invalid_query_is_a_400(api: Api, query: str) -> None:
     reply = api.get(api.new_flow() + query)
     assert (reply.status, list(reply.json)) == (400, ["message"])
 
@@ -4811,7 +4823,7 @@ def test_every_route_of_the_protocol_answers(api: Api) -> None:
         ("OPTIONS", "/flows/F/runs/1/steps/s/tasks/1/metadata", {"GET", "HEAD", "POST"}),
     ],
 )
-def test_a_method_that_is_not_for_a_path_is_told_which_are(
+def test_a_405_lists_the_allowed_methods(
     api: Api, method: str, path: str, allowed: set[str]
 ) -> None:
     reply = api.request(method, path)
@@ -4822,7 +4834,7 @@ def test_a_method_that_is_not_for_a_path_is_told_which_are(
 @pytest.mark.parametrize(
     "path", ["/", "/nothing", "/flows/", "/flows//runs", "//ping", "/ping/", "/Ping", "/auth/token"]
 )
-def test_a_path_that_leads_nowhere_is_a_404(api: Api, path: str) -> None:
+def test_an_unknown_path_is_a_404(api: Api, path: str) -> None:
     reply = api.get(path)
     assert (reply.status, list(reply.json)) == (404, ["message"])
 
@@ -4841,7 +4853,7 @@ def test_the_health_is_whether_records_can_be_written(api: Api, project: Path) -
 
 
 def test_a_run_is_deleted_over_http(store: mls.Store, api: Api) -> None:
-    run, other = ended_run(api), ended_run(api)
+    run, other = create_ended_run(api), create_ended_run(api)
     path = f"/flows/Flow/runs/{run[1]}"
     files = sum(1 for p in all_paths(run_folder(store, run)) if p.is_file())
     reply = api.request("DELETE", path)
@@ -4849,7 +4861,7 @@ def test_a_run_is_deleted_over_http(store: mls.Store, api: Api) -> None:
     assert (reply.json["runs"], reply.json["files"], reply.json["bytes"] > 0) == (1, files, True)
     assert [api.get(path).status, api.request("DELETE", path).status] == [404, 404]
     assert [row["run_number"] for row in api.get("/flows/Flow/runs").json] == [int(other[1])]
-    living = living_run(api)
+    living = create_living_run(api)
     refused = api.request("DELETE", living)
     assert (refused.status, "is running" in refused.json["message"]) == (409, True)
 
@@ -4916,11 +4928,11 @@ def test_a_body_of_too_many_values_is_refused_before_it_is_parsed(
     ],
     ids=["NUL", "text", "text and NUL", "texts", "in quotes", "after many"],
 )
-def test_a_nul_is_told_from_a_text_that_looks_like_one(text: bytes, has_nul: bool) -> None:
+def test_a_nul_is_distinguished_from_text_that_looks_like_one(text: bytes, has_nul: bool) -> None:
     assert mls.has_nul(b'{"user_name": "%s"}' % text) == has_nul
 
 
-def test_what_metaflow_sends_at_most_is_taken(api: Api) -> None:
+def test_the_largest_bodies_of_metaflow_are_accepted(api: Api) -> None:
     task = api.new_task_of_its_own()
     many = api.post(f"{task}/artifact", [artifact(f"a{n}") for n in range(3000)])
     assert many.json == {"artifacts_created": 3000}
@@ -4935,7 +4947,7 @@ def temporary_files(project: Path) -> list[Path]:
     return [path for path in all_paths(project) if path.name.startswith(mls.TEMPORARY)]
 
 
-def records(project: Path) -> list[Any]:
+def read_json_files(project: Path) -> list[Any]:
     """All files of the root that are JSON by name; all of them are by content."""
     return [json.loads(path.read_bytes()) for path in (project / ".metaflow").rglob("*.json")]
 
@@ -4952,32 +4964,32 @@ def disk(project: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_costs_single_requests(disk: Path) -> None:
-    with served(mls.Store(str(disk))) as api:
-        task = api.new_task_of_its_own()
+    with serve(mls.Store(str(disk))) as client:
+        task = client.new_task_of_its_own()
         ballast = disk / "ballast"
         with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as f:
             while True:
                 f.write(b"x" * 4096)
         run = task.split("/steps/")[0]
         for reply in (
-            api.post(f"{task}/metadata", [metadatum("field")] * 3),
-            api.post(f"{task}/artifact", [artifact("name")] * 3),
-            api.post("/flows/Other"),
-            api.post("/flows/Flow/run"),
-            api.post(f"{run}/steps/end/step"),
-            api.post(f"{run}/steps/start/task"),
-            api.patch(f"{run}/tag/mutate", {"tags_to_add": ["tag"]}),
+            client.post(f"{task}/metadata", [metadatum("field")] * 3),
+            client.post(f"{task}/artifact", [artifact("name")] * 3),
+            client.post("/flows/Other"),
+            client.post("/flows/Flow/run"),
+            client.post(f"{run}/steps/end/step"),
+            client.post(f"{run}/steps/start/task"),
+            client.patch(f"{run}/tag/mutate", {"tags_to_add": ["tag"]}),
         ):
             assert (reply.status, list(reply.json)) == (507, ["message"])
-        assert api.get("/healthcheck").status == 503
-        before = records(disk)
+        assert client.get("/healthcheck").status == 503
+        before = read_json_files(disk)
         assert len(before) == 4  # the flow, run, step and task
         assert temporary_files(disk) == []
-        assert api.get(task).status == 200
+        assert client.get(task).status == 200
         ballast.unlink()
-        assert api.post(f"{task}/metadata", [metadatum("field")] * 3).status == 200
-        assert len(api.get(f"{task}/metadata").json) == 3
-        assert api.new_task(f"{run}/steps/start") and api.get("/healthcheck").status == 200
+        assert client.post(f"{task}/metadata", [metadatum("field")] * 3).status == 200
+        assert len(client.get(f"{task}/metadata").json) == 3
+        assert client.new_task(f"{run}/steps/start") and client.get("/healthcheck").status == 200
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, None])
@@ -5000,19 +5012,19 @@ def test_a_disk_that_takes_no_more_is_a_507(
 
 
 def test_a_root_that_cannot_be_written_is_still_read(disk: Path) -> None:
-    with served(mls.Store(str(disk))) as api:
-        task = api.new_task_of_its_own()
+    with serve(mls.Store(str(disk))) as client:
+        task = client.new_task_of_its_own()
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         for reply in (
-            api.post("/flows/Other"),
-            api.post(f"{task}/metadata", [metadatum("field")]),
-            api.post(f"{task}/heartbeat"),
+            client.post("/flows/Other"),
+            client.post(f"{task}/metadata", [metadatum("field")]),
+            client.post(f"{task}/heartbeat"),
         ):
             assert (reply.status, "Read-only" in reply.json["message"]) == (500, True)
-        assert api.get("/healthcheck").status == 503
-        assert api.get(task).status == 200
+        assert client.get("/healthcheck").status == 503
+        assert client.get(task).status == 200
         subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
-        assert api.post(f"{task}/metadata", [metadatum("field")]).status == 200
+        assert client.post(f"{task}/metadata", [metadatum("field")]).status == 200
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -5099,15 +5111,15 @@ if __name__ == "__main__":
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Browser]:
     """A browser, without any traffic of its own."""
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    client = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     names = ("chromium", "chromium-browser", "google-chrome")
     program = next(filter(None, map(shutil.which, names)), None)
     if program is None:
         pytest.skip(f"there is no browser here: none of {', '.join(names)} is on the path")
     switches = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
     switches += " --disable-background-networking --disable-component-update"
-    api.expect.set_options(timeout=90_000)  # a busy machine takes its time
-    with api.sync_playwright() as playwright:
+    client.expect.set_options(timeout=90_000)  # a busy machine takes its time
+    with client.sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=program, args=switches.split())
         yield opened
         opened.close()
@@ -5142,8 +5154,8 @@ def new_page(
 
 
 @pytest.fixture
-def page(chromium: Browser) -> Iterator[BrowserPage]:
-    """An empty window; what goes wrong in it fails the test."""
+def tab(chromium: Browser) -> Iterator[BrowserPage]:
+    """An empty tab of the browser; what goes wrong in it fails the test."""
     with new_page(chromium) as page:
         yield page
 
@@ -5180,99 +5192,99 @@ class Seen(NamedTuple):
 @pytest.fixture(scope="session")
 def seen_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
     """SeenFlow, which has run once for all tests that only look."""
-    with command_line(tmp_path_factory.mktemp("browser").resolve()) as cli:
-        (cli.folder / "seen.py").write_text(SEEN_FLOW)
-        (cli.folder / "finish").touch()
-        assert cli("start", "--idle-timeout", 3600).returncode == 0
-        ran = cli("run", sys.executable, "seen.py", "run", "--tag", HOSTILE)
+    with command_line(tmp_path_factory.mktemp("browser").resolve()) as program:
+        (program.folder / "seen.py").write_text(SEEN_FLOW)
+        (program.folder / "finish").touch()
+        assert program("start", "--idle-timeout", 3600).returncode == 0
+        ran = program("run", sys.executable, "seen.py", "run", "--tag", HOSTILE)
         assert ran.returncode == 0, ran.stderr
-        home = cli.status()["url"]
-        api = Api(home)
-        (run,) = api.get("/api/runs").json["data"]
+        home = program.status()["url"]
+        client = Api(home)
+        (run,) = client.get("/api/runs").json["data"]
         path = f"/SeenFlow/{run['run_number']}"
         tasks = f"/api/flows/SeenFlow/runs/{run['run_number']}/tasks?step_name=work"
-        work = api.get(f"{tasks}&_order=-attempt_id").json["data"]
-        api.close()
+        work = client.get(f"{tasks}&_order=-attempt_id").json["data"]
+        client.close()
         yield Seen(f"{home}/#/", f"{home}/#{path}", f"{home}/#{path}/work/{work[0]['task_id']}")
 
 
 @browser
-def test_one_clicks_from_the_list_to_the_log_of_a_task(page: BrowserPage, seen_run: Seen) -> None:
-    visit(page, seen_run.home)
-    expect(run_row(page, "SeenFlow")).to_have_attribute("data-status", "completed")
-    run_row(page, "SeenFlow").click()
-    expect(page).to_have_url(seen_run.run)
-    expect(page.locator("#head h1")).to_contain_text("SeenFlow/")
-    task_rows(page, "start").click()
-    expect(page.locator("#log-out")).to_contain_text(f"hello {HOSTILE}")
-    page.go_back()
-    page.go_back()
-    expect(run_row(page, "SeenFlow")).to_be_visible()
+def test_clicks_lead_from_the_list_to_the_log_of_a_task(tab: BrowserPage, seen_run: Seen) -> None:
+    visit(tab, seen_run.home)
+    expect(run_row(tab, "SeenFlow")).to_have_attribute("data-status", "completed")
+    run_row(tab, "SeenFlow").click()
+    expect(tab).to_have_url(seen_run.run)
+    expect(tab.locator("#head h1")).to_contain_text("SeenFlow/")
+    task_rows(tab, "start").click()
+    expect(tab.locator("#log-out")).to_contain_text(f"hello {HOSTILE}")
+    tab.go_back()
+    tab.go_back()
+    expect(run_row(tab, "SeenFlow")).to_be_visible()
 
 
 @browser
 def test_a_run_is_shown_with_its_graph_parameters_and_retries(
-    page: BrowserPage, seen_run: Seen
+    tab: BrowserPage, seen_run: Seen
 ) -> None:
-    visit(page, seen_run.run)
-    expect(page.locator("#parameters")).to_contain_text(json.dumps(HOSTILE))
+    visit(tab, seen_run.run)
+    expect(tab.locator("#parameters")).to_contain_text(json.dumps(HOSTILE))
     names = ["start", "work", "join", "end"]
-    nodes = page.locator("#dag .node")
+    nodes = tab.locator("#dag .node")
     expect(nodes).to_have_count(len(names))
     assert [node.get_attribute("data-step") for node in nodes.all()] == names
     expect(nodes.nth(1)).to_have_class(re.compile("many"))
-    retried = task_rows(page, "work").filter(has_text="2 tries")
+    retried = task_rows(tab, "work").filter(has_text="2 tries")
     expect(retried.locator(".bar.s-failed")).to_have_count(1)
     expect(retried.locator(".bar.s-completed")).to_have_count(1)
     nodes.nth(1).click()
-    expect(page.locator(".step-head", has_text="work")).to_be_focused()
+    expect(tab.locator(".step-head", has_text="work")).to_be_focused()
     nodes.nth(2).click()
-    expect(page.locator("#head h1")).to_contain_text("join/")
+    expect(tab.locator("#head h1")).to_contain_text("join/")
 
 
 @browser
-def test_each_attempt_has_its_own_status_and_log(page: BrowserPage, seen_run: Seen) -> None:
-    visit(page, seen_run.retried)
-    expect(page.locator("#log-out")).to_contain_text("attempt 1 on b")
-    expect(page.locator("#log-out")).not_to_contain_text("attempt 0")
-    page.get_by_role("link", name="Attempt 0: failed").click()
-    expect(page.locator("#head")).to_have_attribute("data-status", "failed")
-    expect(page.locator("#log-out")).to_contain_text("attempt 0 on b")
-    expect(page.locator("#log-err")).to_contain_text(f"ValueError: fails once, {HOSTILE}")
-    logs = page.locator("[id^=log-]").evaluate_all("logs => logs.map(({id}) => id)")
+def test_each_attempt_has_its_own_status_and_log(tab: BrowserPage, seen_run: Seen) -> None:
+    visit(tab, seen_run.retried)
+    expect(tab.locator("#log-out")).to_contain_text("attempt 1 on b")
+    expect(tab.locator("#log-out")).not_to_contain_text("attempt 0")
+    tab.get_by_role("link", name="Attempt 0: failed").click()
+    expect(tab.locator("#head")).to_have_attribute("data-status", "failed")
+    expect(tab.locator("#log-out")).to_contain_text("attempt 0 on b")
+    expect(tab.locator("#log-err")).to_contain_text(f"ValueError: fails once, {HOSTILE}")
+    logs = tab.locator("[id^=log-]").evaluate_all("logs => logs.map(({id}) => id)")
     assert logs == ["log-err", "log-out"], "what it failed with comes first"
 
 
 @browser
 def test_what_a_task_made_stands_apart_from_what_it_inherited(
-    page: BrowserPage, seen_run: Seen
+    tab: BrowserPage, seen_run: Seen
 ) -> None:
-    visit(page, seen_run.retried)
-    expect(page.locator("#artifacts tr", has_text="result")).to_contain_text("B")
-    expect(page.locator("#artifacts")).not_to_contain_text("letters")
+    visit(tab, seen_run.retried)
+    expect(tab.locator("#artifacts tr", has_text="result")).to_contain_text("B")
+    expect(tab.locator("#artifacts")).not_to_contain_text("letters")
     for part, name, value in (
         ("#inherited", "hostile", f"{{'{HOSTILE}': [1, 2.5, None]}}"),
         ("#inherited", "letters", "ab"),
         ("#metadata", "foreach-stack", '["letters=b"]'),
     ):
-        row = page.locator(f"{part} tr", has_text=name)
+        row = tab.locator(f"{part} tr", has_text=name)
         expect(row).to_contain_text(value)
         expect(row).not_to_be_visible()
-    page.locator("#metadata summary").click()
-    expect(page.locator("#metadata tr", has_text="foreach-stack")).to_be_visible()
+    tab.locator("#metadata summary").click()
+    expect(tab.locator("#metadata tr", has_text="foreach-stack")).to_be_visible()
 
 
 @browser
 def test_a_card_is_rendered_by_its_own_scripts_that_cannot_act_as_the_page(
-    page: BrowserPage, seen_run: Seen
+    tab: BrowserPage, seen_run: Seen
 ) -> None:
-    visit(page, seen_run.run)
-    task_rows(page, "start").click()
-    card = page.frame_locator("#cards iframe")
+    visit(tab, seen_run.run)
+    task_rows(tab, "start").click()
+    card = tab.frame_locator("#cards iframe")
     expect(card.get_by_role("heading", name="Begun")).to_be_visible()
     expect(card.get_by_text(HOSTILE)).to_be_visible()
-    expect(page.locator("#cards iframe")).to_have_class("ready")
-    frame = page.frames[1]
+    expect(tab.locator("#cards iframe")).to_have_class("ready")
+    frame = tab.frames[1]
     assert frame.evaluate("self.origin") == "null"
     assert eventually(
         lambda: frame.evaluate("document.documentElement.scrollHeight - innerHeight") <= 0
@@ -5280,58 +5292,58 @@ def test_a_card_is_rendered_by_its_own_scripts_that_cannot_act_as_the_page(
 
 
 @browser
-def test_what_flows_say_is_never_markup(page: BrowserPage, seen_run: Seen) -> None:
+def test_output_of_flows_is_never_markup(tab: BrowserPage, seen_run: Seen) -> None:
     for view in seen_run:  # an image in it would not load, which is an error on the console
-        visit(page, view)
-        expect(page.get_by_text(HOSTILE).first).to_be_attached()
-        assert page.locator("main img").count() == 0
+        visit(tab, view)
+        expect(tab.get_by_text(HOSTILE).first).to_be_attached()
+        assert tab.locator("main img").count() == 0
 
 
 @browser
 def test_a_run_appears_and_finishes_on_a_page_that_is_open(
-    page: BrowserPage, cli: Cli, daemon: Api
+    tab: BrowserPage, cli: Cli, daemon: Api
 ) -> None:
     (cli.folder / "seen.py").write_text(SEEN_FLOW)
-    visit(page, daemon.url)
-    page.evaluate("window.isTheSame = true")
+    visit(tab, daemon.url)
+    tab.evaluate("window.isTheSame = true")
     flow = cli.popen("run", sys.executable, "seen.py", "run")
-    expect(run_row(page, "SeenFlow")).to_have_attribute("data-status", "running")
-    expect(page).to_have_title("\u25b6 1 running \u00b7 Metaflow runs")
-    run_row(page, "SeenFlow").locator("a").click()
-    task_rows(page, "start").click()
-    expect(page.locator("#head")).to_have_attribute("data-status", "running")
-    card = page.frame_locator("#cards iframe.ready")  # its successor is loading beside it
+    expect(run_row(tab, "SeenFlow")).to_have_attribute("data-status", "running")
+    expect(tab).to_have_title("\u25b6 1 running \u00b7 Metaflow runs")
+    run_row(tab, "SeenFlow").locator("a").click()
+    task_rows(tab, "start").click()
+    expect(tab.locator("#head")).to_have_attribute("data-status", "running")
+    card = tab.frame_locator("#cards iframe.ready")  # its successor is loading beside it
     expect(card.get_by_role("heading", name="Begun")).to_be_visible()
     (cli.folder / "go on").touch()
     expect(card.get_by_role("heading", name="Halfway")).to_be_visible()
     (cli.folder / "finish").touch()
-    expect(page.locator("#head")).to_have_attribute("data-status", "completed")
-    expect(page.locator("#log-out")).to_contain_text("hello")
-    expect(page.locator("#artifacts tr", has_text="letters")).to_contain_text("ab")
+    expect(tab.locator("#head")).to_have_attribute("data-status", "completed")
+    expect(tab.locator("#log-out")).to_contain_text("hello")
+    expect(tab.locator("#artifacts tr", has_text="letters")).to_contain_text("ab")
     expect(card.get_by_role("heading", name="Halfway")).to_be_visible()
-    page.keyboard.press("Escape")
-    expect(page.locator("#head")).to_have_attribute("data-status", "completed")
-    expect(page).to_have_title(re.compile("^\u2713 SeenFlow/"))
-    expect(task_rows(page, "end")).to_have_attribute("data-status", "completed")
-    page.keyboard.press("Escape")
-    expect(run_row(page, "SeenFlow")).to_have_attribute("data-status", "completed")
-    assert page.evaluate("window.isTheSame"), "it was loaded anew"
+    tab.keyboard.press("Escape")
+    expect(tab.locator("#head")).to_have_attribute("data-status", "completed")
+    expect(tab).to_have_title(re.compile("^\u2713 SeenFlow/"))
+    expect(task_rows(tab, "end")).to_have_attribute("data-status", "completed")
+    tab.keyboard.press("Escape")
+    expect(run_row(tab, "SeenFlow")).to_have_attribute("data-status", "completed")
+    assert tab.evaluate("window.isTheSame"), "it was loaded anew"
     assert flow.communicate(timeout=60) and flow.returncode == 0
 
 
 @browser
 def test_a_run_that_ends_unseen_changes_the_title_and_the_icon(
-    page: BrowserPage, cli: Cli, daemon: Api
+    tab: BrowserPage, cli: Cli, daemon: Api
 ) -> None:
     (cli.folder / "seen.py").write_text(SEEN_FLOW)
-    visit(page, daemon.url)
+    visit(tab, daemon.url)
     flow = cli.popen("run", sys.executable, "seen.py", "run")
-    expect(page).to_have_title(re.compile("running"))
-    icon = page.locator("#icon").get_attribute("href")
-    page.evaluate("Object.defineProperty(document, 'hidden', {value: true})")
+    expect(tab).to_have_title(re.compile("running"))
+    icon = tab.locator("#icon").get_attribute("href")
+    tab.evaluate("Object.defineProperty(document, 'hidden', {value: true})")
     (cli.folder / "finish").touch()
-    expect(page).to_have_title("\u2713 completed: SeenFlow")
-    assert page.locator("#icon").get_attribute("href") != icon
+    expect(tab).to_have_title("\u2713 completed: SeenFlow")
+    assert tab.locator("#icon").get_attribute("href") != icon
     assert flow.communicate(timeout=60) and flow.returncode == 0
 
 
@@ -5385,15 +5397,15 @@ if __name__ == "__main__":
 @pytest.fixture(scope="session")
 def walked_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of WalkedFlow's run, which has failed, for all tests that only look."""
-    with command_line(tmp_path_factory.mktemp("walked").resolve()) as cli:
-        (cli.folder / "walked.py").write_text(WALKED_FLOW)
-        assert cli("start", "--idle-timeout", 3600).returncode == 0
-        ran = cli("run", sys.executable, "walked.py", "run", "--max-workers", "2")
+    with command_line(tmp_path_factory.mktemp("walked").resolve()) as program:
+        (program.folder / "walked.py").write_text(WALKED_FLOW)
+        assert program("start", "--idle-timeout", 3600).returncode == 0
+        ran = program("run", sys.executable, "walked.py", "run", "--max-workers", "2")
         assert ran.returncode == 1, ran.stderr
-        home = cli.status()["url"]
-        api = Api(home)
-        (run,) = api.get("/api/runs").json["data"]
-        api.close()
+        home = program.status()["url"]
+        client = Api(home)
+        (run,) = client.get("/api/runs").json["data"]
+        client.close()
         yield f"{home}/#/WalkedFlow/{run['run_number']}"
 
 
@@ -5405,11 +5417,11 @@ def open_task(page: BrowserPage, run: str, step: str) -> None:
 
 
 @browser
-def test_the_graph_tells_which_way_a_run_went_and_how_far(
-    page: BrowserPage, walked_run: str
+def test_the_graph_shows_which_way_a_run_went_and_how_far(
+    tab: BrowserPage, walked_run: str
 ) -> None:
-    visit(page, walked_run)
-    nodes = page.locator("#dag .node")
+    visit(tab, walked_run)
+    nodes = tab.locator("#dag .node")
     expect(nodes).to_have_count(8)
     for step, text in {
         "small": "not taken",
@@ -5418,49 +5430,49 @@ def test_the_graph_tells_which_way_a_run_went_and_how_far(
         "join": "not reached",
         "end": "not reached",
     }.items():
-        expect(page.locator(f".node[data-step={step}]")).to_contain_text(text)
-    expect(page.locator("#dag path.back")).to_have_count(1)
-    expect(page.locator("#dag text")).to_have_text(["big", "small", "no", "yes"])
-    page.locator(".node[data-step=work]").click()
-    expect(page.locator("#head")).to_have_attribute("data-status", "failed")
-    expect(page.locator("#log-err")).to_contain_text("twenty is too many")
+        expect(tab.locator(f".node[data-step={step}]")).to_contain_text(text)
+    expect(tab.locator("#dag path.back")).to_have_count(1)
+    expect(tab.locator("#dag text")).to_have_text(["big", "small", "no", "yes"])
+    tab.locator(".node[data-step=work]").click()
+    expect(tab.locator("#head")).to_have_attribute("data-status", "failed")
+    expect(tab.locator("#log-err")).to_contain_text("twenty is too many")
 
 
 @browser
-def test_a_failed_run_says_why_and_leads_there(page: BrowserPage, walked_run: str) -> None:
-    visit(page, walked_run.split("#")[0])
-    expect(page.locator("#runs .why")).to_contain_text("ValueError: twenty is too many")
-    visit(page, walked_run)
-    cause = page.get_by_role("region", name="Why it failed")
+def test_a_failed_run_says_why_and_leads_there(tab: BrowserPage, walked_run: str) -> None:
+    visit(tab, walked_run.split("#")[0])
+    expect(tab.locator("#runs .why")).to_contain_text("ValueError: twenty is too many")
+    visit(tab, walked_run)
+    cause = tab.get_by_role("region", name="Why it failed")
     for text in ("ValueError: twenty is too many", "walked.py:"):
         expect(cause).to_contain_text(text)
     expect(cause.get_by_label("Last lines of standard error")).to_contain_text("in work")
     cause.get_by_role("link", name="Open the task").click()
-    expect(page.locator("#head h1")).to_contain_text("work/")
-    expect(page.locator("#log-err")).to_contain_text("twenty is too many")
+    expect(tab.locator("#head h1")).to_contain_text("work/")
+    expect(tab.locator("#log-err")).to_contain_text("twenty is too many")
 
 
 @browser
 def test_the_tasks_of_a_foreach_are_searched_sorted_and_only_the_failed_shown(
-    page: BrowserPage, walked_run: str
+    tab: BrowserPage, walked_run: str
 ) -> None:
-    visit(page, walked_run)
-    work = task_rows(page, "work")
+    visit(tab, walked_run)
+    work = task_rows(tab, "work")
     shown = work.count()
     assert shown < 20, "a long foreach is folded"
-    expect(page.locator("#timeline a[data-status=failed]")).to_have_count(1)
-    expect(page.locator(".step-head", has_text="work").locator(".bar")).to_have_count(1)
-    page.get_by_role("button", name="Show all").click()
+    expect(tab.locator("#timeline a[data-status=failed]")).to_have_count(1)
+    expect(tab.locator(".step-head", has_text="work").locator(".bar")).to_have_count(1)
+    tab.get_by_role("button", name="Show all").click()
     assert work.count() > 20
-    box = page.get_by_label("Search tasks by value, id, or artifact:value")
+    box = tab.get_by_label("Search tasks by value, id, or artifact:value")
     box.fill("square:81")
     expect(work).to_have_count(1)
-    expect(page.locator("#timeline a.nav")).to_have_count(1)
+    expect(tab.locator("#timeline a.nav")).to_have_count(1)
     box.fill("")
-    page.get_by_label("Only failed").check()
-    expect(page.locator("#timeline a.nav")).to_have_count(1)
-    page.get_by_label("Only failed").uncheck()
-    page.get_by_label("Order of tasks").select_option("longest")
+    tab.get_by_label("Only failed").check()
+    expect(tab.locator("#timeline a.nav")).to_have_count(1)
+    tab.get_by_label("Only failed").uncheck()
+    tab.get_by_label("Order of tasks").select_option("longest")
     bars = "rows => rows.map(row => row.querySelector('.bar').style.cssText.match(/[\\d.]+/g))"
     times = [round(float(end) - float(begin), 6) for begin, end in work.evaluate_all(bars)]
     assert len(times) > 20 and times == sorted(times, reverse=True)
@@ -5468,26 +5480,26 @@ def test_the_tasks_of_a_foreach_are_searched_sorted_and_only_the_failed_shown(
 
 @browser
 def test_logs_are_shown_as_a_terminal_does_searched_and_linked_to(
-    page: BrowserPage, walked_run: str
+    tab: BrowserPage, walked_run: str
 ) -> None:
-    open_task(page, walked_run, "fan")
-    err = page.locator("#log-err .line > span")
+    open_task(tab, walked_run, "fan")
+    err = tab.locator("#log-err .line > span")
     expect(err.first).to_have_text("100% done")
     expect(err.nth(1)).to_have_text("red plain")
     expect(err.nth(1).locator(".c1")).to_have_text("red")
-    lines = page.locator("#log-out .line")
+    lines = tab.locator("#log-out .line")
     expect(lines).to_have_count(1100)
-    page.get_by_role("button", name="Load earlier lines").click()
+    tab.get_by_role("button", name="Load earlier lines").click()
     expect(lines).to_have_count(2100)
-    expect(page.get_by_role("button", name="Load all")).to_have_count(0)
-    page.get_by_label("Search in standard output").fill("line 77")
-    expect(page.locator("#log-out .hit")).to_have_count(11)
-    page.keyboard.press("Enter")
-    expect(page.locator("#log-out .target")).to_contain_text("line 77")
+    expect(tab.get_by_role("button", name="Load all")).to_have_count(0)
+    tab.get_by_label("Search in standard output").fill("line 77")
+    expect(tab.locator("#log-out .hit")).to_have_count(11)
+    tab.keyboard.press("Enter")
+    expect(tab.locator("#log-out .target")).to_contain_text("line 77")
     link = lines.nth(41).locator("a").get_attribute("href")
-    visit(page, page.url.split("#")[0] + (link or ""))
-    page.reload()
-    target = page.locator("#log-out .line.target")
+    visit(tab, tab.url.split("#")[0] + (link or ""))
+    tab.reload()
+    target = tab.locator("#log-out .line.target")
     expect(target).to_contain_text("line 41")
     expect(target).to_be_in_viewport()
 
@@ -5509,16 +5521,16 @@ def test_names_and_lines_of_code_are_copied(chromium: Browser, walked_run: str) 
 
 
 @browser
-def test_tags_are_added_and_removed(page: BrowserPage, daemon: Api) -> None:
+def test_tags_are_added_and_removed(tab: BrowserPage, daemon: Api) -> None:
     run = daemon.new_run(daemon.new_flow("Tagged"))
-    visit(page, f"{daemon.url}/#{run.replace('/flows', '').replace('/runs', '')}")
-    page.get_by_role("button", name="Add a tag").click()
-    page.get_by_label("New tag").fill("two words")
-    page.keyboard.press("Enter")
-    expect(page.locator("#tags .tag")).to_have_text(re.compile("two words"))
+    visit(tab, f"{daemon.url}/#{run.replace('/flows', '').replace('/runs', '')}")
+    tab.get_by_role("button", name="Add a tag").click()
+    tab.get_by_label("New tag").fill("two words")
+    tab.keyboard.press("Enter")
+    expect(tab.locator("#tags .tag")).to_have_text(re.compile("two words"))
     assert daemon.get(run).json["tags"] == ["two words"]
-    page.get_by_role("button", name="Remove the tag two words").click()
-    expect(page.locator("#tags .tag")).to_have_count(0)
+    tab.get_by_role("button", name="Remove the tag two words").click()
+    expect(tab.locator("#tags .tag")).to_have_count(0)
     assert daemon.get(run).json["tags"] == []
 
 
@@ -5579,13 +5591,13 @@ def complete_run(cli: Cli, api: Api, run: str) -> None:
 @pytest.fixture(scope="session")
 def filtered_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of the page of a service that has FILTERED."""
-    with command_line(tmp_path_factory.mktemp("filtered").resolve()) as cli:
-        assert cli("start", "--idle-timeout", 3600).returncode == 0
-        api = Api(cli.status()["url"])
+    with command_line(tmp_path_factory.mktemp("filtered").resolve()) as program:
+        assert program("start", "--idle-timeout", 3600).returncode == 0
+        client = Api(program.status()["url"])
         for flow, fields in FILTERED.items():
-            complete_run(cli, api, api.new_run(api.new_flow(flow), **fields))
-        api.close()
-        yield api.url
+            complete_run(program, client, client.new_run(client.new_flow(flow), **fields))
+        client.close()
+        yield client.url
 
 
 @browser
@@ -5606,10 +5618,10 @@ def filtered_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     ],
 )
 def test_one_rule_filters_by_every_field(
-    page: BrowserPage, filtered_runs: str, query: str, flows: Sequence[str]
+    tab: BrowserPage, filtered_runs: str, query: str, flows: Sequence[str]
 ) -> None:
-    visit(page, f"{filtered_runs}/#/?q={quote(query)}")
-    rows = page.locator("#runs tbody tr")
+    visit(tab, f"{filtered_runs}/#/?q={quote(query)}")
+    rows = tab.locator("#runs tbody tr")
     expect(rows).to_have_count(len(flows))
     assert [row.split("/")[0] for row in rows.evaluate_all("a => a.map(r => r.dataset.run)")] == [
         *flows
@@ -5621,52 +5633,52 @@ def test_one_rule_filters_by_every_field(
     ("query", "answer"),
     [("colour:red", 'There is no field "colour"'), ("since:soon", '"soon" is no time')],
 )
-def test_a_filter_that_is_not_understood_is_told_so(
-    page: BrowserPage, filtered_runs: str, query: str, answer: str
+def test_an_invalid_filter_is_explained(
+    tab: BrowserPage, filtered_runs: str, query: str, answer: str
 ) -> None:
-    visit(page, f"{filtered_runs}/#/?q={quote(query)}")
-    expect(page.get_by_role("alert")).to_contain_text(answer)
+    visit(tab, f"{filtered_runs}/#/?q={quote(query)}")
+    expect(tab.get_by_role("alert")).to_contain_text(answer)
 
 
 @browser
-def test_what_is_typed_into_the_filter_is_completed(page: BrowserPage, filtered_runs: str) -> None:
-    visit(page, filtered_runs)
-    page.keyboard.press("/")
-    page.keyboard.type("pro")
+def test_what_is_typed_into_the_filter_is_completed(tab: BrowserPage, filtered_runs: str) -> None:
+    visit(tab, filtered_runs)
+    tab.keyboard.press("/")
+    tab.keyboard.type("pro")
     for key in ("ArrowDown", "Enter", "ArrowDown", "Enter"):
-        page.keyboard.press(key)
-    expect(page.locator("#filter")).to_have_value("project:fraud ")
-    expect(page.locator("#runs tbody tr")).to_have_count(1)
+        tab.keyboard.press(key)
+    expect(tab.locator("#filter")).to_have_value("project:fraud ")
+    expect(tab.locator("#runs tbody tr")).to_have_count(1)
 
 
 @browser
-def test_runs_are_sorted_grouped_and_marked(page: BrowserPage, filtered_runs: str) -> None:
-    visit(page, filtered_runs)
-    rows = page.locator("#runs tbody tr[data-run]")
+def test_runs_are_sorted_grouped_and_marked(tab: BrowserPage, filtered_runs: str) -> None:
+    visit(tab, filtered_runs)
+    rows = tab.locator("#runs tbody tr[data-run]")
     expect(rows).to_have_count(3)
-    page.get_by_role("button", name="Flow", exact=True).click()
-    expect(page.get_by_role("columnheader", name="Flow")).to_have_attribute(
+    tab.get_by_role("button", name="Flow", exact=True).click()
+    expect(tab.get_by_role("columnheader", name="Flow")).to_have_attribute(
         "aria-sort", "descending"
     )
     expect(rows.first).to_have_attribute("data-run", re.compile("^Beta/"))
-    page.get_by_role("button", name="Flow", exact=True).click()
+    tab.get_by_role("button", name="Flow", exact=True).click()
     expect(rows.first).to_have_attribute("data-run", re.compile("^AlphaScore/"))
-    page.get_by_role("button", name="Group by flow").click()
-    expect(page.locator("#runs tr.group")).to_have_count(3)
-    page.keyboard.press("j")
-    page.keyboard.press("x")
-    expect(page.locator("#marked")).to_contain_text("1 run marked")
-    expect(page.get_by_role("button", name="Compare")).to_be_disabled()
-    page.keyboard.press("j")
-    page.keyboard.press("x")
-    page.keyboard.press("c")
-    expect(page.locator("#compare tbody")).to_contain_text("experiment")
-    page.keyboard.press("Escape")
-    expect(page.locator("#runs tr.group")).to_have_count(3)
+    tab.get_by_role("button", name="Group by flow").click()
+    expect(tab.locator("#runs tr.group")).to_have_count(3)
+    tab.keyboard.press("j")
+    tab.keyboard.press("x")
+    expect(tab.locator("#marked")).to_contain_text("1 run marked")
+    expect(tab.get_by_role("button", name="Compare")).to_be_disabled()
+    tab.keyboard.press("j")
+    tab.keyboard.press("x")
+    tab.keyboard.press("c")
+    expect(tab.locator("#compare tbody")).to_contain_text("experiment")
+    tab.keyboard.press("Escape")
+    expect(tab.locator("#runs tr.group")).to_have_count(3)
 
 
 @browser
-def test_ordinary_tags_leave_the_columns_whole(page: BrowserPage, cli: Cli, daemon: Api) -> None:
+def test_ordinary_tags_leave_the_columns_whole(tab: BrowserPage, cli: Cli, daemon: Api) -> None:
     tags = [
         "nightly-build",
         "experiment",
@@ -5676,14 +5688,14 @@ def test_ordinary_tags_leave_the_columns_whole(page: BrowserPage, cli: Cli, daem
     ]
     flow = daemon.new_flow("AFlowWithQuiteALongNameIndeed")
     complete_run(cli, daemon, daemon.new_run(flow, tags=tags, user_name="barbara"))
-    page.set_viewport_size({"width": 1600, "height": 900})
-    visit(page, daemon.url)
-    row = run_row(page, "AFlowWithQuiteALongNameIndeed")
+    tab.set_viewport_size({"width": 1600, "height": 900})
+    visit(tab, daemon.url)
+    row = run_row(tab, "AFlowWithQuiteALongNameIndeed")
     expect(row.locator(".tag")).to_have_count(3)
     expect(row).to_contain_text("+2")
     expect(row).to_contain_text("barbara")
     assert row.bounding_box()["height"] < 50, "nothing of it wraps"
-    assert page.locator("#runs").bounding_box()["width"] > 1500
+    assert tab.locator("#runs").bounding_box()["width"] > 1500
 
 
 @browser
@@ -5705,27 +5717,27 @@ def test_a_page_outlives_its_service_and_hears_what_it_has_missed(
 
 
 @browser
-def test_the_keyboard_is_enough(page: BrowserPage, daemon: Api) -> None:
+def test_the_keyboard_is_enough(tab: BrowserPage, daemon: Api) -> None:
     for flow in ("First", "Second", "Third"):
         daemon.new_run(daemon.new_flow(flow))
-    visit(page, daemon.url)
-    links = page.locator("#runs a.nav")
+    visit(tab, daemon.url)
+    links = tab.locator("#runs a.nav")
     expect(links).to_have_count(3)
     for key, at in (("j", 0), ("j", 1), ("ArrowDown", 2), ("k", 1)):
-        page.keyboard.press(key)
+        tab.keyboard.press(key)
         expect(links.nth(at)).to_be_focused()
-    page.keyboard.press("Enter")
-    expect(page.locator("#head h1")).to_contain_text("Second/")
-    page.keyboard.press("Escape")
+    tab.keyboard.press("Enter")
+    expect(tab.locator("#head h1")).to_contain_text("Second/")
+    tab.keyboard.press("Escape")
     expect(links.nth(1)).to_be_focused()
-    page.keyboard.press("?")
-    expect(page.locator("#keys")).to_be_visible()
-    page.keyboard.press("Escape")
-    expect(page.locator("#keys")).to_have_count(0)
-    page.keyboard.press("/")
-    page.keyboard.type("flow:third")
-    expect(run_row(page, "Second")).to_have_count(0)
-    page.keyboard.press("Enter")
+    tab.keyboard.press("?")
+    expect(tab.locator("#keys")).to_be_visible()
+    tab.keyboard.press("Escape")
+    expect(tab.locator("#keys")).to_have_count(0)
+    tab.keyboard.press("/")
+    tab.keyboard.type("flow:third")
+    expect(run_row(tab, "Second")).to_have_count(0)
+    tab.keyboard.press("Enter")
     expect(links.first).to_be_focused()
 
 
@@ -5745,9 +5757,9 @@ def test_six_hundred_runs_and_a_thousand_tasks_are_all_within_reach(
         rows = run_row(page, "Many")
         expect(rows.first).to_be_visible()
         while rows.count() < 600:
-            seen = rows.count()
+            count = rows.count()
             page.keyboard.press("End")
-            expect(rows.nth(seen)).to_be_attached()
+            expect(rows.nth(count)).to_be_attached()
         opened = rows.nth(500).locator("a")
         opened.scroll_into_view_if_needed()
         scrolled = page.evaluate("scrollY")
@@ -5783,15 +5795,15 @@ def test_the_key_is_asked_for_once(chromium: Browser, cli: Cli) -> None:
 
 @browser
 def test_a_build_of_another_ui_has_its_routes_its_requests_and_its_socket(
-    page: BrowserPage, cli: Cli, tmp_path: Path
+    tab: BrowserPage, cli: Cli, tmp_path: Path
 ) -> None:
-    build = tmp_path / "build"
-    (build / "static").mkdir(parents=True)
-    (build / "index.html").write_text(
+    ui_folder = tmp_path / "build"
+    (ui_folder / "static").mkdir(parents=True)
+    (ui_folder / "index.html").write_text(
         "<!doctype html><link rel=icon href=data:,><title>Another</title>"
         "<p id=runs></p><p id=heard></p><script src=/static/app.js></script>"
     )
-    (build / "static" / "app.js").write_text(
+    (ui_folder / "static" / "app.js").write_text(
         """
         const show = (id, text) => { document.getElementById(id).textContent = text; };
         const asked = fetch("/api/runs").then(answer => answer.json());
@@ -5802,13 +5814,13 @@ def test_a_build_of_another_ui_has_its_routes_its_requests_and_its_socket(
           socket.send(JSON.stringify({type: "SUBSCRIBE", uuid: "it", resource: "/runs"}));
         """
     )
-    assert cli("start", "--ui-dir", build).returncode == 0
+    assert cli("start", "--ui-dir", ui_folder).returncode == 0
     service = Api(cli.status()["url"])
-    page.goto(f"{service.url}/AFlow/17/view/timeline?direction=asc")
-    expect(page).to_have_title("Another")
-    expect(page.locator("#runs")).to_have_text("0")
+    tab.goto(f"{service.url}/AFlow/17/view/timeline?direction=asc")
+    expect(tab).to_have_title("Another")
+    expect(tab.locator("#runs")).to_have_text("0")
     service.new_run(service.new_flow("AFlow"))
-    expect(page.locator("#heard")).to_contain_text('"INSERT"')
+    expect(tab.locator("#heard")).to_contain_text('"INSERT"')
     service.close()
 
 
@@ -5866,14 +5878,14 @@ def test_axe_finds_nothing(
 @pytest.fixture(scope="session")
 def empty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     """A client of a service with a UI, on a root that stays empty: for tests that add nothing."""
-    with ui_served(new_store(tmp_path_factory)) as client:
+    with serve_ui(new_store(tmp_path_factory)) as client:
         yield client
 
 
 @pytest.fixture(scope="session")
 def zoo(recorded: Path) -> Iterator[Api]:
     """A client of a service on the flows that ran."""
-    with ui_served(mls.Store(str(recorded))) as client:
+    with serve_ui(mls.Store(str(recorded))) as client:
         yield client
 
 
@@ -5887,12 +5899,12 @@ def zoo_task(zoo: Api, step: str) -> str:
     return f"{zoo_run(zoo)}/steps/{step}/tasks/{tasks[0]['task_id']}"
 
 
-def kinds(value: Any) -> Any:
+def json_types(value: Any) -> Any:
     """The shape of a JSON value: the names and the types in it."""
     if isinstance(value, dict):
-        return {name: kinds(item) for name, item in value.items()}
+        return {name: json_types(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [kinds(item) for item in value[:1]]
+        return [json_types(item) for item in value[:1]]
     return type(value).__name__
 
 
@@ -5983,7 +5995,7 @@ def test_rows_have_the_fields_and_types_of_the_real_backend(zoo: Api, path: str)
     assert (reply.status, body["status"]) == (200, 200)
     row = body["data"][0] if isinstance(body["data"], list) else body["data"]
     theirs = {name: value for name, value in row.items() if name not in OUR_FIELDS}
-    assert kinds(theirs) == kinds(GOLDEN[next(p for p in GOLDEN if p.endswith(path))])
+    assert json_types(theirs) == json_types(GOLDEN[next(p for p in GOLDEN if p.endswith(path))])
 
 
 def test_a_list_has_the_envelope_of_the_real_backend(zoo: Api) -> None:
@@ -5998,7 +6010,7 @@ def test_a_list_has_the_envelope_of_the_real_backend(zoo: Api) -> None:
 @pytest.mark.parametrize(
     "path", ["/tasks", "/metadata?step_name=start", "{work}/metadata", "{work}/artifacts"]
 )
-def test_what_the_ui_would_fetch_to_the_last_page_comes_whole(zoo: Api, path: str) -> None:
+def test_lists_that_the_ui_fetches_to_the_end_come_whole(zoo: Api, path: str) -> None:
     base = zoo_task(zoo, "work") if "{" in path else zoo_run(zoo)
     url = base + path.replace("{work}", "") + ("&" if "?" in path else "?") + "_limit=1"
     body = zoo.get(url).json
@@ -6087,7 +6099,7 @@ def test_an_image_is_sent_as_one_and_nothing_else_is(store: mls.Store, ui: Api) 
     image = b"\x89PNG\r\n\x1a\n" + b"0" * 200
     page = b"<script>alert(1)</script>" * 10
     values = {"image": image, "page": page, "text": "text"}
-    rows = [artifact(name, **stored(store, value)) for name, value in values.items()]
+    rows = [artifact(name, **store_value(store, value)) for name, value in values.items()]
     ui.post(f"{task}/artifact", rows)
     shown_rows = ui.get(f"/api{task}/artifacts?postprocess=true").json["data"]
     kinds = {row["name"]: row.get("content_kind") for row in shown_rows}
@@ -6155,22 +6167,20 @@ def test_looking_changes_nothing(zoo: Api, recorded: Path) -> None:
     ("path", "value"),
     [("/plugin", []), ("/notifications?start:le=1", []), ("/version", None), ("/links", None)],
 )
-def test_what_the_ui_asks_at_its_start_is_answered_in_the_form_it_wants(
-    empty: Api, path: str, value: Any
-) -> None:
+def test_requests_at_the_start_of_the_ui_are_answered(empty: Api, path: str, value: Any) -> None:
     reply = empty.get(f"/api{path}")
     assert reply.status == 200
     assert value is None or reply.json == value
 
 
-def test_the_ui_is_to_offer_what_it_leaves_out_by_default(empty: Api) -> None:
+def test_optional_features_of_the_ui_are_on(empty: Api) -> None:
     assert empty.get("/api/features").json == {
         f"FEATURE_{name}": True
         for name in ("RUN_GROUPS", "ARTIFACT_TABLE", "ARTIFACT_SEARCH", "FOREACH_VAR_SEARCH")
     }
 
 
-def test_what_is_not_there_is_said_as_the_ui_understands_it(empty: Api) -> None:
+def test_missing_objects_are_answered_as_the_ui_expects(empty: Api) -> None:
     run = "/api/flows/None/runs/1"
     assert empty.get(run).status == 404 and empty.get(run).json["data"] == {}
     assert empty.get(f"{run}/dag").json["status"] == 404
@@ -6185,15 +6195,15 @@ def test_what_is_not_there_is_said_as_the_ui_understands_it(empty: Api) -> None:
 # -- the other reads of the backend, and the metadata API once more --------------------------------
 
 
-def test_the_reads_that_the_official_ui_does_not_ask_for(tmp_path_factory: Any) -> None:
-    with ui_served(new_store(tmp_path_factory)) as ui:
-        run = ui.new_run(ui.new_flow("Flow"), tags=["x", "y"])
-        step = ui.new_step(run)
-        task, other = ui.new_task(step), ui.new_task(step)
-        ui.post(f"{task}/artifact", [{"name": "a", "ds_type": "local"}])
+def test_reads_that_the_official_ui_does_not_use_are_answered(tmp_path_factory: Any) -> None:
+    with serve_ui(new_store(tmp_path_factory)) as client:
+        run = client.new_run(client.new_flow("Flow"), tags=["x", "y"])
+        step = client.new_step(run)
+        task, other = client.new_task(step), client.new_task(step)
+        client.post(f"{task}/artifact", [{"name": "a", "ds_type": "local"}])
 
         def data(path: str) -> Any:
-            reply = ui.get(f"/api{path}")
+            reply = client.get(f"/api{path}")
             assert (reply.status, reply.json["status"]) == (200, 200), path
             return reply.json["data"]
 
@@ -6203,59 +6213,61 @@ def test_the_reads_that_the_official_ui_does_not_ask_for(tmp_path_factory: Any) 
         assert data("/flows/Other/runs") == []
         assert data(step)["step_name"] == "start"
         assert data(task)["attempt_id"] == 0
-        assert [artifact["name"] for artifact in data(f"{step}/artifacts")] == ["a"]
+        assert [row_["name"] for row_ in data(f"{step}/artifacts")] == ["a"]
         assert set(data("/tags")) >= {"x", "y"}
         newest = [str(row["task_id"]) for row in data(f"{step}/tasks?_order=-ts_epoch")]
         assert sorted(newest) == sorted((task.split("/")[-1], other.split("/")[-1]))
-        page = ui.get(f"/api{step}/tasks?_limit=1").json
+        page = client.get(f"/api{step}/tasks?_limit=1").json
         assert (len(page["data"]), page["pages"]["next"]) == (1, 2)
         assert len(data(f"{step}/tasks?_group=step_name&_group_limit=1")) == 1
         for path in ("/flows/Other", f"{run}/steps/none", f"{step}/tasks/77"):
-            assert ui.get(f"/api{path}").status == 404, path
-        assert ui.get("/api/ping").content == b"pong"
-        assert ui.get("/api/config").json == {}
-        assert ui.get("/api/status").json == {"cache": {}}
-        assert ui.get("/api/plugin/any").status == ui.get("/api/plugin/any/file").status == 404
+            assert client.get(f"/api{path}").status == 404, path
+        assert client.get("/api/ping").content == b"pong"
+        assert client.get("/api/config").json == {}
+        assert client.get("/api/status").json == {"cache": {}}
+        assert (
+            client.get("/api/plugin/any").status == client.get("/api/plugin/any/file").status == 404
+        )
 
 
 @pytest.mark.parametrize("mount", ["/metadata", "/api/metadata"])
 def test_the_metadata_api_can_be_read_at_two_more_places(tmp_path_factory: Any, mount: str) -> None:
-    with ui_served(new_store(tmp_path_factory)) as ui:
-        run = ui.new_run(ui.new_flow("Flow"))
-        assert ui.get(f"{mount}/ping").content == b"pong"
-        assert ui.get(mount + run).json == ui.get(run).json
-        assert ui.get(f"{mount}/flows?_limit=5").headers["x-limit"] == "5"
-        assert ui.get(f"{mount}/flows/None").status == 404
-        assert ui.get(mount).status == 404
+    with serve_ui(new_store(tmp_path_factory)) as client:
+        run = client.new_run(client.new_flow("Flow"))
+        assert client.get(f"{mount}/ping").content == b"pong"
+        assert client.get(mount + run).json == client.get(run).json
+        assert client.get(f"{mount}/flows?_limit=5").headers["x-limit"] == "5"
+        assert client.get(f"{mount}/flows/None").status == 404
+        assert client.get(mount).status == 404
         for path in ("/flows/Other", "/flows/Flow/run"):
-            reply = ui.post(mount + path, {})
+            reply = client.post(mount + path, {})
             assert (reply.status, reply.headers["allow"]) == (405, "GET, HEAD")
-        assert ui.get("/flows/Other").status == 404
+        assert client.get("/flows/Other").status == 404
 
 
 @pytest.mark.parametrize("mount", ["", "/metadata", "/api/metadata"])
-def test_who_is_refused_at_one_mount_is_refused_at_all(tmp_path_factory: Any, mount: str) -> None:
-    with ui_served(new_store(tmp_path_factory), key="secret") as ui:
-        assert ui.get(f"{mount}/flows").status == 200
-        assert ui.get(f"{mount}/flows", **{"x-api-key": "wrong"}).status in (401, 403)
-    with ui_served(new_store(tmp_path_factory)) as ui:
-        assert ui.get(f"{mount}/flows", Host="evil.example").status == 403
+def test_access_is_the_same_at_every_mount(tmp_path_factory: Any, mount: str) -> None:
+    with serve_ui(new_store(tmp_path_factory), key="secret") as client:
+        assert client.get(f"{mount}/flows").status == 200
+        assert client.get(f"{mount}/flows", **{"x-api-key": "wrong"}).status in (401, 403)
+    with serve_ui(new_store(tmp_path_factory)) as client:
+        assert client.get(f"{mount}/flows", Host="evil.example").status == 403
 
 
 def test_both_apis_say_the_same_of_a_run(tmp_path_factory: Any) -> None:
-    with ui_served(new_store(tmp_path_factory)) as ui:
-        flow = ui.new_flow("Flow")
+    with serve_ui(new_store(tmp_path_factory)) as client:
+        flow = client.new_flow("Flow")
         for name, value in (("good", "True"), ("bad", "False"), ("new", None)):
-            task = ui.new_task(ui.new_step(ui.new_run(flow, run_number=name), "end"))
-            ui.post(f"{task}/metadata", [metadatum("attempt", "0")])
-            ui.post(f"{task}/metadata", [metadatum("attempt_ok", value)] if value else [])
-        ui.new_run(flow, run_number="dead", system_tags=["runtime:dev"])
+            task = client.new_task(client.new_step(client.new_run(flow, run_number=name), "end"))
+            client.post(f"{task}/metadata", [metadatum("attempt", "0")])
+            client.post(f"{task}/metadata", [metadatum("attempt_ok", value)] if value else [])
+        client.new_run(flow, run_number="dead", system_tags=["runtime:dev"])
         told = {
             run["run_number"]: run["status"]
             for status in mls.STATUSES
-            for run in ui.get(f"{flow}/runs?status={status}").json
+            for run in client.get(f"{flow}/runs?status={status}").json
         }
-        assert told == {row["run"]: row["status"] for row in ui.get("/api/runs").json["data"]}
+        assert told == {row["run"]: row["status"] for row in client.get("/api/runs").json["data"]}
         assert told == {"good": "completed", "bad": "failed", "new": "running", "dead": "failed"}
 
 
@@ -6265,7 +6277,7 @@ def test_both_apis_say_the_same_of_a_run(tmp_path_factory: Any) -> None:
 @pytest.fixture(scope="session")
 def five(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     """Five runs, by name: their flows, owners and tags differ; only `c` has ended."""
-    with ui_served(new_store(tmp_path_factory)) as client:
+    with serve_ui(new_store(tmp_path_factory)) as client:
         make_five_runs(client)
         yield client
 
@@ -6290,7 +6302,7 @@ def make_five_runs(ui: Api) -> None:
         time.sleep(0.002)  # the order is by milliseconds
 
 
-def names(reply: Reply) -> str:
+def run_names(reply: Reply) -> str:
     assert reply.status == 200, reply.content
     return "".join(row["run"] for row in reply.json["data"])
 
@@ -6327,7 +6339,7 @@ def names(reply: Reply) -> str:
     ],
 )
 def test_runs_are_found_and_put_in_order(five: Api, query: str, expected: str) -> None:
-    assert names(five.get(f"/api/runs?{query}")) == expected
+    assert run_names(five.get(f"/api/runs?{query}")) == expected
 
 
 def test_pages_of_runs_say_whether_there_are_more(five: Api) -> None:
@@ -6336,9 +6348,9 @@ def test_pages_of_runs_say_whether_there_are_more(five: Api) -> None:
         for order in ("-ts_epoch", "%2Bts_epoch")
         for page in (1, 2, 3)
     ]
-    assert [names(page) for page in pages] == ["ed", "cb", "a", "ab", "cd", "e"]
+    assert [run_names(page) for page in pages] == ["ed", "cb", "a", "ab", "cd", "e"]
     assert [page.json["pages"]["next"] for page in pages] == [2, 3, None] * 2
-    assert names(five.get(pages[0].json["links"]["next"])) == "cb"
+    assert run_names(five.get(pages[0].json["links"]["next"])) == "cb"
 
 
 @pytest.mark.parametrize(
@@ -6355,11 +6367,11 @@ def test_groups_of_runs_are_pages_and_cut_to_a_length(
     five: Api, query: str, expected: str, following: int | None
 ) -> None:
     reply = five.get(f"/api/runs?{query}")
-    assert (names(reply), reply.json["pages"]["next"]) == (expected, following)
+    assert (run_names(reply), reply.json["pages"]["next"]) == (expected, following)
 
 
 @pytest.mark.parametrize("query", ["ts_epoch:zz=1", "_limit=x", "_page=-1", "duration=x"])
-def test_a_query_that_means_nothing_is_refused(five: Api, query: str) -> None:
+def test_an_invalid_query_of_the_ui_is_refused(five: Api, query: str) -> None:
     assert five.get(f"/api/runs?{query}").status == 400
 
 
@@ -6550,7 +6562,7 @@ def test_the_handshake_is_that_of_the_rfc(empty: Api) -> None:
 @pytest.mark.parametrize(
     "headers", [{"Upgrade": "h2c"}, {"Sec-WebSocket-Version": "8"}, {"Sec-WebSocket-Key": "short"}]
 )
-def test_what_is_no_websocket_is_told_so(empty: Api, headers: dict[str, str]) -> None:
+def test_an_invalid_handshake_is_a_426(empty: Api, headers: dict[str, str]) -> None:
     with Page(empty, **headers) as page:
         assert page.status == 426
 
@@ -6601,7 +6613,9 @@ def test_a_message_in_parts_is_put_together_around_a_ping() -> None:
         (b"\x81\xff\x7f" + b"\xff" * 7 + b"\0\0\0\0", 1009),
     ],
 )
-def test_who_breaks_the_protocol_is_told_and_cut_off(empty: Api, frame: bytes, code: int) -> None:
+def test_a_protocol_error_closes_the_socket_with_its_code(
+    empty: Api, frame: bytes, code: int
+) -> None:
     with Page(empty) as page:
         page.socket.sendall(frame)
         assert page.close_code() == code
@@ -6636,7 +6650,7 @@ def test_a_run_appears_moves_and_ends_on_a_page(ui: Api) -> None:
         assert page.frame()["data"]["tags"] == ["new"]
 
 
-def test_pages_hear_of_deleted_runs_if_they_ask_to(
+def test_deletions_are_sent_to_pages_that_ask_for_them(
     store: mls.Store, ui: Api, tmp_path: Path
 ) -> None:
     flow = ui.new_flow()
@@ -6694,7 +6708,7 @@ def test_metadata_and_parameters_appear_once_each(ui: Api) -> None:
         assert page.frame()["data"]["field_name"] == "more"
 
 
-def test_pages_hear_of_an_end_when_the_log_is_there_and_of_the_runs_last(
+def test_an_end_is_sent_once_the_log_is_stored_and_the_run_last(
     store: mls.Store, ui: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mls, "RUN_END_DELAY_SECONDS", 1.5)
@@ -6721,7 +6735,7 @@ def test_pages_hear_of_an_end_when_the_log_is_there_and_of_the_runs_last(
             assert frame["data"]["finished_at"] is not None
 
 
-def test_pages_hear_of_an_end_after_a_minute_also_without_a_log(
+def test_an_end_is_sent_after_a_while_also_without_a_log(
     ui: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mls, "LOG_WAIT_SECONDS", 0.0)
@@ -6735,7 +6749,7 @@ def test_pages_hear_of_an_end_after_a_minute_also_without_a_log(
         assert (told["status"], told["is_log_stored"]) == ("completed", False)
 
 
-def test_a_log_that_comes_after_the_end_of_its_run_is_told_of(
+def test_a_log_stored_after_the_end_of_its_run_is_sent(
     store: mls.Store, ui: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mls, "LOG_WAIT_SECONDS", 0.0)
@@ -6761,11 +6775,11 @@ def test_artifacts_come_over_the_socket_with_their_values(store: mls.Store, ui: 
     task = ui.new_task_of_its_own()
     with Page(ui) as page:
         page.subscribe(f"{task}/artifacts?attempt_id=0&_limit=50")
-        ui.post(f"{task}/artifact", [artifact("x", **stored(store, [1, 2]), ds_type="local")])
+        ui.post(f"{task}/artifact", [artifact("x", **store_value(store, [1, 2]), ds_type="local")])
         assert page.frame()["data"]["content"] == "[1, 2]"
 
 
-def test_who_comes_back_is_told_what_has_changed_meanwhile(zoo: Api) -> None:
+def test_a_page_that_reconnects_gets_what_it_has_missed(zoo: Api) -> None:
     run = zoo_run(zoo)[len("/api") :]
     with Page(zoo) as page:
         page.subscribe(f"{run}/steps", "silent")
@@ -6774,7 +6788,7 @@ def test_who_comes_back_is_told_what_has_changed_meanwhile(zoo: Api) -> None:
         assert told["data"]["step_name"] == "end"
 
 
-def test_nothing_more_is_told_after_unsubscribing(ui: Api) -> None:
+def test_nothing_is_sent_after_unsubscribing(ui: Api) -> None:
     flow = ui.new_flow()
     with Page(ui) as page:
         page.subscribe("/runs", "first")
@@ -6804,7 +6818,7 @@ def test_nothing_more_is_told_after_unsubscribing(ui: Api) -> None:
         '{"type": "SUBSCRIBE", "uuid": "u", "resource": "/runs", "since": NaN}',
     ],
 )
-def test_a_message_that_means_nothing_harms_nothing(empty: Api, message: str) -> None:
+def test_an_invalid_message_is_ignored(empty: Api, message: str) -> None:
     with Page(empty) as page:
         page.send(message)
         page.send("__ping__")
@@ -6821,7 +6835,7 @@ def test_a_page_that_subscribes_without_end_is_cut_off(
         assert page.close_code() == 1008
 
 
-def test_a_page_that_has_gone_silent_is_let_go(ui: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_page_is_closed(ui: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mls, "SILENT_SECONDS", 0.1)
     with Page(ui) as page:
         assert page.close_code() == 1001
@@ -6921,9 +6935,9 @@ def test_our_own_page_is_at_the_root_and_may_load_nothing_from_elsewhere(empty: 
 
 def test_with_a_key_only_the_page_and_the_login_are_open(store: mls.Store) -> None:
     key = 'a;key="with%all, of it'
-    with ui_served(store, key=key.replace(" ", "_")) as api:
+    with serve_ui(store, key=key.replace(" ", "_")) as client:
         key = key.replace(" ", "_")
-        stranger = Api(api.url)
+        stranger = Api(client.url)
         assert stranger.get("/").content == mls.PAGE.encode()
         for path in ("/api/runs", "/api/features", "/ping", "/flows", "/api/ws", "/nonsense"):
             assert stranger.get(path).status == 401
@@ -6943,7 +6957,7 @@ def test_with_a_key_only_the_page_and_the_login_are_open(store: mls.Store) -> No
         stranger.close()
 
 
-def logged_in(api: Api, key: str) -> str:
+def log_in(api: Api, key: str) -> str:
     """The cookie that the login sets."""
     cookie: str = api.post("/api/login", {"key": key}).headers["set-cookie"].partition(";")[0]
     return cookie
@@ -6954,10 +6968,10 @@ def test_a_cookie_is_of_one_service_alone_and_does_not_hold_the_key(
 ) -> None:
     key = "one-key-of-two-services"
     stores = [new_store(tmp_path_factory) for _ in range(2)]
-    with ui_served(stores[0], key=key) as one, ui_served(stores[1], key=key) as other:
-        cookies = logged_in(one, key), logged_in(other, key)
+    with serve_ui(stores[0], key=key) as one, serve_ui(stores[1], key=key) as other:
+        cookies = log_in(one, key), log_in(other, key)
         names = [cookie.partition("=")[0] for cookie in cookies]
-        assert names == [f"{mls.PROGRAM}-{api.port}" for api in (one, other)]
+        assert names == [f"{mls.PROGRAM}-{client.port}" for client in (one, other)]
         assert not [cookie for cookie in cookies if key in cookie]
         stranger = Api(one.url)
         assert stranger.get("/flows", cookie="; ".join(cookies)).status == 200
@@ -6967,15 +6981,15 @@ def test_a_cookie_is_of_one_service_alone_and_does_not_hold_the_key(
 
 
 def test_the_login_takes_few_bytes_and_few_guesses_and_shuts_nobody_out(store: mls.Store) -> None:
-    with ui_served(store, key="the-key-of-the-service") as api:
-        stranger = Api(api.url)
+    with serve_ui(store, key="the-key-of-the-service") as client:
+        stranger = Api(client.url)
         large = stranger.request("POST", "/api/login", b'{"key": "%s"}' % (b"x" * 5000))
         assert large.status == 413
         guesses = [stranger.post("/api/login", {"key": "wrong"}).status for _ in range(20)]
         assert guesses[0] == 401
         assert 429 in guesses
         assert guesses.count(401) < 10
-        assert api.get("/ping").status == 200
+        assert client.get("/ping").status == 200
         login = {"key": "the-key-of-the-service"}
         assert eventually(lambda: stranger.post("/api/login", login).status == 204)
         stranger.close()
@@ -7018,26 +7032,26 @@ def build(tmp_path: Path) -> Path:
 def test_a_build_of_the_official_ui_is_served_and_nothing_beside_it(
     store: mls.Store, build: Path, path: str, content: bytes, kind: str | None, caching: str
 ) -> None:
-    with ui_served(store, ui_folder=str(build)) as api:
-        reply = api.get(path)
+    with serve_ui(store, ui_folder=str(build)) as client:
+        reply = client.get(path)
         assert (reply.status, reply.content) == (200, content)
         assert kind is None or reply.headers["content-type"] == kind
         assert reply.headers["cache-control"] == caching
 
 
 def test_with_a_build_the_service_answers_as_before(store: mls.Store, build: Path) -> None:
-    with ui_served(store, ui_folder=str(build)) as api:
-        assert api.get("/ping").content == b"pong"
+    with serve_ui(store, ui_folder=str(build)) as client:
+        assert client.get("/ping").content == b"pong"
         for path in ("/flows/None", "/api/nonsense", "/static/none.js", "/auth/token"):
-            assert api.get(path).status == 404
-        assert api.post("/MyFlow").status == 404
+            assert client.get(path).status == 404
+        assert client.post("/MyFlow").status == 404
 
 
 def test_with_a_build_and_a_key_our_page_asks_for_it(store: mls.Store, build: Path) -> None:
-    with ui_served(store, key="key", ui_folder=str(build)) as api:
-        stranger = Api(api.url)
+    with serve_ui(store, key="key", ui_folder=str(build)) as client:
+        stranger = Api(client.url)
         assert stranger.get("/MyFlow/1").content == mls.PAGE.encode()
-        assert api.get("/MyFlow/1").content == b"<html>official"
+        assert client.get("/MyFlow/1").content == b"<html>official"
         assert stranger.get("/flows").status == 401
         stranger.close()
 
@@ -7045,8 +7059,8 @@ def test_with_a_build_and_a_key_our_page_asks_for_it(store: mls.Store, build: Pa
 @pytest.fixture
 def card_url(store: mls.Store) -> str:
     """The path of a card of a task."""
-    with ui_served(store) as api:
-        task, ids = make_running_task(api, store.folder)
+    with serve_ui(store) as client:
+        task, ids = make_running_task(client, store.folder)
     folder = Path(store.folder, "mf.cards", *place_of_cards(ids), "cards")
     folder.mkdir(parents=True)
     (folder / "blank-abc.html").write_text("<p>a card")
@@ -7062,17 +7076,17 @@ def test_a_card_in_a_tab_of_its_own_is_in_a_sandbox(
     store: mls.Store, build: Path, card_url: str
 ) -> None:
     for options in ({}, {"ui_folder": str(build)}):
-        with ui_served(store, **options) as api:
+        with serve_ui(store, **options) as client:
             for headers in ({}, {"Sec-Fetch-Dest": "document"}):
-                reply = api.request("GET", card_url, headers=headers)
+                reply = client.request("GET", card_url, headers=headers)
                 assert "sandbox" in reply.headers["content-security-policy"]
 
 
 def test_a_card_in_a_frame_of_the_official_ui_reaches_nothing(
     store: mls.Store, build: Path, card_url: str
 ) -> None:
-    with ui_served(store, ui_folder=str(build)) as api:
-        reply = api.request("GET", card_url, headers={"Sec-Fetch-Dest": "iframe"})
+    with serve_ui(store, ui_folder=str(build)) as client:
+        reply = client.request("GET", card_url, headers={"Sec-Fetch-Dest": "iframe"})
         policy = reply.headers["content-security-policy"]
         assert "sandbox" not in policy  # the official UI's scripts look into it
         for directive in ("connect-src 'none'", "form-action 'none'", "frame-src 'none'"):
@@ -7085,17 +7099,15 @@ def test_a_card_in_a_frame_of_the_official_ui_reaches_nothing(
 def test_beside_the_official_ui_no_page_of_a_browser_writes(
     store: mls.Store, build: Path, headers: dict[str, str]
 ) -> None:
-    with ui_served(store, ui_folder=str(build)) as api:
-        sent = {k: v.format(host=f"{api.host}:{api.port}") for k, v in headers.items()}
-        assert api.request("POST", "/flows/ByCard", {}, sent).status == 403
-        assert api.request("GET", "/flows", headers=sent).json == []
-        assert api.post("/flows/ByClient").status == 200
+    with serve_ui(store, ui_folder=str(build)) as client:
+        sent = {k: v.format(host=f"{client.host}:{client.port}") for k, v in headers.items()}
+        assert client.request("POST", "/flows/ByCard", {}, sent).status == 403
+        assert client.request("GET", "/flows", headers=sent).json == []
+        assert client.post("/flows/ByClient").status == 200
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "not json", '{"a":' * 900 + "1" + "}" * 900])
-def test_data_of_a_card_that_make_no_sense_are_none(
-    store: mls.Store, ui: Api, content: str
-) -> None:
+def test_invalid_data_of_a_card_are_ignored(store: mls.Store, ui: Api, content: str) -> None:
     task, (flow, run, step, task_id) = make_running_task(ui, store.folder)
     folder = Path(store.folder, "mf.cards", flow, "runs", run, "steps", step, "tasks", task_id)
     (folder / "runtime").mkdir(parents=True)
@@ -7105,9 +7117,9 @@ def test_data_of_a_card_that_make_no_sense_are_none(
     assert ui.get(f"/api{task}/cards/def/data").status == 404
 
 
-def test_artifacts_are_put_in_no_order_that_there_is_not(store: mls.Store, ui: Api) -> None:
+def test_an_unknown_order_of_artifacts_is_ignored(store: mls.Store, ui: Api) -> None:
     task = ui.new_task_of_its_own()
-    large = stored(store, b"x" * 1_000_000)
+    large = store_value(store, b"x" * 1_000_000)
     ui.post(f"{task}/artifact", [artifact("x"), artifact("y", **large)])
     path = f"/api{task}/artifacts?postprocess=true&_order="
     assert ui.get(f"{path}postprocess_error").status == 200
@@ -7128,14 +7140,14 @@ def test_a_downloaded_log_is_named_after_the_attempt_that_it_is_of(
 def test_a_parameter_may_be_called_as_a_time_is(store: mls.Store, ui: Api) -> None:
     run = ui.new_run(ui.new_flow())
     task = ui.new_task(ui.new_step(run, "_parameters"))
-    ui.post(f"{task}/artifact", [artifact("ts_epoch", **stored(store, 5))])
+    ui.post(f"{task}/artifact", [artifact("ts_epoch", **store_value(store, 5))])
     with Page(ui) as page:
         page.subscribe(f"{run}/parameters")
         assert page.frame()["data"] == {"ts_epoch": {"value": 5}}
 
 
 @pytest.mark.parametrize("since", ["1e308", "-1e308", "1" + "0" * 400, "NaN", "Infinity"])
-def test_a_time_that_cannot_be_is_none(empty: Api, since: str) -> None:
+def test_an_invalid_time_in_a_subscription_is_ignored(empty: Api, since: str) -> None:
     with Page(empty) as page:
         subscription = '"type": "SUBSCRIBE", "uuid": "u", "resource": "/runs", "since"'
         page.send(f"{{{subscription}: {since}}}")
@@ -7143,7 +7155,7 @@ def test_a_time_that_cannot_be_is_none(empty: Api, since: str) -> None:
         assert page.text() == "__pong__"
 
 
-def test_what_could_not_be_looked_at_is_told_the_next_time(
+def test_changes_are_sent_after_a_read_error(
     store: mls.Store, ui: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mls, "SETTLED_NS", -(10**12))
@@ -7165,7 +7177,7 @@ def test_what_could_not_be_looked_at_is_told_the_next_time(
     assert len(subscription.poll(mls.Snapshot(model))) == 0
 
 
-def test_a_search_where_nothing_can_be_says_so(empty: Api) -> None:
+def test_a_search_in_an_invalid_run_is_an_error(empty: Api) -> None:
     with Page(empty, "/api/search/flows/../runs/1?key=x") as page:
         assert page.frame()["event"]["type"] == "error"
         assert page.close_code() == 1001
@@ -7242,7 +7254,7 @@ def http_request(line: str, *headers: str, body: bytes = b"", host: str = "local
     return head.encode("utf-8", "surrogateescape") + body
 
 
-def answers(api: Api, content: bytes) -> list[Reply]:
+def exchange(api: Api, content: bytes) -> list[Reply]:
     """All answers that a client gets who sends this and then nothing any more."""
     with Wire(api) as wire:
         wire.send(content)
@@ -7254,7 +7266,7 @@ def answers(api: Api, content: bytes) -> list[Reply]:
 def answer_to(api: Api, line: str, *headers: str, body: bytes = b"", **options: str) -> Reply:
     """The one answer to a request; a body is announced."""
     length = [f"Content-Length: {len(body)}"] if body else []
-    (reply,) = answers(api, http_request(line, *length, *headers, body=body, **options))
+    (reply,) = exchange(api, http_request(line, *length, *headers, body=body, **options))
     return reply
 
 
@@ -7262,7 +7274,7 @@ def answer_to(api: Api, line: str, *headers: str, body: bytes = b"", **options: 
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_that_is_too_large_is_told_the_limit(
+def test_the_answer_to_a_body_that_is_too_large_names_the_limit(
     api: Api, monkeypatch: pytest.MonkeyPatch, chunked: bool
 ) -> None:
     monkeypatch.setattr(mls, "LARGEST_BODY", 1000)
@@ -7277,7 +7289,7 @@ def test_a_body_that_is_too_large_is_told_the_limit(
     assert answer_to(api, "POST /flows/Flow", body=b"{}".ljust(1000)).status == 200
 
 
-def test_a_post_without_a_length_is_told_that_it_needs_one(api: Api) -> None:
+def test_a_post_without_a_length_is_a_411(api: Api) -> None:
     run = api.new_run(api.new_flow())
     assert answer_to(api, "POST /flows/Other").status == 411
     assert answer_to(api, "POST /flows/Other", "Content-Length: 0").status == 400
@@ -7304,7 +7316,7 @@ def test_a_length_that_is_not_clear_is_refused_and_the_connection_closed(
     api: Api, headers: list[str]
 ) -> None:
     smuggled = http_request("POST /flows/Smuggled", "Content-Length: 2", body=b"{}")
-    (reply,) = answers(api, http_request("POST /flows/Flow", *headers, body=b"{}" + smuggled))
+    (reply,) = exchange(api, http_request("POST /flows/Flow", *headers, body=b"{}" + smuggled))
     assert (reply.status, reply.headers["connection"]) == (400, "close")
     assert api.get("/flows").json == []
 
@@ -7330,14 +7342,14 @@ CHUNKED_BODIES = {
 @pytest.mark.parametrize("body", CHUNKED_BODIES, ids=lambda body: str(body[:25]))
 def test_a_body_may_come_in_chunks_that_are_proper(api: Api, body: bytes) -> None:
     post = http_request("POST /flows/Flow", "Transfer-Encoding: chunked", body=body)
-    replies = answers(api, post + http_request("GET /ping"))
+    replies = exchange(api, post + http_request("GET /ping"))
     is_good = CHUNKED_BODIES[body] == 200
     assert [reply.status for reply in replies] == [CHUNKED_BODIES[body]] + [200] * is_good
     assert len(api.get("/flows").json) == is_good
 
 
 def test_a_body_that_ends_early_is_not_stored(api: Api) -> None:
-    (reply,) = answers(api, http_request("POST /flows/Flow", "Content-Length: 9", body=b"{}"))
+    (reply,) = exchange(api, http_request("POST /flows/Flow", "Content-Length: 9", body=b"{}"))
     assert reply.status == 400
     assert api.get("/flows").json == []
 
@@ -7398,8 +7410,8 @@ STATUS_OF_REQUESTS = {
 
 
 @pytest.mark.parametrize("sent", STATUS_OF_REQUESTS, ids=lambda sent: str(sent[:40]))
-def test_what_is_no_request_of_ours_is_refused(api: Api, sent: bytes) -> None:
-    assert [reply.status for reply in answers(api, sent)] == [STATUS_OF_REQUESTS[sent]]
+def test_an_invalid_request_is_refused(api: Api, sent: bytes) -> None:
+    assert [reply.status for reply in exchange(api, sent)] == [STATUS_OF_REQUESTS[sent]]
 
 
 @pytest.mark.parametrize("path", ["/ping", "/flows/Flow", "/nothing"])
@@ -7444,7 +7456,7 @@ def test_every_request_starts_the_idle_clock_anew(
 def test_a_server_that_has_finished_has_no_file_open(store: mls.Store) -> None:
     before = len(os.listdir("/dev/fd"))
     for _ in range(20):
-        with served(store) as client:
+        with serve(store) as client:
             client.get("/ping")
     assert len(os.listdir("/dev/fd")) < before + 20
 
@@ -7453,14 +7465,18 @@ def test_pipelined_requests_are_answered_in_order(api: Api) -> None:
     posts = [
         http_request(f"POST /flows/Flow{n}", "Content-Length: 2", body=b"{}") for n in range(20)
     ]
-    replies = answers(api, b"".join(posts))
+    replies = exchange(api, b"".join(posts))
     assert [reply.json["flow_id"] for reply in replies] == [f"Flow{n}" for n in range(20)]
 
 
 def test_a_connection_is_kept_also_after_an_error(api: Api) -> None:
     bad = http_request("POST /flows/Flow", "Content-Length: 1", body=b"{")
     requests = bad + http_request("GET /flows/Flow") + http_request("BREW /ping")
-    assert [r.status for r in answers(api, requests + http_request("GET /ping"))] == [400, 404, 501]
+    assert [r.status for r in exchange(api, requests + http_request("GET /ping"))] == [
+        400,
+        404,
+        501,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -7475,7 +7491,7 @@ def test_a_connection_is_kept_also_after_an_error(api: Api) -> None:
 def test_the_client_says_whether_the_connection_is_kept(
     api: Api, request_: bytes, kept: bool
 ) -> None:
-    replies = answers(api, request_ * 2)
+    replies = exchange(api, request_ * 2)
     assert [reply.content for reply in replies] == [b"pong"] * (1 + kept)
 
 
@@ -7536,7 +7552,7 @@ METHODS = st.sampled_from(
 )
 
 
-def test_whatever_comes_is_answered_without_a_failure_and_stays_in_the_root(
+def test_any_request_is_answered_without_a_failure_and_stays_in_the_root(
     api: Api, project: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = api.new_run(api.new_flow(), run_number="known")
@@ -7606,32 +7622,32 @@ def test_a_service_listens_on_ipv6(store: mls.Store) -> None:
         socket.socket(socket.AF_INET6).bind(("::1", 0))
     except OSError:
         pytest.skip("this machine has no IPv6")
-    with served(store, host="::1") as api:
-        assert api.url.startswith("http://[::1]:")
-        assert api.get("/ping").status == 200
-        assert answer_to(api, "GET /ping", host="evil.example").status == 403
+    with serve(store, host="::1") as client:
+        assert client.url.startswith("http://[::1]:")
+        assert client.get("/ping").status == 200
+        assert answer_to(client, "GET /ping", host="evil.example").status == 403
 
 
 @pytest.mark.parametrize("line", ["GET /ping", "GET /flows", "POST /flows/Flow", "GET /nothing"])
 def test_every_request_needs_the_key(store: mls.Store, line: str) -> None:
-    with served(store, key="the-key") as api:
+    with serve(store, key="the-key") as client:
         for headers in ([], ["x-api-key:"], ["x-api-key: the-keys"], ["x-api-key: \udcff"]):
-            reply = answer_to(api, line, *headers, body=b"{}")
+            reply = answer_to(client, line, *headers, body=b"{}")
             assert reply.status == 401
             assert "the-key" not in str(reply)
-        assert answer_to(api, line, "X-API-Key: the-key", body=b"{}").status in (200, 404)
+        assert answer_to(client, line, "X-API-Key: the-key", body=b"{}").status in (200, 404)
 
 
 @pytest.mark.parametrize("where", ["127.0.0.1", "0.0.0.0"])
 def test_with_a_key_a_service_is_meant_by_whatever_name_leads_there(
     store: mls.Store, where: str
 ) -> None:
-    with served(store, host=where, key="the-key") as api:
+    with serve(store, host=where, key="the-key") as client:
         for host in ("192.0.2.1:80", "[2001:db8::1]", "metadata", "host.docker.internal:1234"):
-            assert answer_to(api, "GET /ping", "x-api-key: the-key", host=host).status == 200
+            assert answer_to(client, "GET /ping", "x-api-key: the-key", host=host).status == 200
             foreign = ["x-api-key: the-key", "Origin: http://evil.example"]
-            assert answer_to(api, "GET /ping", *foreign, host=host).status == 403
-            assert answer_to(api, "GET /ping", host=host).status == 401
+            assert answer_to(client, "GET /ping", *foreign, host=host).status == 403
+            assert answer_to(client, "GET /ping", host=host).status == 401
 
 
 def test_the_host_of_an_absolute_target_counts_in_place_of_the_header(api: Api) -> None:
@@ -7646,9 +7662,7 @@ def test_the_host_of_an_absolute_target_counts_in_place_of_the_header(api: Api) 
     ("site", "is_let_in"),
     [("none", True), ("same-origin", True), ("same-site", False), ("cross-site", False)],
 )
-def test_what_a_browser_says_is_another_sites_request_is_refused(
-    api: Api, method: str, site: str, is_let_in: bool
-) -> None:
+def test_a_cross_site_request_is_refused(api: Api, method: str, site: str, is_let_in: bool) -> None:
     reply = answer_to(api, f"{method} /flows/Flow", f"Sec-Fetch-Site: {site}", body=b"{}")
     assert (reply.status != 403) == is_let_in
     assert len(api.get("/flows").json) == (is_let_in and method == "POST")
@@ -7665,7 +7679,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mls, "TICK_SECONDS", 0.05)
 
 
-def stuck(api: Api, content: bytes) -> Wire:
+def connect_stuck(api: Api, content: bytes) -> Wire:
     """A client that sends this, then nothing more, and never reads."""
     wire = Wire(api)
     wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -7689,22 +7703,22 @@ def test_a_stuck_client_costs_one_thread_for_a_while_and_holds_up_nobody(
     store: mls.Store, impatient: None, content: bytes
 ) -> None:
     before = threading.active_count()
-    with served(store) as api, contextlib.ExitStack() as clients:
+    with serve(store) as client, contextlib.ExitStack() as clients:
         for n in range(50):
-            api.post(f"/flows/Flow{n}", {"tags": ["x" * 2000]})
-        api.close()
-        wires = [clients.enter_context(stuck(api, content)) for _ in range(8)]
+            client.post(f"/flows/Flow{n}", {"tags": ["x" * 2000]})
+        client.close()
+        wires = [clients.enter_context(connect_stuck(client, content)) for _ in range(8)]
         assert eventually(lambda: threading.active_count() >= before + 8)
-        assert api.get("/ping").status == 200
-        api.close()
+        assert client.get("/ping").status == 200
+        client.close()
         # What is left in the end are the two threads of the server itself.
         assert eventually(lambda: threading.active_count() <= before + 2)
         assert len(wires) == 8
-        assert api.get("/ping").status == 200
+        assert client.get("/ping").status == 200
 
 
 @contextlib.contextmanager
-def served_bytes(size: int) -> Iterator[Api]:
+def serve_bytes(size: int) -> Iterator[Api]:
     """A service that answers every request with so many bytes."""
     server = mls.Server("127.0.0.1", 0, None)
 
@@ -7732,7 +7746,7 @@ def test_a_slow_reader_who_goes_on_reading_is_not_cut_off(
 ) -> None:
     monkeypatch.setattr(mls, "REQUEST_SECONDS", 1.0)
     size = 2**22
-    with served_bytes(size) as api, Wire(api) as wire:
+    with serve_bytes(size) as client, Wire(client) as wire:
         wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
         wire.send(b"GET / HTTP/1.1\r\n\r\n")
         began, taken = time.monotonic(), 0
@@ -7743,22 +7757,25 @@ def test_a_slow_reader_who_goes_on_reading_is_not_cut_off(
         assert time.monotonic() - began > mls.REQUEST_SECONDS
 
 
-def test_what_waits_for_readers_is_bounded_in_all(
+def test_unsent_answers_are_bounded_in_total(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     size = 2**23
     monkeypatch.setattr(mls, "MOST_UNSENT", 3 * size)
-    with served_bytes(size) as api, contextlib.ExitStack() as clients:
+    with serve_bytes(size) as client, contextlib.ExitStack() as clients:
         servers = [o for o in gc.get_objects() if isinstance(o, mls.Server)]
-        (server,) = (o for o in servers if o.server_port == api.port)
+        (server,) = (o for o in servers if o.server_port == client.port)
 
         def waiting() -> int:
             return sum(list(server._unsent.values()))
 
-        wires = [clients.enter_context(stuck(api, b"GET / HTTP/1.1\r\n\r\n")) for _ in range(8)]
+        wires = [
+            clients.enter_context(connect_stuck(client, b"GET / HTTP/1.1\r\n\r\n"))
+            for _ in range(8)
+        ]
         assert eventually(lambda: waiting() > size)
         refused = 0
-        while api.get("/").status == 503:
+        while client.get("/").status == 503:
             refused += 1
             assert 0 < waiting() <= mls.MOST_UNSENT
             # Others have read nothing for long: now there is room.
@@ -7774,16 +7791,16 @@ def test_stuck_clients_do_not_keep_the_service_from_stopping(
 ) -> None:
     monkeypatch.setattr(mls, "SHUTDOWN_SECONDS", 0.1)
     with contextlib.ExitStack() as clients:
-        with served(store) as api:
+        with serve(store) as client:
             for n in range(50):
-                api.post(f"/flows/Flow{n}", {"tags": ["x" * 2000]})
-            clients.enter_context(stuck(api, content))
-            assert api.get("/ping").status == 200
-        assert refuses_connections(api)
+                client.post(f"/flows/Flow{n}", {"tags": ["x" * 2000]})
+            clients.enter_context(connect_stuck(client, content))
+            assert client.get("/ping").status == 200
+        assert refuses_connections(client)
 
 
 def test_a_connection_that_is_idle_is_closed(store: mls.Store, impatient: None) -> None:
-    with served(store) as api, Wire(api) as wire:
+    with serve(store) as client, Wire(client) as wire:
         wire.send(http_request("GET /ping"))
         assert wire.answer().status == 200
         assert wire.answer() is None
@@ -7807,10 +7824,10 @@ def test_an_answer_may_take_its_time(
     store: mls.Store, impatient: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = Held(monkeypatch, store, "flows")
-    with served(store) as api, ThreadPoolExecutor() as pool:
-        answer = pool.submit(api.get, "/flows")
+    with serve(store) as client, ThreadPoolExecutor() as pool:
+        answer = pool.submit(client.get, "/flows")
         assert held.is_called.wait(20)
-        with Wire(api) as wire:  # once this one is overdue, so would the other be
+        with Wire(client) as wire:  # once this one is overdue, so would the other be
             assert wire.answer() is None
         held.go_on.set()
         assert answer.result().status == 200
@@ -7821,17 +7838,17 @@ def test_requests_in_flight_are_answered_when_the_service_stops(
 ) -> None:
     held = Held(monkeypatch, store, "create_flow")
     with ThreadPoolExecutor() as pool:
-        with served(store) as api:
-            answer = pool.submit(api.post, "/flows/Flow")
+        with serve(store) as client:
+            answer = pool.submit(client.post, "/flows/Flow")
             assert held.is_called.wait(20)
-            pool.submit(lambda: eventually(lambda: refuses_connections(api)) and held.go_on.set())
+            pool.submit(
+                lambda: eventually(lambda: refuses_connections(client)) and held.go_on.set()
+            )
         reply = answer.result()
     assert (reply.status, reply.headers["connection"]) == (200, "close")
 
 
-def test_connections_beyond_the_limit_are_told_so(
-    api: Api, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_connections_beyond_the_limit_are_a_503(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mls, "MOST_CONNECTIONS", 3)
     with contextlib.ExitStack() as clients:
         for _ in range(3):
@@ -7855,24 +7872,24 @@ def test_connections_that_have_asked_for_nothing_make_room_for_others(
             assert eventually(lambda: answer_to(api, "GET /ping").status == 200)
 
 
-def test_who_has_only_seen_the_page_makes_room_for_who_has_the_key(
+def test_connections_without_the_key_make_room_for_those_with_it(
     store: mls.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mls, "MOST_CONNECTIONS", 3)
-    with ui_served(store, key="the-key-of-the-service") as api, contextlib.ExitStack() as clients:
+    with serve_ui(store, key="the-key-of-the-service") as client, contextlib.ExitStack() as clients:
         for _ in range(3):
-            wire = clients.enter_context(Wire(api))
+            wire = clients.enter_context(Wire(client))
             wire.send(http_request("GET /"))
             assert wire.answer().status == 200
-        assert api.get("/ping").status == 200
+        assert client.get("/ping").status == 200
 
 
 def test_too_many_open_files_cost_single_requests(cli: Cli) -> None:
     limited = ["sh", "-c", 'ulimit -n 40 && exec "$@"', "sh", *cli.command("start")]
     started = subprocess.run(limited, cwd=cli.folder, env=cli.environment, capture_output=True)
     assert started.returncode == 0
-    with contextlib.closing(Api(cli.status()["url"])) as api, contextlib.ExitStack() as clients:
-        wires = [clients.enter_context(Wire(api)) for _ in range(60)]
+    with contextlib.closing(Api(cli.status()["url"])) as client, contextlib.ExitStack() as clients:
+        wires = [clients.enter_context(Wire(client)) for _ in range(60)]
         for n, wire in enumerate(wires):
             wire.send(http_request(f"POST /flows/F{n}", "Content-Length: 2", body=b"{}"))
         replies: dict[str, int] = {}
@@ -7891,8 +7908,8 @@ def test_too_many_open_files_cost_single_requests(cli: Cli) -> None:
         assert set(replies.values()) <= {200, 503}
         clients.close()
         stored = {name for name, status in replies.items() if status == 200}
-        assert eventually(lambda: api.post("/flows/Later").status in (200, 409))
-        listed = {flow["flow_id"] for flow in api.get("/flows").json}
+        assert eventually(lambda: client.post("/flows/Later").status in (200, 409))
+        listed = {flow["flow_id"] for flow in client.get("/flows").json}
         assert stored <= listed
         assert not listed & {name for name, status in replies.items() if status == 503}
 
@@ -7927,22 +7944,22 @@ def status_for_another_user(api: Api, method: str, path: str) -> tuple[int, str]
 def test_another_user_of_this_machine_gets_nothing_but_the_way_to_get_it(
     store: mls.Store, host: str
 ) -> None:
-    with served(store, host=host) as api:
+    with serve(store, host=host) as client:
         for method, path in (("POST", "/flows/ByOther"), ("GET", "/flows"), ("GET", "/")):
-            status, content = status_for_another_user(api, method, path)
+            status, content = status_for_another_user(client, method, path)
             assert status == 403
             assert "--generate-key" in content
-        assert api.get("/flows").json == []
+        assert client.get("/flows").json == []
 
 
 @needs_other_users
 def test_another_user_who_has_the_key_is_answered_as_any(store: mls.Store) -> None:
-    with served(store, key="a-key-that-others-have") as api:
-        assert status_for_another_user(api, "GET", "/flows")[0] == 401
+    with serve(store, key="a-key-that-others-have") as client:
+        assert status_for_another_user(client, "GET", "/flows")[0] == 401
 
 
 @contextlib.contextmanager
-def connected(family: str = "127.0.0.1") -> Iterator[tuple[socket.socket, socket.socket]]:
+def connect_pair(family: str = "127.0.0.1") -> Iterator[tuple[socket.socket, socket.socket]]:
     """Both ends of a connection over loopback: the one of the server first."""
     with socket.create_server(
         (family, 0), family=socket.AF_INET6 if ":" in family else 2
@@ -7960,7 +7977,7 @@ linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="as
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 @pytest.mark.parametrize("way", ["ask_kernel_for_owner", "read_owner_from_proc"])
 def test_the_owner_of_a_connection_is_found_both_ways(host: str, way: str) -> None:
-    with connected(host) as (ours, client):
+    with connect_pair(host) as (ours, client):
         inode = os.fstat(client.fileno()).st_ino
         ends = client.getsockname()[:2], ours.getsockname()[:2]
         owner = getattr(mls, way)(*ends)
@@ -7982,7 +7999,7 @@ def test_an_ipv4_client_of_an_ipv6_service_is_found() -> None:
 
 @linux_only
 def test_an_end_that_nobody_holds_any_more_proves_nothing() -> None:
-    with connected() as (ours, client):
+    with connect_pair() as (ours, client):
         assert not mls.is_foreign(ours)
         client.close()
         assert mls.is_foreign(ours)
@@ -7996,13 +8013,13 @@ def test_without_netlink_the_kernel_is_asked_by_proc_and_without_both_not_at_all
         raise OSError(errno.EPROTONOSUPPORT, "no netlink here")
 
     monkeypatch.setattr(mls, "ask_kernel_for_owner", unavailable)
-    with connected() as (ours, client):
+    with connect_pair() as (ours, client):
         assert not mls.is_foreign(ours)
         monkeypatch.setattr(mls.os, "geteuid", lambda: 12345)
         assert mls.is_foreign(ours) == (os.fstat(client.fileno()).st_uid != 0)
 
 
-def reset(client: socket.socket) -> None:
+def reset_connection(client: socket.socket) -> None:
     """End a connection at once, so that the other end is gone as well."""
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     client.close()
@@ -8011,17 +8028,17 @@ def reset(client: socket.socket) -> None:
 @linux_only
 @pytest.mark.parametrize("has_netlink", [True, False])
 @pytest.mark.parametrize("has_listener", [True, False])
-def test_who_resets_a_connection_while_the_kernel_is_asked_proves_nothing(
+def test_a_connection_reset_while_the_kernel_is_asked_proves_nothing(
     monkeypatch: pytest.MonkeyPatch, has_netlink: bool, has_listener: bool
 ) -> None:
     """What was sent before is still there to be read, and must not be taken for our user's."""
     find = mls.find_socket_owner
-    with contextlib.ExitStack() as sockets, connected() as (ours, client):
+    with contextlib.ExitStack() as sockets, connect_pair() as (ours, client):
         port = client.getsockname()[1]
 
         def reset_and_find(*ends: Any) -> Any:
             if client.fileno() >= 0:
-                reset(client)
+                reset_connection(client)
                 if has_listener:  # of ours, at the very port that the other user has had
                     sockets.enter_context(socket.create_server(("127.0.0.1", port)))
             return find(*ends)
@@ -8035,14 +8052,14 @@ def test_who_resets_a_connection_while_the_kernel_is_asked_proves_nothing(
 
 @linux_only
 def test_a_socket_that_listens_stands_for_no_end_of_a_connection() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server, connected() as (ours, _):
+    with socket.create_server(("127.0.0.1", 0)) as server, connect_pair() as (ours, _):
         for way in (mls.ask_kernel_for_owner, mls.read_owner_from_proc):
             owner = way(server.getsockname(), ours.getsockname())
             assert owner is None or owner.state not in mls.CONNECTED_STATES
 
 
 @linux_only
-def test_whether_the_kernel_can_be_asked_is_found_out_by_what_listens(
+def test_a_listening_socket_shows_whether_the_kernel_can_be_asked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -8058,8 +8075,8 @@ def test_where_the_kernel_cannot_be_asked_everybody_is_answered(
     store: mls.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mls, "find_socket_owner", lambda *_: None)
-    with served(store) as api:
-        assert api.get("/ping").status == 200
+    with serve(store) as client:
+        assert client.get("/ping").status == 200
 
 
 # ==================================================================================================
@@ -8074,24 +8091,24 @@ only_root_can = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give
 URL = re.compile(r"http://[0-9.]+:[0-9]+")
 
 
-def running(folder: Path) -> mls.Service | None:
+def service_of(folder: Path) -> mls.Service | None:
     """The service of a folder."""
     return mls.find_service(str(folder))
 
 
-def running_soon(folder: Path) -> mls.Service:
+def wait_for_service(folder: Path) -> mls.Service:
     """The service that is about to start in a folder."""
-    assert eventually(lambda: running(folder))
-    return running(folder)
+    assert eventually(lambda: service_of(folder))
+    return service_of(folder)
 
 
-def stays(folder: Path, seconds: float = 1) -> bool:
+def keeps_running(folder: Path, seconds: float = 1) -> bool:
     """Whether the service of a folder is the same all the time."""
-    service = running(folder)
-    return bool(service) and not eventually(lambda: running(folder) != service, seconds)
+    service = service_of(folder)
+    return bool(service) and not eventually(lambda: service_of(folder) != service, seconds)
 
 
-def pidfile(folder: Path) -> Path:
+def pidfile_of(folder: Path) -> Path:
     return folder / ".metaflow" / mls.PIDFILE
 
 
@@ -8124,28 +8141,28 @@ def is_refused(ran: subprocess.CompletedProcess[str], *words: object, code: int 
 def test_a_folder_that_was_moved_gets_a_service_of_its_own(cli: Cli, tmp_path: Path) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     one = Api(cli("url", "--root", old).stdout.strip())
-    first = running(old)
+    first = service_of(old)
     one.new_flow("OfOne")
     old.rename(new)
     (old / ".metaflow").mkdir(parents=True)
     assert one.get("/flows").status == 503
     assert cli("url", "--root", new).returncode == 0
-    assert running(new).pid != first.pid
+    assert service_of(new).pid != first.pid
     assert [entry.name for entry in (old / ".metaflow").iterdir()] == []
-    with contextlib.closing(Api(running(new).url)) as two:
+    with contextlib.closing(Api(service_of(new).url)) as two:
         assert [flow["flow_id"] for flow in two.get("/flows").json] == ["OfOne"]
     one.close()
 
 
 def test_a_folder_that_is_back_soon_is_served_again(daemon: Api, cli: Cli) -> None:
-    service, datastore = running(cli.folder), cli.folder / ".metaflow"
-    datastore.rename(cli.folder / "away")
+    service, metaflow_folder = service_of(cli.folder), cli.folder / ".metaflow"
+    metaflow_folder.rename(cli.folder / "away")
     told = daemon.get("/flows")
     assert not eventually(lambda: daemon.get("/flows").status != 503, seconds=2)
-    (cli.folder / "away").rename(datastore)
+    (cli.folder / "away").rename(metaflow_folder)
     assert (told.status, "not in its place" in told.json["message"]) == (503, True)
     assert daemon.get("/flows").status == 200
-    assert running(cli.folder) == service
+    assert service_of(cli.folder) == service
 
 
 def test_a_folder_that_is_deleted_ends_its_service_and_frees_its_port(cli: Cli) -> None:
@@ -8157,31 +8174,31 @@ def test_a_folder_that_is_deleted_ends_its_service_and_frees_its_port(cli: Cli) 
 
 def test_a_service_of_a_moved_folder_makes_room_for_one_at_the_new_place(cli: Cli) -> None:
     url = cli("url").stdout
-    first = running(cli.folder)
+    first = service_of(cli.folder)
     (cli.folder / ".metaflow").rename(cli.folder.parent / ".metaflow")
     assert cli("url", cwd=cli.folder.parent).stdout == url
-    assert running(cli.folder.parent).pid != first.pid
+    assert service_of(cli.folder.parent).pid != first.pid
 
 
 @pytest.mark.parametrize("copy", [shutil.copy2, os.link])
 def test_copies_of_a_root_have_services_of_their_own(cli: Cli, tmp_path: Path, copy: Any) -> None:
     assert cli("run", "true").returncode == 0
-    service = running(cli.folder)
+    service = service_of(cli.folder)
     shutil.copytree(cli.folder, tmp_path / "copy", copy_function=copy)
-    assert running(tmp_path / "copy") is None
+    assert service_of(tmp_path / "copy") is None
     with cli.popen("run", "--root", tmp_path / "copy", "cat") as command:
-        assert running_soon(tmp_path / "copy").url != service.url
+        assert wait_for_service(tmp_path / "copy").url != service.url
         leases = [path / ".metaflow" / mls.LEASE for path in (cli.folder, tmp_path / "copy")]
         assert not os.path.samefile(*leases)
         command.kill()
-    assert running(cli.folder) == service
+    assert service_of(cli.folder) == service
 
 
 def test_a_pidfile_that_is_deleted_is_written_again(daemon: Api, cli: Cli) -> None:
-    service = running(cli.folder)
-    pidfile(cli.folder).unlink()
-    assert eventually(lambda: running(cli.folder))
-    assert running(cli.folder) == service
+    service = service_of(cli.folder)
+    pidfile_of(cli.folder).unlink()
+    assert eventually(lambda: service_of(cli.folder))
+    assert service_of(cli.folder) == service
     assert cli("status", "--all").stdout.startswith(f"url    {service.url}\n")
     assert cli("stop").stdout.startswith("Stopped")
 
@@ -8195,8 +8212,8 @@ def test_a_root_keeps_its_port(daemon: Api, cli: Cli) -> None:
 
 
 def test_a_host_name_that_changes_proves_nothing(daemon: Api, cli: Cli) -> None:
-    service = running(cli.folder)
-    pidfile(cli.folder).write_text(json.dumps(service._replace(machine="other")._asdict()))
+    service = service_of(cli.folder)
+    pidfile_of(cli.folder).write_text(json.dumps(service._replace(machine="other")._asdict()))
     assert cli("url").stdout.strip() == daemon.url
     assert cli("stop").stdout.startswith("Stopped")
 
@@ -8222,32 +8239,32 @@ def test_a_command_that_closes_all_its_files_keeps_its_service(cli: Cli) -> None
     words = ("run", "--idle-timeout", 0.2, sys.executable, "-c", program)
     with cli.popen(*words) as command:
         assert command.stdout.readline() == "\n"
-        assert stays(cli.folder, 2)
+        assert keeps_running(cli.folder, 2)
         command.kill()
-    assert eventually(lambda: not running(cli.folder))
+    assert eventually(lambda: not service_of(cli.folder))
 
 
 def test_a_process_that_is_not_the_service_is_not_stopped(daemon: Api, cli: Cli) -> None:
-    service = running(cli.folder)
+    service = service_of(cli.folder)
     with subprocess.Popen(["sleep", "60"]) as bystander:
         others = service._replace(pid=bystander.pid, port=1, url="http://127.0.0.1:1")
-        pidfile(cli.folder).write_text(json.dumps(others._asdict()))
+        pidfile_of(cli.folder).write_text(json.dumps(others._asdict()))
         assert is_refused(cli("stop"), bystander.pid, "is not it")
         assert bystander.poll() is None
         bystander.kill()
-    with pidfile(cli.folder).open() as not_locked:
+    with pidfile_of(cli.folder).open() as not_locked:
         others = service._replace(pid=os.getpid(), port=1, url="http://127.0.0.1:1")
-        pidfile(cli.folder).write_text(json.dumps(others._asdict()))
+        pidfile_of(cli.folder).write_text(json.dumps(others._asdict()))
         assert is_refused(cli("stop"), os.getpid(), "is not it")
         assert not not_locked.closed
-    pidfile(cli.folder).write_text(json.dumps(service._replace(pid=0)._asdict()))
+    pidfile_of(cli.folder).write_text(json.dumps(service._replace(pid=0)._asdict()))
     assert cli("stop").stdout.startswith("Stopped")
 
 
 def test_a_pidfile_of_an_earlier_version_will_do(daemon: Api, cli: Cli) -> None:
-    service = running(cli.folder)
+    service = service_of(cli.folder)
     told = {"pid": service.pid, "port": service.port}
-    pidfile(cli.folder).write_text(json.dumps(told))
+    pidfile_of(cli.folder).write_text(json.dumps(told))
     assert cli("url", "--no-start").stdout.strip() == daemon.url
     assert cli("stop").stdout.startswith("Stopped")
 
@@ -8261,7 +8278,7 @@ def test_a_service_of_another_version_is_replaced_unless_it_is_in_use(
     with subprocess.Popen(
         command, cwd=cli.folder, env=cli.environment, stdin=subprocess.PIPE
     ) as cat:
-        old = running_soon(cli.folder)
+        old = wait_for_service(cli.folder)
         kept = cli("run", "printenv", "METAFLOW_SERVICE_URL")
         assert kept.stdout.strip() == old.url
         assert f"another version, {old.version}, and goes on" in kept.stderr
@@ -8269,14 +8286,14 @@ def test_a_service_of_another_version_is_replaced_unless_it_is_in_use(
     replaced = cli("run", "printenv", "METAFLOW_SERVICE_URL")
     assert replaced.stdout.strip() == old.url
     assert "goes on" not in replaced.stderr
-    assert running(cli.folder).version == mls.__version__
+    assert service_of(cli.folder).version == mls.__version__
 
 
 def test_an_order_without_the_nonce_is_a_request_like_others(daemon: Api, cli: Cli) -> None:
     for nonce in ("", "guessed"):
         headers = {"x-local-service-nonce": nonce}
         assert daemon.request("POST", "/stop", headers=headers).status in (404, 405)
-    assert stays(cli.folder)
+    assert keeps_running(cli.folder)
 
 
 ASKING_SCRIPT = """
@@ -8308,9 +8325,9 @@ def test_a_service_stays_for_the_shell_or_the_script_that_has_asked(
     )
     assert shell.stdout is not None
     shell.stdout.readline()
-    assert stays(cli.folder, 2)
+    assert keeps_running(cli.folder, 2)
     shell.communicate("\n")
-    assert eventually(lambda: not running(cli.folder))
+    assert eventually(lambda: not service_of(cli.folder))
 
 
 def test_a_root_has_one_service(cli: Cli) -> None:
@@ -8327,7 +8344,7 @@ def test_two_roots_have_two_services_that_share_nothing(cli: Cli, tmp_path: Path
         assert two.get("/flows").json == []
 
 
-def test_all_who_come_at_once_get_the_same_service(cli: Cli) -> None:
+def test_simultaneous_commands_get_the_same_service(cli: Cli) -> None:
     ways = (("run", "printenv", "METAFLOW_SERVICE_URL"), ("url",), ("start",), ("env",))
     processes = [cli.popen(*way) for way in ways * 3]
     told = [process.communicate(timeout=60) for process in processes]
@@ -8336,26 +8353,26 @@ def test_all_who_come_at_once_get_the_same_service(cli: Cli) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "garbage", "[]", '{"pid": 1}'])
-def test_a_pidfile_that_nobody_holds_is_no_service(project: Path, content: str) -> None:
+def test_a_pidfile_without_a_lock_is_no_service(project: Path, content: str) -> None:
     (project / ".metaflow").mkdir()
-    pidfile(project).write_text(content)
-    assert running(project) is None
+    pidfile_of(project).write_text(content)
+    assert service_of(project) is None
 
 
 def test_a_service_that_was_killed_needs_no_clean_up(daemon: Api, cli: Cli) -> None:
-    killed = running(cli.folder)
+    killed = service_of(cli.folder)
     os.kill(killed.pid, signal.SIGKILL)
-    assert eventually(lambda: not running(cli.folder))
-    assert pidfile(cli.folder).exists()
+    assert eventually(lambda: not service_of(cli.folder))
+    assert pidfile_of(cli.folder).exists()
     assert cli("start").stdout.startswith("Started")
-    assert running(cli.folder).pid != killed.pid
+    assert service_of(cli.folder).pid != killed.pid
 
 
-def test_a_pid_that_is_anothers_by_now_is_left_alone(daemon: Api, cli: Cli) -> None:
-    service = running(cli.folder)
+def test_a_reused_pid_is_left_alone(daemon: Api, cli: Cli) -> None:
+    service = service_of(cli.folder)
     assert cli("stop").returncode == 0
     with subprocess.Popen(["sleep", "60"]) as bystander:
-        pidfile(cli.folder).write_text(json.dumps(service._replace(pid=bystander.pid)._asdict()))
+        pidfile_of(cli.folder).write_text(json.dumps(service._replace(pid=bystander.pid)._asdict()))
         assert cli("stop").stdout.startswith("No service runs")
         assert cli("start").stdout.startswith("Started")
         assert bystander.poll() is None
@@ -8364,30 +8381,30 @@ def test_a_pid_that_is_anothers_by_now_is_left_alone(daemon: Api, cli: Cli) -> N
 
 @pytest.mark.parametrize("name", [mls.PIDFILE, mls.LEASE, mls.LOCK_FILE])
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("it")])
-def test_what_is_no_file_in_place_of_one_is_one_sentence(cli: Cli, name: str, make: Any) -> None:
-    datastore = cli.folder / ".metaflow"
-    datastore.mkdir()
-    make(datastore / name)
-    assert is_refused(cli("run", "true", timeout=60), datastore / name)
-    (datastore / name).rename(datastore / "other")
+def test_a_folder_or_pipe_in_place_of_a_file_is_reported(cli: Cli, name: str, make: Any) -> None:
+    metaflow_folder = cli.folder / ".metaflow"
+    metaflow_folder.mkdir()
+    make(metaflow_folder / name)
+    assert is_refused(cli("run", "true", timeout=60), metaflow_folder / name)
+    (metaflow_folder / name).rename(metaflow_folder / "other")
 
 
 @pytest.mark.parametrize("name", [mls.PIDFILE, mls.LEASE, mls.LOCK_FILE])
-def test_what_others_may_read_is_made_private(cli: Cli, name: str) -> None:
+def test_files_that_others_may_read_are_made_private(cli: Cli, name: str) -> None:
     path = cli.folder / ".metaflow" / name
     path.parent.mkdir()
     path.touch()
     path.chmod(0o644)
     with cli.popen("run", "cat") as command:
-        assert running_soon(cli.folder)
+        assert wait_for_service(cli.folder)
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         command.kill()
 
 
-def test_a_lock_on_the_folder_is_nobodys_business(cli: Cli) -> None:
-    datastore = cli.folder / ".metaflow"
-    datastore.mkdir()
-    descriptor = os.open(datastore, os.O_RDONLY)
+def test_a_lock_on_the_folder_changes_nothing(cli: Cli) -> None:
+    metaflow_folder = cli.folder / ".metaflow"
+    metaflow_folder.mkdir()
+    descriptor = os.open(metaflow_folder, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     assert cli("run", "true").returncode == 0
     assert cli("stop").stdout.startswith("Stopped")
@@ -8400,7 +8417,7 @@ def test_a_lock_that_is_not_released_is_one_sentence(
     monkeypatch.setattr(mls, "LOCK_SECONDS", 0.1)
     locked = pytest.raises(mls.ServiceError, match="locked by another process")
     with mls.registry_lock(str(cli.folder), fcntl.LOCK_EX), locked:
-        running(cli.folder)
+        service_of(cli.folder)
 
 
 @pytest.mark.parametrize("reason", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
@@ -8412,19 +8429,19 @@ def test_where_there_are_no_locks_is_one_sentence(
 
     monkeypatch.setattr(mls.fcntl, "flock", flock)
     (cli.folder / ".metaflow").mkdir()
-    pidfile(cli.folder).touch()
+    pidfile_of(cli.folder).touch()
     with pytest.raises(mls.ServiceError, match="cannot be locked"):
-        running(cli.folder)
+        service_of(cli.folder)
     with pytest.raises(mls.ServiceError, match="cannot be locked"):
         mls.acquire_lease(str(cli.folder))
 
 
 def test_a_service_does_not_rewrite_its_pidfile_while_somebody_reads(daemon: Api, cli: Cli) -> None:
-    service = running(cli.folder)
+    service = service_of(cli.folder)
     with mls.registry_lock(str(cli.folder), fcntl.LOCK_SH):
         os.kill(service.pid, signal.SIGTERM)
-        assert stays(cli.folder)
-    assert eventually(lambda: not running(cli.folder))
+        assert keeps_running(cli.folder)
+    assert eventually(lambda: not service_of(cli.folder))
 
 
 @pytest.mark.parametrize("home", ["file", "file/below", "read-only", "closed/home"])
@@ -8438,13 +8455,13 @@ def test_a_home_that_cannot_be_used_costs_nothing(cli: Cli, tmp_path: Path, home
     ran = cli("run", "--idle-timeout", 0.1, "true", **elsewhere)
     assert (ran.returncode, without_mention(ran.stderr)) == (0, "")
     assert cli("status", "--all", **elsewhere).stdout == "No service runs.\n"
-    assert eventually(lambda: not running(cli.folder))
+    assert eventually(lambda: not service_of(cli.folder))
 
 
 @only_root_can
 def test_a_pidfile_or_a_home_of_another_user_is_refused(cli: Cli) -> None:
     (cli.folder / ".metaflow").mkdir()
-    for anothers in (pidfile(cli.folder), cli.home / "services"):
+    for anothers in (pidfile_of(cli.folder), cli.home / "services"):
         anothers.touch()
         os.chown(anothers, 1, 1)
         assert is_refused(cli("start"), anothers, "another user")
@@ -8454,9 +8471,9 @@ def test_a_pidfile_or_a_home_of_another_user_is_refused(cli: Cli) -> None:
 @only_root_can
 def test_a_root_of_another_user_hides_no_other(daemon: Api, cli: Cli, tmp_path: Path) -> None:
     assert cli("start", "--root", tmp_path / "other").returncode == 0
-    os.chown(pidfile(tmp_path / "other"), 1, 1)
+    os.chown(pidfile_of(tmp_path / "other"), 1, 1)
     listed = cli("status", "--all")
-    os.chown(pidfile(tmp_path / "other"), 0, 0)
+    os.chown(pidfile_of(tmp_path / "other"), 0, 0)
     assert (listed.returncode, daemon.url in listed.stdout) == (0, True), listed
 
 
@@ -8481,18 +8498,18 @@ def test_stop_returns_when_all_but_the_log_and_the_port_is_gone(daemon: Api, cli
 
 def test_commands_keep_their_service_past_its_time_out_until_the_last_is_killed(cli: Cli) -> None:
     with cli.popen("run", "--idle-timeout", 0.2, "sleep", 60) as first:
-        assert running_soon(cli.folder)
+        assert wait_for_service(cli.folder)
         with cli.popen("run", "sh", "-c", "echo runs; exec sleep 60") as second:
             assert second.stdout.readline() == "runs\n"
             first.kill()
-            assert stays(cli.folder)
+            assert keeps_running(cli.folder)
             second.kill()
-    assert eventually(lambda: not running(cli.folder))
+    assert eventually(lambda: not service_of(cli.folder))
 
 
 def test_an_idle_time_out_of_zero_is_never_and_wins_over_the_environment(cli: Cli) -> None:
     assert cli("start", "--idle-timeout", 0, METAFLOW_LOCAL_SERVICE_IDLE_TIMEOUT="0.1")
-    assert stays(cli.folder)
+    assert keeps_running(cli.folder)
 
 
 class SlowRequest:
@@ -8511,37 +8528,37 @@ class SlowRequest:
 
 
 def is_stopping(folder: Path) -> bool:
-    return json.loads(pidfile(folder).read_text() or "{}").get("is_stopping", False)
+    return json.loads(pidfile_of(folder).read_text() or "{}").get("is_stopping", False)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_requests_in_flight_finish(daemon: Api, cli: Cli, number: int) -> None:
     request = SlowRequest(daemon)
-    os.kill(running(cli.folder).pid, number)
+    os.kill(service_of(cli.folder).pid, number)
     assert eventually(lambda: is_stopping(cli.folder))
     answer = request.finish()
     assert answer.startswith(b"HTTP/1.1 200 ")
     assert b"\r\nConnection: close\r\n" in answer
     assert (cli.folder / ".metaflow" / "Slow" / "_meta" / "_self.json").exists()
-    assert running(cli.folder) is None
+    assert service_of(cli.folder) is None
 
 
 def test_a_run_that_comes_while_the_service_stops_gets_a_new_one(daemon: Api, cli: Cli) -> None:
-    old, request = running(cli.folder), SlowRequest(daemon)
+    old, request = service_of(cli.folder), SlowRequest(daemon)
     os.kill(old.pid, signal.SIGTERM)
     assert eventually(lambda: is_stopping(cli.folder))
     with cli.popen("run", "printenv", "METAFLOW_SERVICE_URL") as command:
         assert not eventually(lambda: command.poll() is not None, seconds=0.5)
         assert request.finish().startswith(b"HTTP/1.1 200 ")
         told, _ = command.communicate(timeout=60)
-    new = running(cli.folder)
+    new = service_of(cli.folder)
     assert (command.returncode, told) == (0, f"{new.url}\n")
     assert new.pid != old.pid
 
 
 def test_a_service_whose_root_is_gone_stops_like_any_other(cli: Cli) -> None:
     with cli.popen("serve") as command:
-        with contextlib.closing(Api(running_soon(cli.folder).url)) as client:
+        with contextlib.closing(Api(wait_for_service(cli.folder).url)) as client:
             assert client.get("/ping").status == 200
         shutil.rmtree(cli.folder / ".metaflow")
         command.send_signal(signal.SIGTERM)
@@ -8549,7 +8566,7 @@ def test_a_service_whose_root_is_gone_stops_like_any_other(cli: Cli) -> None:
     assert (command.returncode, "Traceback" in log) == (0, False), log
 
 
-def test_a_root_that_cannot_be_is_one_sentence(cli: Cli) -> None:
+def test_an_impossible_root_is_reported(cli: Cli) -> None:
     (cli.folder / ".metaflow").touch()
     for command in (["start"], ["serve"], ["run", "true"], ["url"]):
         assert is_refused(cli(*command), cli.folder / ".metaflow")
@@ -8559,14 +8576,14 @@ def test_a_root_that_cannot_be_is_one_sentence(cli: Cli) -> None:
         assert is_refused(cli("start", "--root", root), cli.folder / root)
 
 
-def test_where_it_cannot_listen_is_one_sentence_and_leaves_nothing(cli: Cli) -> None:
+def test_a_service_that_cannot_listen_says_why_and_leaves_nothing(cli: Cli) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         for command in ("start", "serve", "url"):
             assert is_refused(cli(command, "--port", port), port, "in use")
     for host in ("192.0.2.1", "ü..b"):
         assert is_refused(cli("start", "--generate-key", "--host", host), host)
-    assert traces(cli) == []
+    assert leftovers(cli) == []
     assert cli("start", "--port", port).returncode == 0
 
 
@@ -8599,9 +8616,9 @@ def test_a_broken_metaflow_is_one_sentence(cli: Cli, tmp_path: Path, error: str)
     (tmp_path / "metaflow.py").write_text(f"raise {error}('out of\\norder')")
     broken = {"PYTHONPATH": str(tmp_path)}
     assert is_refused(cli("start", **broken), "out of order")
-    assert eventually(lambda: traces(cli) == [])
+    assert eventually(lambda: leftovers(cli) == [])
     with cli.popen("run", "sleep", 60, **broken) as command:
-        with contextlib.closing(Api(running_soon(cli.folder).url)) as client:
+        with contextlib.closing(Api(wait_for_service(cli.folder).url)) as client:
             reply = client.post("/flows/Flow")
         command.kill()
     assert (reply.status, "out of order" in reply.json["message"]) == (500, True)
@@ -8626,7 +8643,7 @@ def test_a_daemon_lets_the_pipes_and_files_of_its_starter_go(cli: Cli) -> None:
     os.close(writer)
     with open(reader, "rb") as end:
         assert end.read() == b""  # nobody has the other end any more
-    assert piped.stdout == f"{running(cli.folder).url}\n" * 2
+    assert piped.stdout == f"{service_of(cli.folder).url}\n" * 2
 
 
 @pytest.mark.parametrize(
@@ -8642,21 +8659,21 @@ def test_a_daemon_lets_the_pipes_and_files_of_its_starter_go(cli: Cli) -> None:
 def test_a_starter_may_lack_standard_streams(cli: Cli, command: str, closed: str) -> None:
     started = in_shell(cli, f"PROGRAM {closed}", *command.split())
     assert (started.returncode, without_mention(started.stderr)) == (0, "")
-    assert running(cli.folder)
+    assert service_of(cli.folder)
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="looks into /proc")
 def test_a_daemon_has_only_files_of_its_own_open(daemon: Api, cli: Cli) -> None:
-    pid, log = running(cli.folder).pid, str(cli.folder / ".metaflow" / mls.LOG_FILE)
+    pid, log = service_of(cli.folder).pid, str(cli.folder / ".metaflow" / mls.LOG_FILE)
 
     def files() -> list[str]:
         links = [os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()]
         return sorted(link.partition(":")[0] for link in links)
 
     # The log is stdout and stderr; the pipes wake the main thread and the one that accepts.
-    datastore = str(cli.folder / ".metaflow")  # held, so that it is known again
-    pidfile_path = str(pidfile(cli.folder))
-    own = ["/dev/null", *[log] * 2, datastore, pidfile_path, *["pipe"] * 4, "socket"]
+    metaflow_folder = str(cli.folder / ".metaflow")  # held, so that it is known again
+    pidfile_path = str(pidfile_of(cli.folder))
+    own = ["/dev/null", *[log] * 2, metaflow_folder, pidfile_path, *["pipe"] * 4, "socket"]
     assert eventually(lambda: [f for f in files() if f != "anon_inode"] == sorted(own)), files()
     assert os.readlink(f"/proc/{pid}/cwd") == "/"
     assert os.getsid(pid) != os.getsid(0)
@@ -8673,7 +8690,7 @@ def command_words(pid: int) -> list[str]:
 
 
 @has_proc
-def test_nothing_of_a_service_is_its_starters_but_the_root(cli: Cli) -> None:
+def test_a_service_inherits_nothing_but_the_root(cli: Cli) -> None:
     program = (
         "import os, resource, signal, sys;"
         "resource.setrlimit(resource.RLIMIT_CPU, (60, resource.getrlimit(resource.RLIMIT_CPU)[1]));"
@@ -8690,7 +8707,7 @@ def test_nothing_of_a_service_is_its_starters_but_the_root(cli: Cli) -> None:
         METAFLOW_LOCAL_SERVICE_EXPORTED=json.dumps({"METAFLOW_SERVICE_AUTH_KEY": [key, "secret"]}),
     )
     assert ran.returncode == 0, ran
-    service = running(cli.folder)
+    service = service_of(cli.folder)
     shown = [mls.PROGRAM, "--root", str(cli.folder)]
     assert eventually(lambda: command_words(service.pid)[-3:] == shown)
     assert "true" not in command_words(service.pid)
@@ -8707,7 +8724,7 @@ def test_nothing_of_a_service_is_its_starters_but_the_root(cli: Cli) -> None:
     assert int(states["SigBlk"], 16) == 0
     assert not int(states["SigIgn"], 16) & 1 << signal.SIGCHLD - 1
     os.kill(service.pid, signal.SIGTERM)
-    assert eventually(lambda: not running(cli.folder))
+    assert eventually(lambda: not service_of(cli.folder))
 
 
 @has_proc
@@ -8718,14 +8735,14 @@ def test_a_service_that_cannot_go_on_in_a_new_interpreter_goes_on_without(
         archive.write(MODULE, MODULE.name)
     words = [sys.executable, "-m", MODULE.stem, "start"]
     assert cli.execute(words, PYTHONPATH=str(tmp_path / "module.zip")).returncode == 0
-    assert command_words(running(cli.folder).pid)[1:] == words[1:]
+    assert command_words(service_of(cli.folder).pid)[1:] == words[1:]
 
 
 def test_a_service_is_stopped_at_once_while_metaflow_is_imported(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "metaflow.py").write_text("import time; time.sleep(3600)")
     assert cli("url", PYTHONPATH=str(tmp_path)).returncode == 0
     assert cli("stop").stdout.startswith("Stopped")
-    assert not pidfile(cli.folder).exists()
+    assert not pidfile_of(cli.folder).exists()
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("other")])
@@ -8761,7 +8778,7 @@ def test_the_log_has_no_character_that_a_terminal_takes_for_a_command() -> None:
     assert formatter.format(record) == "flow \\x1b[31mred\\nforged \\x9b2J\\u202e"
 
 
-def traces(cli: Cli) -> list[str]:
+def leftovers(cli: Cli) -> list[str]:
     """What a service has made and not removed, but for its log and the port that it keeps."""
     left = [*all_paths(cli.folder / ".metaflow"), *all_paths(cli.home / "services")]
     kept = ("metaflow-local-service.log", "metaflow-local-service.port")
@@ -8779,12 +8796,12 @@ def test_a_service_that_has_stopped_leaves_nothing(cli: Cli, how: str) -> None:
     elif how == "root removed":
         shutil.rmtree(cli.folder / ".metaflow")
     assert eventually(lambda: not is_running(pid))
-    assert traces(cli) == []
+    assert leftovers(cli) == []
 
 
 def test_everything_that_a_service_makes_is_private_whatever_the_umask(cli: Cli) -> None:
     assert in_shell(cli, "umask 0; PROGRAM", "run", "true").returncode == 0
-    with contextlib.closing(Api(running(cli.folder).url)) as client:
+    with contextlib.closing(Api(service_of(cli.folder).url)) as client:
         client.post(f"{client.new_task_of_its_own()}/heartbeat")
     made = [*all_paths(cli.folder), *all_paths(cli.home)]
     assert len(made) > 10
@@ -8937,7 +8954,7 @@ def test_python_that_has_lost_its_folder_and_its_files_starts_one_too(cli: Cli) 
     """
     assert Script(cli, script).end() == 0
     assert (cli.folder / "said").read_text() == "The current folder does not exist any more."
-    assert running(cli.folder)
+    assert service_of(cli.folder)
 
 
 def test_where_no_python_can_be_started_that_is_one_sentence(
@@ -8957,9 +8974,9 @@ def test_where_no_python_can_be_started_that_is_one_sentence(
 def test_a_service_stays_for_as_long_as_the_process_that_asked(cli: Cli) -> None:
     asking = Script(cli, "print(mls.ensure(idle_timeout=0.2).root, flush=True)\nsys.stdin.read()")
     assert asking.root == cli.folder
-    assert stays(cli.folder)
+    assert keeps_running(cli.folder)
     asking.end(signal.SIGKILL)
-    assert eventually(lambda: running(cli.folder) is None)
+    assert eventually(lambda: service_of(cli.folder) is None)
 
 
 RUNNING = """
@@ -8972,11 +8989,11 @@ RUNNING = """
 def test_a_service_for_a_block_ends_with_it_however_that_ends(cli: Cli) -> None:
     exit_codes = {0: 1, signal.SIGINT: -signal.SIGINT, signal.SIGKILL: -signal.SIGKILL}
     scripts = {number: Script(cli, RUNNING) for number in exit_codes}
-    assert stays(scripts[0].root)
-    assert all(running(script.root) for script in scripts.values())
+    assert keeps_running(scripts[0].root)
+    assert all(service_of(script.root) for script in scripts.values())
     assert {number: script.end(number) for number, script in scripts.items()} == exit_codes
     killed = scripts[signal.SIGKILL].root
-    assert eventually(lambda: running(killed) is None)
+    assert eventually(lambda: service_of(killed) is None)
     shutil.rmtree(killed)
     assert [script.root for script in scripts.values() if script.root.exists()] == []
     assert list((cli.home / "services").iterdir()) == []
@@ -9122,7 +9139,7 @@ def test_run_leaves_input_and_broken_pipes_to_its_command(daemon: Api, cli: Cli)
     assert (ran.returncode, ran.stdout) == (-signal.SIGPIPE, "")
 
 
-def test_run_says_which_command_there_is_not_or_cannot_be_executed(daemon: Api, cli: Cli) -> None:
+def test_run_reports_a_command_that_is_missing_or_not_executable(daemon: Api, cli: Cli) -> None:
     (cli.folder / "data").touch(mode=0o644)
     for missing in ("no-such-command", "./no-such-file"):
         assert is_refused(cli("run", missing, "-x"), missing, code=127)
@@ -9133,7 +9150,7 @@ def test_run_says_which_command_there_is_not_or_cannot_be_executed(daemon: Api, 
 def test_a_key_is_made_once_and_is_the_services_from_then_on(cli: Cli) -> None:
     key, name = "--generate-key", "METAFLOW_SERVICE_AUTH_KEY"
     first = cli("start", "--host", "0.0.0.0", key).stdout.splitlines()
-    kept = running(cli.folder).key
+    kept = service_of(cli.folder).key
     assert re.fullmatch(r"[\w-]{32}", kept)
     assert first[-1] == f"export {name}={kept}"
     assert first[1:] == cli("start", key).stdout.splitlines()[1:] == cli("env").stdout.splitlines()
@@ -9179,7 +9196,7 @@ def test_run_gives_its_command_the_root_of_its_service_as_an_absolute_path(cli: 
     (cli.folder / "sub").mkdir()
     ran = cli("run", "printenv", SYSROOT, cwd=cli.folder / "sub", **{SYSROOT: "other"})
     assert ran.stdout == f"{cli.folder}/sub/other\n"
-    assert running(cli.folder / "sub" / "other")
+    assert service_of(cli.folder / "sub" / "other")
 
 
 def test_within_another_projects_shell_run_means_the_project_it_is_in(
@@ -9196,11 +9213,11 @@ def test_within_another_projects_shell_run_means_the_project_it_is_in(
     told = shell.stdout.splitlines()
     assert told[:2] == [str(a), str(b)], shell
     assert not [line for line in told if line.startswith("METAFLOW_SERVICE_AUTH_KEY=")]
-    assert f"METAFLOW_SERVICE_URL={running(b).url}" in told
+    assert f"METAFLOW_SERVICE_URL={service_of(b).url}" in told
     assert shell.stderr.count("flows of any folder are recorded") == 1
     url = shlex.join(cli.command("url"))
     nested = cli("run", "sh", "-c", f"cd {b}; {url}; cd {a}; {url}", cwd=a)
-    assert nested.stdout.splitlines() == [running(b).url, running(a).url]
+    assert nested.stdout.splitlines() == [service_of(b).url, service_of(a).url]
 
 
 def test_settings_of_another_service_are_taken_back(cli: Cli, tmp_path: Path) -> None:
@@ -9211,12 +9228,12 @@ def test_settings_of_another_service_are_taken_back(cli: Cli, tmp_path: Path) ->
     both = f'cd {a}; eval "$(PROGRAM)"; cd {b}; eval "$(PROGRAM)"'
     key = "METAFLOW_SERVICE_AUTH_KEY"
     told = in_shell(cli, f"{both}; env; export {key}=; {both}; echo own key: ${key}", "env").stdout
-    assert f"METAFLOW_SERVICE_URL={running(b).url}\n" in told
+    assert f"METAFLOW_SERVICE_URL={service_of(b).url}\n" in told
     assert f"{key}=" not in told
     assert told.endswith("own key:\n")
 
 
-def test_a_proxy_does_not_come_between(cli: Cli) -> None:
+def test_a_proxy_is_bypassed(cli: Cli) -> None:
     proxy = {"http_proxy": "http://127.0.0.1:9", "all_proxy": "http://127.0.0.1:9"}
     proxy["NO_PROXY"] = "intern.example"
     ask = "import os, requests; print(requests.get(os.environ['METAFLOW_SERVICE_URL'] + '/ping'))"
@@ -9226,7 +9243,7 @@ def test_a_proxy_does_not_come_between(cli: Cli) -> None:
     assert told == ["intern.example,127.0.0.1"] * 2
     assert "export no_proxy=intern.example,127.0.0.1\n" in cli("env", **proxy).stdout
     url = cli("url", **proxy)
-    assert (url.returncode, url.stdout) == (0, f"{running(cli.folder).url}\n")
+    assert (url.returncode, url.stdout) == (0, f"{service_of(cli.folder).url}\n")
     assert re.fullmatch(r".*proxy.*127\.0\.0\.1.*no_proxy\n", url.stderr)
     assert cli("url", **proxy, no_proxy="127.0.0.1").stderr == ""
 
@@ -9234,7 +9251,7 @@ def test_a_proxy_does_not_come_between(cli: Cli) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_serve_logs_on_stderr_and_ends_well_on_a_signal(cli: Cli, number: int) -> None:
     with cli.popen("serve") as command:
-        service = running_soon(cli.folder)
+        service = wait_for_service(cli.folder)
         assert service.pid == command.pid
         with contextlib.closing(Api(service.url)) as client:
             assert client.get("/ping").status == 200
@@ -9243,10 +9260,10 @@ def test_serve_logs_on_stderr_and_ends_well_on_a_signal(cli: Cli, number: int) -
         output, log = command.communicate(timeout=60)
     assert (command.returncode, output) == (0, "")
     assert f"serving {cli.folder} at {service.url}" in log
-    assert not running(cli.folder)
+    assert not service_of(cli.folder)
 
 
-def test_status_says_what_one_wants_to_know(daemon: Api, cli: Cli) -> None:
+def test_status_describes_the_service(daemon: Api, cli: Cli) -> None:
     status, told = cli.status(), cli("status").stdout
     assert (status["url"], "key" in status) == (daemon.url, False)
     for name in ("pid", "port", "url", "root", "log"):
@@ -9275,9 +9292,9 @@ def test_all_services_of_a_user_are_listed_and_stopped(cli: Cli, tmp_path: Path)
 def test_url_prints_nothing_but_the_url_from_cold(cli: Cli) -> None:
     assert is_refused(cli("url", "--no-start"), cli.folder)
     told = cli("url")
-    assert (told.stdout, told.stderr) == (f"{running(cli.folder).url}\n", "")
-    ours = json.loads(pidfile(cli.folder).read_text())
-    pidfile(cli.folder).write_text(json.dumps({**ours, "of a later version": 1}))
+    assert (told.stdout, told.stderr) == (f"{service_of(cli.folder).url}\n", "")
+    ours = json.loads(pidfile_of(cli.folder).read_text())
+    pidfile_of(cli.folder).write_text(json.dumps({**ours, "of a later version": 1}))
     assert cli("url", "--no-start").stdout == told.stdout
 
 
@@ -9285,7 +9302,7 @@ def test_start_and_env_print_the_settings_for_a_shell(cli: Cli, tmp_path: Path) 
     root = tmp_path.resolve() / "it's $HOME"
     names = "METAFLOW_SERVICE_URL METAFLOW_DEFAULT_METADATA METAFLOW_DATASTORE_SYSROOT_LOCAL"
     shell = in_shell(cli, f'eval "$(PROGRAM)"; printenv {names}', "env", "--root", root)
-    assert shell.stdout.splitlines() == [running(root).url, "service", str(root)]
+    assert shell.stdout.splitlines() == [service_of(root).url, "service", str(root)]
     assert cli("start", "--root", root).stdout.endswith(cli("env", "--root", root).stdout)
 
 
@@ -9334,29 +9351,29 @@ def test_a_folder_that_is_gone_is_one_sentence(cli: Cli, command: str) -> None:
 
 
 def test_a_status_that_cannot_be_told_is_4(daemon: Api, cli: Cli) -> None:
-    written = pidfile(cli.folder).read_text()
-    pidfile(cli.folder).write_text("{}")
+    written = pidfile_of(cli.folder).read_text()
+    pidfile_of(cli.folder).write_text("{}")
     assert is_refused(cli("status"), "does not say", code=4)
-    pidfile(cli.folder).write_text(written)  # so that it can be stopped
+    pidfile_of(cli.folder).write_text(written)  # so that it can be stopped
     assert cli("status").returncode == 0
 
 
-# -- commands that tell ----------------------------------------------------------------------------
+# -- commands that only look -----------------------------------------------------------------------
 
 
-def tell(folder: Path, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+def look(folder: Path, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """Ask of what is recorded in a folder."""
     return Cli(folder, folder / "home")(*words, **environment)
 
 
-def test_the_key_is_told_to_nobody_but_the_user(cli: Cli, project: Path) -> None:
+def test_only_the_user_sees_the_key(cli: Cli, project: Path) -> None:
     key = {"METAFLOW_SERVICE_AUTH_KEY": "tell-nobody"}
     assert cli("start", METAFLOW_LOCAL_SERVICE_DEBUG="1", **key).returncode == 0
     service = cli.status()
-    with contextlib.closing(Api(service["url"])) as api:
-        assert api.get("/ping").status == 401
-        assert api.get("/ping", **{"x-api-key": "tell-nobody"}).status == 200
-        assert api.get("/ping", **{"x-api-key": "tell-nobody-else"}).status == 401
+    with contextlib.closing(Api(service["url"])) as client:
+        assert client.get("/ping").status == 401
+        assert client.get("/ping", **{"x-api-key": "tell-nobody"}).status == 200
+        assert client.get("/ping", **{"x-api-key": "tell-nobody-else"}).status == 401
     pidfile = project / ".metaflow" / "metaflow-local-service.pid"
     assert pidfile.stat().st_mode & 0o777 == 0o600
     told = [Path(service["log"]).read_text(), json.dumps(service), cli("status").stdout]
@@ -9397,14 +9414,14 @@ def test_output_that_cannot_be_written_is_one_sentence(cli: Cli, words: str) -> 
         assert ran.stderr.count(b"\n") == 1 and b"cannot be written" in ran.stderr
 
 
-def told_json(folder: Path, *words: object) -> list[Any]:
+def look_as_json(folder: Path, *words: object) -> list[Any]:
     """The JSON that a command prints, line by line."""
-    told = tell(folder, *words, "--json")
+    told = look(folder, *words, "--json")
     assert (told.returncode, told.stderr) == (0, ""), told
     return [json.loads(line) for line in told.stdout.splitlines()]
 
 
-TELLING = ("runs", "show", "logs", "artifact", "card")
+READING_COMMANDS = ("runs", "show", "logs", "artifact", "card")
 
 
 @pytest.mark.parametrize("recorder", RECORDED)
@@ -9412,22 +9429,22 @@ def test_commands_the_api_and_the_model_tell_the_same_cause(
     failures: Callable[[str], Path], recorder: str
 ) -> None:
     folder = failures(recorder)
-    listed = {run["tags"][0]: run for run in told_json(folder, "runs")}
+    listed = {run["tags"][0]: run for run in look_as_json(folder, "runs")}
     assert listed.keys() - {"fine"} == set(RECORDED[recorder])
-    table = tell(folder, "runs").stdout
-    store = mls.Store(str(folder))
-    with ui_served(store) as api:
+    table = look(folder, "runs").stdout
+    own_store = mls.Store(str(folder))
+    with serve_ui(own_store) as client:
         for how in RECORDED[recorder]:
             row = listed[how]
             if row["status"] == "running":  # it fell silent, which takes a while to be sure of
                 assert CAUSES[how].kind == "scheduler gone"
                 continue
             path = f"/api/flows/CausesFlow/runs/{row['run']}"
-            assert api.get(path).json["data"]["cause"] == row["cause"]
-            (shown,) = told_json(folder, "show", f"CausesFlow/{row['run']}")
+            assert client.get(path).json["data"]["cause"] == row["cause"]
+            (shown,) = look_as_json(folder, "show", f"CausesFlow/{row['run']}")
             assert shown["cause"] == row["cause"]
             assert row["cause"]["summary"] in table
-            text = tell(folder, "show", row["run"]).stdout
+            text = look(folder, "show", row["run"]).stdout
             assert f"cause  {row['cause']['summary']}" in text
 
 
@@ -9435,9 +9452,9 @@ def test_two_commands_find_the_line_that_a_run_failed_in(
     failures: Callable[[str], Path],
 ) -> None:
     folder = failures("local")
-    failed = tell(folder, "runs", "CausesFlow", "--status", "failed", "--tag", "join").stdout
+    failed = look(folder, "runs", "CausesFlow", "--status", "failed", "--tag", "join").stdout
     (pathspec,) = re.findall(r"CausesFlow/\d+", failed)
-    shown = tell(folder, "show", pathspec).stdout
+    shown = look(folder, "show", pathspec).stdout
     line = CAUSES_FLOW.splitlines().index(
         '                raise RuntimeError("two\\nlines") from error  # join'
     )
@@ -9452,11 +9469,11 @@ def test_two_commands_find_the_line_that_a_run_failed_in(
 
 def test_two_to_five_runs_are_compared_by_a_command(recorded: Path) -> None:
     runs = ["ZooFlow/latest", "CustomFlow/latest"]
-    (compared,) = told_json(recorded, "compare", *runs)
+    (compared,) = look_as_json(recorded, "compare", *runs)
     difference = {"section": "parameters", "name": "size", "values": [3, None]}
     assert difference in compared["differences"]
-    assert re.search("^parameters size +3", tell(recorded, "compare", *runs).stdout, re.M)
-    refused = tell(recorded, "compare", *runs * 3)
+    assert re.search("^parameters size +3", look(recorded, "compare", *runs).stdout, re.M)
+    refused = look(recorded, "compare", *runs * 3)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr.endswith("At most 5 runs are compared.\n")
 
@@ -9476,41 +9493,41 @@ def test_two_to_five_runs_are_compared_by_a_command(recorded: Path) -> None:
 def test_runs_are_filtered(
     failures: Callable[[str], Path], options: str, expected: set[str]
 ) -> None:
-    runs = told_json(failures("local"), "runs", *options.split())
+    runs = look_as_json(failures("local"), "runs", *options.split())
     assert {run["tags"][0] for run in runs} == expected
     assert [run["ts_epoch"] for run in runs] == sorted((r["ts_epoch"] for r in runs), reverse=True)
 
 
 def test_a_limit_is_said_and_can_be_lifted(failures: Callable[[str], Path]) -> None:
-    limited = tell(failures("local"), "runs", "--limit", 2)
+    limited = look(failures("local"), "runs", "--limit", 2)
     assert (len(limited.stdout.splitlines()), "--limit 0" in limited.stderr) == (3, True)
-    whole = tell(failures("local"), "runs", "--limit", 0)
+    whole = look(failures("local"), "runs", "--limit", 0)
     assert (len(whole.stdout.splitlines()), whole.stderr) == (len(CAUSES) + 2, "")
 
 
 def test_a_run_a_step_and_a_task_are_shown(failures: Callable[[str], Path]) -> None:
     folder = failures("local")
-    run = failure(much_later(folder), "fine")["run"]
-    shown = tell(folder, "show", run).stdout
+    run = run_tagged(model_much_later(folder), "fine")["run"]
+    shown = look(folder, "show", run).stdout
     for pattern in (r"/\d+  completed\n", r"speed  7\n", r"each .*  3 completed\n"):
         assert re.search(pattern, shown), shown
-    shown = tell(folder, "show", f"{run}/retried").stdout
+    shown = look(folder, "show", f"{run}/retried").stdout
     assert re.search(r"0 +failed .*ValueError: attempt 0", shown), shown
     assert re.search(r"1 +completed", shown), shown
-    (step,) = told_json(folder, "show", f"{run}/each")
+    (step,) = look_as_json(folder, "show", f"{run}/each")
     assert [task["status"] for task in step["tasks"]] == ["completed"] * 3
     task_id = step["tasks"][0]["task_id"]
-    shown = tell(folder, "show", f"{run}/each/{task_id}").stdout
+    shown = look(folder, "show", f"{run}/each/{task_id}").stdout
     for text in ("letters", "['a', 'b', 'c']", "ds-type", "local"):
         assert text in shown, shown
-    (task,) = told_json(folder, "show", f"{run}/each/{task_id}")
+    (task,) = look_as_json(folder, "show", f"{run}/each/{task_id}")
     assert {"letters", "speed"} <= {row["name"] for row in task["artifacts"]}
 
 
 def test_a_part_of_a_pathspec_is_enough(failures: Callable[[str], Path]) -> None:
     model = mls.Model(mls.Store(str(failures("local"))))
     runs = [mls.run_row_ids(row) for row in model.runs()]
-    newest, fine = runs[0], mls.run_row_ids(failure(model, "fine"))
+    newest, fine = runs[0], mls.run_row_ids(run_tagged(model, "fine"))
     unique = next(n for n in range(1, 17) if sum(r[1][:n] == fine[1][:n] for r in runs) == 1)
     beginning = fine[1][:unique]
     task = model.store.task_ids((*fine, "start"))[0]
@@ -9553,30 +9570,30 @@ def test_a_part_of_a_pathspec_is_enough(failures: Callable[[str], Path]) -> None
         ("runs --status odd", 2, "odd"),
     ],
 )
-def test_what_is_not_there_or_ambiguous_is_one_sentence(
+def test_a_missing_or_ambiguous_pathspec_is_reported(
     failures: Callable[[str], Path], words: str, code: int, said: str
 ) -> None:
     folder = failures("local")
-    model = much_later(folder)
-    run = mls.run_row_ids(failure(model, "fine"))
+    model = model_much_later(folder)
+    run = mls.run_row_ids(run_tagged(model, "fine"))
     start = "/".join(model.store.task_ids((*run, "start"))[0][2:])
-    told = tell(folder, *words.format(fine="/".join(run), start=start).split())
+    told = look(folder, *words.format(fine="/".join(run), start=start).split())
     assert is_refused(told, said, code=code)
 
 
-@pytest.mark.parametrize("command", TELLING)
+@pytest.mark.parametrize("command", READING_COMMANDS)
 def test_a_folder_without_records_is_one_sentence(cli: Cli, command: str) -> None:
     assert is_refused(cli(command), "Nothing is recorded", cli.folder)
     assert all_paths(cli.folder) == []
 
 
-@pytest.mark.parametrize("command", TELLING)
-def test_to_tell_takes_neither_metaflow_nor_a_service(
+@pytest.mark.parametrize("command", READING_COMMANDS)
+def test_reading_commands_need_neither_metaflow_nor_a_service(
     failures: Callable[[str], Path], command: str
 ) -> None:
     folder = failures("local")
     before = all_paths(folder)
-    run = failure(much_later(folder), "fine")["run"]
+    run = run_tagged(model_much_later(folder), "fine")["run"]
     words = {"runs": [], "logs": [run]}.get(command, [f"{run}/caught"])
     told = Cli(folder, folder / "home").execute(
         [sys.executable, "-S", MODULE, command, *words, "--json"]  # -S: without site-packages
@@ -9587,15 +9604,15 @@ def test_to_tell_takes_neither_metaflow_nor_a_service(
 
 def test_logs_of_a_run_name_their_tasks(failures: Callable[[str], Path]) -> None:
     folder = failures("local")
-    run = failure(much_later(folder), "fine")["run"]
-    lines = tell(folder, "logs", run).stdout.splitlines()
+    run = run_tagged(model_much_later(folder), "fine")["run"]
+    lines = look(folder, "logs", run).stdout.splitlines()
     assert all(re.match(r"\[(start|retried|caught)/\d+\] ", line + " ") for line in lines), lines
     assert sum("on stdout" in line for line in lines) == 1
-    start = tell(folder, "logs", f"{run}/start/1", "--stderr")
+    start = look(folder, "logs", f"{run}/start/1", "--stderr")
     assert start.stdout == "it is about to happen\n"
-    out = tell(folder, "logs", f"{run}/start/1", "--stdout").stdout
+    out = look(folder, "logs", f"{run}/start/1", "--stdout").stdout
     assert out == "on stdout\n"
-    first = told_json(folder, "logs", f"{run}/retried", "--attempt", 0, "-n", 4)
+    first = look_as_json(folder, "logs", f"{run}/retried", "--attempt", 0, "-n", 4)
     assert len(first) == 4
     assert {line["attempt_id"] for line in first} == {0}
     assert any("ValueError: attempt 0" in line["line"] for line in first)
@@ -9622,16 +9639,16 @@ def test_an_artifact_is_text_json_or_the_bytes_that_are_stored(
     failures: Callable[[str], Path],
 ) -> None:
     folder = failures("local")
-    start = f"{failure(much_later(folder), 'fine')['run']}/start/1"
-    assert tell(folder, "artifact", f"{start}/letters").stdout == "['a', 'b', 'c']\n"
-    (letters,) = told_json(folder, "artifact", f"{start}/letters")
+    start = f"{run_tagged(model_much_later(folder), 'fine')['run']}/start/1"
+    assert look(folder, "artifact", f"{start}/letters").stdout == "['a', 'b', 'c']\n"
+    (letters,) = look_as_json(folder, "artifact", f"{start}/letters")
     assert (letters["name"], letters["value"]) == ("letters", ["a", "b", "c"])
-    assert {row["name"] for row in told_json(folder, "artifact", start)} >= {"letters", "speed"}
-    cli = Cli(folder, folder / "home")
+    assert {row["name"] for row in look_as_json(folder, "artifact", start)} >= {"letters", "speed"}
+    program = Cli(folder, folder / "home")
     raw = subprocess.run(
-        cli.command("artifact", f"{start}/letters", "--raw"),
+        program.command("artifact", f"{start}/letters", "--raw"),
         cwd=folder,
-        env=cli.environment,
+        env=program.environment,
         capture_output=True,
         check=True,
     )
@@ -9642,13 +9659,13 @@ def test_a_card_is_a_file_that_a_browser_opens(
     failures: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = failures("local")
-    run = failure(much_later(folder), "fine")["run"]
-    (path,) = tell(folder, "card", run).stdout.splitlines()
+    run = run_tagged(model_much_later(folder), "fine")["run"]
+    (path,) = look(folder, "card", run).stdout.splitlines()
     assert Path(path).suffix == ".html" and "<html" in Path(path).read_text().lower()
     browser = tmp_path / "browser"
     browser.write_text(f'#!/bin/sh\necho "$1" > {tmp_path}/opened\n')
     browser.chmod(0o755)
-    told = tell(folder, "card", f"{run}/caught", "--open", BROWSER=f"{browser} %s")
+    told = look(folder, "card", f"{run}/caught", "--open", BROWSER=f"{browser} %s")
     assert (told.returncode, told.stdout) == (0, path + "\n")
     assert (tmp_path / "opened").read_text() == f"file://{path}\n"
 
@@ -9718,12 +9735,12 @@ def test_a_table_fits_the_terminal_and_cuts_no_id(
     failures: Callable[[str], Path], variables: Mapping[str, str], is_colored: bool
 ) -> None:
     folder = failures("local")
-    cli = Cli(folder, folder / "home")
+    program = Cli(folder, folder / "home")
     with terminal(100) as (descriptor, written):
         subprocess.run(
-            cli.command("runs"),
+            program.command("runs"),
             cwd=folder,
-            env={**cli.environment, "TERM": "xterm", **variables},
+            env={**program.environment, "TERM": "xterm", **variables},
             stdout=descriptor,
             check=True,
         )
@@ -9735,17 +9752,17 @@ def test_a_table_fits_the_terminal_and_cuts_no_id(
     assert any(re.search(r"\S\.\.\S", line) for line in lines)
 
 
-def test_what_a_flow_writes_sends_no_escape_sequence(failures: Callable[[str], Path]) -> None:
+def test_output_of_a_flow_sends_no_escape_sequence(failures: Callable[[str], Path]) -> None:
     folder = failures("local")
     for how in ("foreach", "kill"):
-        run = failure(much_later(folder), how)["run"]
+        run = run_tagged(model_much_later(folder), how)["run"]
         for command in ("show", "logs"):
-            told = tell(folder, command, run).stdout
+            told = look(folder, command, run).stdout
             assert told and not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", told)
 
 
 @given(st.text())
-def test_what_is_printed_is_one_line_without_control_characters(text: str) -> None:
+def test_printable_text_is_one_line_without_control_characters(text: str) -> None:
     assert not re.search("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", mls.printable(text))
 
 
@@ -9773,7 +9790,7 @@ def test_a_duration_is_told_in_its_largest_units(milliseconds: int | None, text:
 
 
 @pytest.mark.parametrize(("seconds", "is_told"), [(0, True), (100, False)])
-def test_what_takes_long_says_on_a_terminal_how_far_it_is(
+def test_progress_is_shown_on_a_terminal_after_a_while(
     monkeypatch: pytest.MonkeyPatch, seconds: float, is_told: bool
 ) -> None:
     said = io.StringIO()
@@ -9786,7 +9803,7 @@ def test_what_takes_long_says_on_a_terminal_how_far_it_is(
     assert said.getvalue()[-4:] == ("\r\x1b[K" if is_told else "")
 
 
-def test_what_takes_long_says_nothing_where_there_is_no_terminal(
+def test_progress_is_not_shown_without_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(mls, "PROGRESS_SECONDS", 0)
@@ -9812,9 +9829,9 @@ def test_the_help_of_every_subcommand_has_an_example(cli: Cli) -> None:
 @pytest.fixture
 def runs_to_delete(cli: Cli, store: mls.Store, api: Api) -> list[mls.Ids]:
     """Runs of two flows, oldest first, in the project of `cli`, and a blob of nobody's."""
-    tagged = ended_run(api, tags=["keep"], system_tags=["user:me"])
-    runs = [tagged, ended_run(api), ended_run(api), ended_run(api, "Other")]
-    path = blob_path(store, stored(store, "value")["sha"])
+    tagged = create_ended_run(api, tags=["keep"], system_tags=["user:me"])
+    runs = [tagged, create_ended_run(api), create_ended_run(api), create_ended_run(api, "Other")]
+    path = blob_path(store, store_value(store, "value")["sha"])
     os.utime(path, (1, 1))
     return runs
 
@@ -9847,7 +9864,7 @@ def test_gc_deletes_the_runs_for_which_all_conditions_hold(
     assert told["files"] == sum(each["files"] for each in told["runs"]) + is_swept
 
 
-def test_gc_deletes_what_it_has_told(cli: Cli, runs_to_delete: list[mls.Ids]) -> None:
+def test_gc_deletes_what_its_dry_run_lists(cli: Cli, runs_to_delete: list[mls.Ids]) -> None:
     before = all_paths(cli.folder)
     refused = cli("gc", "--keep-last", "1")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
@@ -9876,7 +9893,7 @@ def test_rm_deletes_all_that_are_named_or_nothing(
 
 
 @pytest.mark.parametrize(("answer", "is_deleted"), [("y\n", True), ("\n", False), ("\x04", False)])
-def test_a_terminal_is_asked(
+def test_rm_asks_on_a_terminal(
     cli: Cli, runs_to_delete: list[mls.Ids], answer: str, is_deleted: bool
 ) -> None:
     ours, theirs = pty.openpty()
@@ -9895,7 +9912,7 @@ def test_a_terminal_is_asked(
     assert Path(cli.folder, ".metaflow", *runs_to_delete[3]).exists() != is_deleted
 
 
-def test_du_tells_of_flows_and_of_their_runs(cli: Cli, runs_to_delete: list[mls.Ids]) -> None:
+def test_du_lists_flows_and_their_runs(cli: Cli, runs_to_delete: list[mls.Ids]) -> None:
     told = json.loads(cli("du", "--json").stdout)
     assert [(flow["flow_id"], flow["runs"]) for flow in told["flows"]] == [
         ("Flow", 3),
@@ -10180,7 +10197,7 @@ RELATIVES = {
 }
 
 
-def everything() -> Iterator[MetaflowObject]:
+def walk_objects() -> Iterator[MetaflowObject]:
     """Each object that the client reaches from the top, and each attempt of each task."""
     from metaflow.client.core import Metaflow, Task
 
@@ -10285,7 +10302,7 @@ def print_answers() -> None:
     from metaflow.client.core import get_metadata, namespace
 
     namespace(None)
-    answers = {repr(thing): answers_of(thing) for thing in everything()}
+    answers = {repr(thing): answers_of(thing) for thing in walk_objects()}
     json.dump([get_metadata(), answers], sys.stdout, default=in_json)
 
 
@@ -10427,30 +10444,30 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> History:
     Recorded once, also where tests run in parallel, as it takes about as long as 30 tasks.
     """
     folder = session_folder(tmp_path_factory, "history")
-    project, written = folder / "project", folder / "history.json"
+    own_project, written = folder / "project", folder / "history.json"
     with recording(folder) as is_new:
         if is_new:
-            project.mkdir()
-            cli = Cli(project, folder / "home")
+            own_project.mkdir()
+            program = Cli(own_project, folder / "home")
             try:
-                recorded, answers = recorded_history(Flows(cli))
+                recordings, answers = record_history(Flows(program))
             finally:
-                cli("stop", "--all")
-            rows = {name: astuple(each) for name, each in recorded.items()}
+                program("stop", "--all")
+            rows = {name: astuple(each) for name, each in recordings.items()}
             written.write_text(json.dumps([rows, answers]))
     rows, answers = json.loads(written.read_text())
-    return History(project, {name: Recorded(*row) for name, row in rows.items()}, answers)
+    return History(own_project, {name: Recorded(*row) for name, row in rows.items()}, answers)
 
 
-def recorded_history(flows: Flows) -> tuple[dict[str, Recorded], dict[str, Answers]]:
-    recorded: dict[str, Recorded] = {}
+def record_history(flows: Flows) -> tuple[dict[str, Recorded], dict[str, Answers]]:
+    recordings: dict[str, Recorded] = {}
 
     with ThreadPoolExecutor() as pool:
 
         def record(**named: tuple[str, ...]) -> None:
             """Run flows at the same time, and keep them under the names given."""
             running = {name: pool.submit(flows.flow, *words) for name, words in named.items()}
-            recorded.update({name: each.result() for name, each in running.items()})
+            recordings.update({name: each.result() for name, each in running.items()})
 
         record(
             zoo_local=("local", "ZooFlow", "run", *ZOO_OPTIONS),
@@ -10461,13 +10478,13 @@ def recorded_history(flows: Flows) -> tuple[dict[str, Recorded], dict[str, Answe
         flows.mend()
         resume = ("FailingFlow", "resume", "--origin-run-id")
         record(
-            resumed_local=("local", *resume, recorded["failed_service"].id),
-            resumed_service=("service", *resume, recorded["failed_local"].id),
+            resumed_local=("local", *resume, recordings["failed_service"].id),
+            resumed_service=("service", *resume, recordings["failed_local"].id),
             parallel=("service", "ParallelFlow", "run"),
         )
         answers = dict(zip(METADATA, pool.map(flows.walk, METADATA)))
 
-    return recorded, answers
+    return recordings, answers
 
 
 # -- the same answers both ways, whoever recorded --------------------------------------------------
@@ -10586,9 +10603,9 @@ def test_a_failed_run_of_the_other_recorder_is_resumed(history: History, resumer
 def test_flows_run_at_the_same_time_without_a_word_of_the_service(
     history: History, flow: str, status: int
 ) -> None:
-    recorded = history.recorded[flow]
-    assert recorded.status == status
-    assert recorded.lines_with("HeartBeat", "Metaflow service", "Metadata request") == []
+    flow_run = history.recorded[flow]
+    assert flow_run.status == status
+    assert flow_run.lines_with("HeartBeat", "Metaflow service", "Metadata request") == []
 
 
 @pytest.mark.parametrize("flow", ["resumed_service", "parallel"])
@@ -10676,9 +10693,9 @@ class RunningFlow:
         )
 
     def __enter__(self) -> RunningFlow:
-        is_running = self._folder / "is-running"
-        assert eventually(lambda: is_running.exists() or self._process.poll() is not None, 60)
-        assert is_running.exists(), self._process.communicate()[0]
+        has_begun = self._folder / "is-running"
+        assert eventually(lambda: has_begun.exists() or self._process.poll() is not None, 60)
+        assert has_begun.exists(), self._process.communicate()[0]
         return self
 
     def go_on(self) -> None:
@@ -10724,7 +10741,7 @@ def test_64_clients_at_once_lose_nothing(api: Api, cli: Cli, project: Path) -> N
         assert sorted(names) == ["x", "y", "z"]
 
 
-class Told:
+class Acknowledged:
     """What clients have been told is stored."""
 
     def __init__(self) -> None:
@@ -10785,31 +10802,31 @@ def test_what_was_acknowledged_outlives_a_kill_at_any_moment(cli: Cli, project: 
     kills, acknowledged = int(os.environ.get("KILLS", "2")), 0
     assert cli("start").returncode == 0
     service = cli.status()
-    api = Api(service["url"])
-    run = api.new_run(api.new_flow())
-    api.new_step(run)
-    everything = Told()
+    service = Api(service["url"])
+    run = service.new_run(service.new_flow())
+    service.new_step(run)
+    everything = Acknowledged()
     for _ in range(kills):
-        told = Told()
+        told = Acknowledged()
         with ThreadPoolExecutor(4) as pool:
-            clients = [pool.submit(told.keep_writing, api, run) for _ in range(4)]
+            clients = [pool.submit(told.keep_writing, service, run) for _ in range(4)]
             time.sleep(random.uniform(0, 0.5))
             os.kill(service["pid"], signal.SIGKILL)
         for client in clients:
             client.result()
         assert eventually(lambda pid=service["pid"]: not is_running(pid))
-        api.close()
+        service.close()
         restarted = cli("start", "--port", service["port"])
         assert restarted.returncode == 0, restarted.stderr
         service = cli.status()
-        told.check(api, project, run)
+        told.check(service, project, run)
         everything.tasks += told.tasks
         everything.runs += told.runs
         everything.tags += told.tags
         acknowledged += sum(map(len, (told.tasks, told.runs, told.rows, told.tags)))
-    everything.check(api, project, run)
-    on_disk = len(records(project))  # each of which can be read
-    api.close()
+    everything.check(service, project, run)
+    on_disk = len(read_json_files(project))  # each of which can be read
+    service.close()
     assert cli("run", "true").returncode == 0
     print(f"{kills} kills, {acknowledged} acknowledged records, {on_disk} files")
     assert acknowledged > kills or kills < 5
@@ -10833,15 +10850,15 @@ def test_a_flow_survives_its_service(cli: Cli, daemon: Api) -> None:
 
 def test_a_time_zone_changes_nothing(cli: Cli) -> None:
     assert cli("start", TZ="Asia/Tokyo").returncode == 0
-    with contextlib.closing(Api(cli.status()["url"])) as api:
-        task = api.new_task_of_its_own()
-        api.post(f"{task}/heartbeat")
-        run = api.get(task.split("/steps/")[0]).json
+    with contextlib.closing(Api(cli.status()["url"])) as client:
+        task = client.new_task_of_its_own()
+        client.post(f"{task}/heartbeat")
+        run = client.get(task.split("/steps/")[0]).json
         assert abs(run["ts_epoch"] / 1000 - time.time()) < 3000
         assert abs(run["last_heartbeat_ts"] - time.time()) < 3000
-        assert abs(api.get(task).json["last_heartbeat_ts"] - time.time()) < 3000
-        assert len(api.get("/flows/Flow/runs?status=running").json) == 1
-        assert api.get("/flows/Flow/runs?status=failed").json == []
+        assert abs(client.get(task).json["last_heartbeat_ts"] - time.time()) < 3000
+        assert len(client.get("/flows/Flow/runs?status=running").json) == 1
+        assert client.get("/flows/Flow/runs?status=failed").json == []
 
 
 # -- another machine -------------------------------------------------------------------------------
@@ -10888,9 +10905,9 @@ def test_a_worker_on_another_machine_runs_its_tasks_with_the_key_and_not_without
         pass
     assert flow.exit_code == 0, flow.output
     key = {"x-api-key": told["METAFLOW_SERVICE_AUTH_KEY"]}
-    with contextlib.closing(Api(url)) as api:
-        assert len(api.get("/flows/Flow/runs?status=completed", **key).json) == 1
-        assert api.get("/flows").status == 401
+    with contextlib.closing(Api(url)) as client:
+        assert len(client.get("/flows/Flow/runs?status=completed", **key).json) == 1
+        assert client.get("/flows").status == 401
     del told["METAFLOW_SERVICE_AUTH_KEY"]
     ask = "import sys, urllib.request as r; r.urlopen(sys.argv[1] + '/ping', timeout=20)"
     refused = subprocess.run(
