@@ -1052,7 +1052,9 @@ def ensure_folder(parent: int, name: str) -> bool:
 
 
 def create_files(folder: int, records: Mapping[str, RawRecord]) -> list[str]:
-    """Write new records into an open folder, all or none, and return which names were taken.
+    """Write new records into an open folder, and return which names were taken.
+
+    If one cannot be written, none is there afterwards; only a crash may leave some of them.
 
     What has these names is left alone. As in local mode, nobody waits until the records are on the
     disk: a flow would have to do so at every step.
@@ -2010,7 +2012,7 @@ class Store:
     # -- adding to tasks, and changing objects ---------------------------------------------------
 
     def create_metadata(self, ids: Ids, rows: Sequence[NewMetadatum]) -> int:
-        """Add metadata to a task, all or none, and return how many.
+        """Add metadata to a task, or none if one fails, and return how many.
 
         NotFound if there is no such task. Each becomes a record, even if the field has one already.
         """
@@ -2031,7 +2033,7 @@ class Store:
                 remove_files(meta, files.keys() - taken)
 
     def create_artifacts(self, ids: Ids, rows: Sequence[NewArtifact]) -> int:
-        """Add artifacts to a task, all or none, and return how many of them are new.
+        """Add artifacts to a task, or none if one fails, and return how many of them are new.
 
         An artifact stays what it was: if the attempt has one of that name, the other is ignored.
         NotFound if there is no such task.
@@ -2583,6 +2585,7 @@ class PickleReader:
         elif name in SHORT_TUPLES:
             self._stack[-SHORT_TUPLES[name] :] = [tuple(self._stack[-SHORT_TUPLES[name] :])]
         elif name not in IGNORED_OPERATIONS:
+            # The name is one of pickletools' own, whatever the pickle contains.
             method = getattr(self, f"_{name.lower()}", None)
             if method is None:
                 raise ValueError(f"{name} is not read")
@@ -2786,7 +2789,7 @@ LONGEST_INTEGER = 4000  # bits; the decimal digits of longer ones take too long
 
 
 def format_value(value: Any) -> str:
-    """The text that `str` would give for the original of a value that was read from a pickle.
+    """The text that `str` would give for the value, had it been unpickled.
 
     What exceeds LONGEST_TEXT is cut off.
     """
@@ -3250,9 +3253,10 @@ def to_json(value: Any) -> Any:
 #   expression that is not plainly cheap goes to a Search that can be interrupted.
 #
 # How it works: a Field tells the value of a column in a row, how the text of a parameter becomes an
-# operand, and which operators apply. The tables of fields, one for each list of each API, are all
-# that says what can be filtered and ordered; to add a column is to add a line there. parse_filters
-# makes predicates of parameters, all of which must hold; select_rows also sorts by `_order`.
+# operand, and which operators apply. The tables of fields, one for each list of each API, say what
+# can be filtered and ordered; to add a column is to add a line there. Only `_tags` is not among
+# them: parse_tag_filters knows its operators. parse_filters makes predicates of parameters, all of
+# which must hold; select_rows also sorts by `_order`.
 #
 # The lists of the metadata API have a fixed order, newest first, and pages with cursors. An Order
 # has the sort key of such a list and names the fields that it needs. A cursor consists of these
@@ -4209,8 +4213,8 @@ def has_failed_end(tasks: Iterable[AttemptRow], end_step: str) -> bool:
     return bool(end) and end[-1]["status"] == FAILED
 
 
-def is_silent(run: RunRow, tasks: Iterable[AttemptRow]) -> bool:
-    """Whether no task of a run is running, and its client is one that sends no heartbeats.
+def ended_without_heartbeats(run: RunRow, tasks: Iterable[AttemptRow]) -> bool:
+    """Whether no task of a run is running, and its client is one that never sends heartbeats.
 
     Nothing more is then to be expected. Runs of local mode are not meant: by their system tags,
     their client sends heartbeats, and so they are judged by when their files were written.
@@ -4436,6 +4440,7 @@ def first_failure(
     """
 
     def blame(task: AttemptRow) -> tuple[bool, bool, int]:
+        # If the graph is unknown, the attempt counts as the last: it is to be blamed, not excused.
         allowed = attempts_allowed(graph, task["step_name"]) or 1
         return (
             ended_with_scheduler(task),
@@ -4528,7 +4533,10 @@ class Model:
         return self.judge(self._run_row(run))["status"] if known is None else known.status
 
     def is_at_rest(self, seconds: float) -> bool:
-        """Whether none of the runs that were looked at is running, or has ended so recently."""
+        """Whether no run is running, and the last to end did so longer ago than that.
+
+        Of the runs that have been judged.
+        """
         return not self._unfinished and self.clock() * 1000 - self._last_end > seconds * 1000
 
     def runs_version(self) -> object:
@@ -4630,7 +4638,7 @@ class Model:
             return RUNNING, None
         if cannot_go_on(tasks, graph, self._ended_with_scheduler):
             return FAILED, max(task["finished_at"] or 0 for task in tasks)
-        if (not graph and has_failed_end(tasks, end_step)) or is_silent(row, tasks):
+        if (not graph and has_failed_end(tasks, end_step)) or ended_without_heartbeats(row, tasks):
             return FAILED, last_sign
         if now * 1000 - last_sign > RUN_HEARTBEAT_CUTOFF * 1000:
             return FAILED, last_sign
@@ -5404,14 +5412,14 @@ def end_step_name(name: object) -> str:
 # What refers to what. A run is the folder FLOW/RUN, with its cards in mf.cards/FLOW/runs/RUN. The
 # values of its artifacts are blobs: files that are named after the digest of their content, and
 # that the runs of a flow share. A blob is FLOW/data/AB/ABCD..., with a small ABCD..._meta beside
-# it. That of an IncludeFile is data/FLOW/ABCD..., beside the .metaflow if Metaflow was told its
-# root. A blob is referred to by the *.data.json of an attempt, by the records of artifacts and
-# metadata (a code package, a graph), and by the content of another blob (the value of an
-# IncludeFile has the digest of its text). A blob is not unpickled: any 40 hexadecimal digits in its
-# content count as a reference, so that none is missed. Blobs are read only if there is one to which
-# no other file refers, and only those that are kept and large enough to hold a digest. A run from
-# which a kept run was resumed is kept too, because Metaflow's client looks up there what the cloned
-# tasks lack.
+# it. That of an IncludeFile is data/FLOW/ABCD...: in the .metaflow or, if Metaflow was told its
+# root, beside it. A blob is referred to by the *.data.json of an attempt, by the records of
+# artifacts and metadata (a code package, a graph), and by the content of another blob (the value of
+# an IncludeFile has the digest of its text). A blob is not unpickled: any 40 hexadecimal digits in
+# its content count as a reference, so that none is missed. Blobs are read only if there is one to
+# which no other file refers, and only those that are kept and large enough to hold a digest. A run
+# from which a kept run was resumed is kept too, because Metaflow's client looks up there what the
+# cloned tasks lack.
 #
 # What is locked: nothing. A run is deleted by one rename into the trash folder in the .metaflow,
 # which no reader looks at; then its cards and files are removed. Several processes may remove the
@@ -5428,15 +5436,19 @@ def end_step_name(name: object) -> str:
 # exists, a new run may refer to a blob that was garbage before. But it makes its folder before it
 # stores its first artifact. So before every few blobs are removed, the flow is checked for changes
 # since its references were read; if a run was added, the rest is kept. What remains is a window of
-# a tenth of a millisecond (a run takes some ten from its folder to its first artifact); the blob of
-# an IncludeFile, which Metaflow looks for a moment before it makes the run; and a run that is
+# a tenth of a millisecond (a run takes ten of them from its folder to its first artifact); the blob
+# of an IncludeFile, which Metaflow looks for a moment before it makes the run; and a run that is
 # resumed from one that is being deleted.
 
 TRASH_DIR = f"{PROGRAM}.trash"
 DATA_DIR = "data"
 LATEST_RUN_FILE = "latest_run"
-YOUNG_SECONDS = 86_400
-"""How long a blob is kept in any case after it was written."""
+YOUNG_SECONDS = 24 * 3600
+"""How long a blob is kept in any case after it was written: Metaflow writes it before anything can
+refer to it, and what refers to it may be recorded elsewhere, by a run that takes hours."""
+
+UNRECORDED_RUN_SECONDS = 24 * 3600
+"""How long the folder of a run without a record counts as one of a run that is being written."""
 
 DIGEST_LENGTH = 40
 DIGESTS = re.compile(f"[0-9a-f]{{{DIGEST_LENGTH},}}")
@@ -5942,7 +5954,7 @@ class Retention:
     ) -> list[Garbage]:
         """The blobs of one flow, or of all, to which nothing refers `without` some of the runs.
 
-        `keeps_recent`: young blobs, and those of flows that are running, are not among them. What
+        `keeps_recent`: young blobs, and those of flows with a running run, are not among them. What
         is in doubt is left out. Unreadable if a blob that is kept cannot be read.
         """
         flows = [FlowData(self._folder, name) for name in self.flow_folders()]
@@ -5957,7 +5969,7 @@ class Retention:
     def _unreferenced_blobs(
         self, data: FlowData, without: Collection[Ids], keeps_recent: bool
     ) -> Garbage:
-        """The blobs of a flow to which no file refers, apart from other blobs."""
+        """The blobs of a flow to which no file refers; other blobs may."""
         kept = [run for run in data.runs if (data.flow, run) not in without]
         referred = set[str]().union(*(data.runs[run] for run in kept))
         rest = {path: digests - referred for path, digests in data.folders.items()}
@@ -5986,7 +5998,7 @@ class Retention:
         for row in map(self._model.judge, self._model.runs(data.flow)):
             if row["status"] == RUNNING or self._may_go_on(row):
                 return True
-        before = self._model.clock() - YOUNG_SECONDS
+        before = self._model.clock() - UNRECORDED_RUN_SECONDS
         unrecorded = (run for run in data.runs if self._store.run((data.flow, run)) is None)
         changed = (stat_or_none(f"{self._folder}/{data.flow}/{run}") for run in unrecorded)
         return any(status is not None and status.st_mtime > before for status in changed)
@@ -6772,7 +6784,7 @@ def list_metadata(model: Model, request: Request, *task: str) -> Response:
 
 @route("POST", TASK + "/metadata")
 def create_metadata(model: Model, request: Request, *task: str) -> Response:
-    """Add metadata to a task, all or none."""
+    """Add metadata to a task, or none if one fails."""
     rows = [parse_metadatum(item) for item in request.json_objects()]
     return json_response(
         {"metadata_created": create_rows(model.store.create_metadata, object_ids(*task), rows)}
@@ -6788,7 +6800,7 @@ def list_artifacts(model: Model, request: Request, *task: str) -> Response:
 
 @route("POST", TASK + "/artifact")
 def create_artifacts(model: Model, request: Request, *task: str) -> Response:
-    """Add artifacts to a task, all or none. Those that it has already stay as they are."""
+    """Add artifacts to a task, or none if one fails. Those that it has already stay as they are."""
     rows = [parse_artifact(item) for item in request.json_objects()]
     return json_response(
         {"artifacts_created": create_rows(model.store.create_artifacts, object_ids(*task), rows)}
@@ -11083,8 +11095,8 @@ class Subscription:
         self._fingerprints: dict[tuple[Any, ...], int] = {}  # of rows as last announced, by key
         self._existing: set[tuple[str, ...]] = set()  # keys at the last poll
 
-    def sort_key(self) -> tuple[int, bool]:
-        """Sorts runs before steps, and steps before tasks."""
+    def depth(self) -> tuple[int, bool]:
+        """How deep in the tree its rows are: runs, then steps, then tasks."""
         return (self.path.count("/"), self.path.endswith("/tasks"))
 
     def poll(self, snapshot: Snapshot) -> list[Frame]:
@@ -11170,14 +11182,14 @@ class Feed:
             elif now - last_heard > SILENT_SECONDS:
                 return
             if self._unpolled:  # one at a time, so that pings are answered in between
-                self._announce_changes(self._unpolled.pop())
+                self._announce_changes(self._unpolled.pop())  # tasks first, and runs last
             elif self._subscriptions and now >= self._next_poll:
                 self._begin_poll(now)
 
     def _begin_poll(self, now: float) -> None:
-        """Have all subscriptions polled, unless no run is running, or has come or gone of late.
+        """Have all subscriptions polled, or seldom if no run is running, and none is new or gone.
 
-        To poll a hundred runs takes 6 ms, and 0.1 ms to see that none has come or gone.
+        To poll a hundred runs takes 6 ms, to see that none is new or gone takes 0.1 ms.
         """
         is_at_rest = self._model.is_at_rest(STORING_SECONDS)
         runs_version = self._model.runs_version() if is_at_rest else None
@@ -11189,7 +11201,7 @@ class Feed:
         is_idle = runs_version is None and now - self._last_announced > IDLE_SECONDS
         self._next_poll = now + (IDLE_POLL_SECONDS if is_idle else POLL_SECONDS)
         self._snapshot = Snapshot(self._model, self._last_running)
-        self._unpolled = sorted(self._subscriptions.values(), key=Subscription.sort_key)
+        self._unpolled = sorted(self._subscriptions.values(), key=Subscription.depth)
 
     def _receive_seconds(self) -> float:
         """How long to wait for messages."""
@@ -11970,7 +11982,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Return when there is a service to answer requests."""
         self._is_open.wait()
 
-    def open_service(self) -> MetadataService | BrokenService:
+    def service_or_refusal(self) -> MetadataService | BrokenService:
         """The service that answers requests; HttpError 503 if the owner refuses them."""
         refusal = self.owner.refusal() if self.owner is not None else None
         if refusal is not None:
@@ -11980,7 +11992,7 @@ class Server(http.server.ThreadingHTTPServer):
     def count_clients(self) -> int:
         """The number of connections that have sent a request, and not only orders."""
         with self._lock:
-            return sum(connection.has_asked for connection in self._connections)
+            return sum(connection.has_used_api for connection in self._connections)
 
     def _idle_seconds(self) -> float:
         with self._lock:
@@ -12121,9 +12133,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.shutdown_request(request)
 
     def _drop_oldest_silent(self) -> bool:
-        """Drop the oldest connection that has sent no whole request yet; False if there is none."""
+        """Drop the oldest connection that has not used the API yet; False if there is none."""
         with self._lock:
-            dropped = next((c for c in self._connections if not c.has_asked), None)
+            dropped = next((c for c in self._connections if not c.has_used_api), None)
             if dropped is not None:
                 del self._connections[dropped]
         if dropped is not None:
@@ -12149,7 +12161,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        self.has_asked = False  # whether it has sent a request that got past the checks of access
+        self.has_used_api = (
+            False  # whether it has sent a request that got past the checks of access
+        )
         self._is_stranger: bool | None = None  # None until it has been looked up
         self.server.note_waiting(self)
 
@@ -12192,7 +12206,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 self.server.wait_until_open()
                 request = self._request()
                 self.server.note_answering(self)
-                response = self.server.open_service().answer(request)
+                response = self.server.service_or_refusal().answer(request)
             if isinstance(response, Upgrade):
                 self.server.note_upgraded(self)
         except HttpError as error:
@@ -12276,7 +12290,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         elif credentials is not None:
             credentials.check(self.fields, port)
         body = self._body(body_limit)
-        self.has_asked = self.has_asked or not is_public
+        self.has_used_api = self.has_used_api or not is_public
         return Request(self.command, segments, parameters, body, self.fields, port)
 
     def _refuse_stranger(self) -> None:
@@ -12483,10 +12497,10 @@ def send_order(
 # - A service is alive while its pidfile is locked. A pid, the name of a machine or an answer on a
 #   port proves nothing.
 # - A service serves the folder that it was started for, which is known by device and inode, and
-#   only while its path leads there. A service that cannot be told from that alone is asked.
+#   only while its path leads there. If that does not settle it, the service is asked.
 # - A service is told what to do by orders, which carry the nonce from its pidfile
-#   (`Service.order`). A signal is the last resort, and only for a process that provably holds the
-#   lock on the pidfile.
+#   (`Service.order`). A signal is the last resort; where the system has pidfds, only for a process
+#   that provably holds the lock on the pidfile.
 #
 # Locks. All are flocks on private files in the root's .metaflow, and are released when the last
 # process that has the file open ends, in whatever way. A process that needs several of them
@@ -12917,10 +12931,11 @@ def stop_moved_service(service: Service, pidfile: str) -> bool:
 
 
 def stop_process(service: Service, pidfile: str) -> None:
-    """Send SIGTERM to the process of a service if it provably holds the lock on the pidfile.
+    """Send SIGTERM to the process of a service, whose pidfile is locked.
 
     The pid alone may be that of another process, which has started since or is in another pid
-    namespace. ServiceError if the process is not the service, or the signal cannot be sent.
+    namespace. So on Linux the process has to be the one that holds the lock. ServiceError if the
+    process is not the service, or the signal cannot be sent.
     """
     try:
         if not hasattr(os, "pidfd_open") or not os.path.isdir("/proc/self/fd"):
@@ -12959,7 +12974,7 @@ def holds_lock(pid: int, path: str) -> bool:
 # -- the services of a user ------------------------------------------------------------------------
 
 
-class Index:
+class ServiceIndex:
     """A folder of links to the pidfiles of all roots, by which `--all` finds their services.
 
     Nothing else needs the links: if the folder cannot be written, only `--all` finds less.
@@ -13033,12 +13048,12 @@ class Index:
 #                                          was acknowledged, none in part (see the Store).
 #     while a command holds the lease      Nothing: the lock ends with the command.
 #
-# When a service ends: when an order or a signal tells it to; when it has been idle, and no process
-# holds the lease or is one of its holders; when its folder is gone or has another pidfile. It then
-# removes its own files, but touches nothing in a folder that has taken the place of its own.
+# When a service ends: when an order or a signal tells it to; when it has been idle, no process holds
+# the lease, and none lives that it stays for; when its folder is gone or has another pidfile. It
+# then removes its own files, but touches nothing in a folder that has taken the place of its own.
 #
 # Threads. The main thread imports Metaflow and then stays in `Server.serve`. Orders are carried out
-# in the threads of their connections, which may read everything but change only `_holders`.
+# in the threads of their connections, which may read everything but change only `_stays_for`.
 
 BROKEN_IDLE_TIMEOUT = 5.0
 """After so many idle seconds a service that could not import Metaflow ends, to make room for one
@@ -13059,7 +13074,7 @@ class Options(NamedTuple):
     generates_key: bool  # if there is none
     ui_folder: str | None  # a build of the official UI, to be shown in place of our page
     is_debug: bool  # whether every request is logged
-    service_index: Index
+    service_index: ServiceIndex
 
     def with_generated_key(self) -> Options:
         """The same options, with the key that a new service gets if one is to be generated."""
@@ -13389,7 +13404,7 @@ def resume_daemon(
     close_input()
     for descriptor in descriptors:
         os.set_inheritable(descriptor, False)
-    options = Options(**{**fields, "service_index": Index(fields["service_index"])})
+    options = Options(**{**fields, "service_index": ServiceIndex(fields["service_index"])})
     lock, listener, folder = descriptors
     pidfile = LockedFile(root_file(options.root, PIDFILE), lock)
     server = Server(options.host, options.port, options.key, socket.socket(fileno=listener))
@@ -13588,7 +13603,7 @@ class Daemon:
         self._idle_timeout = options.idle_timeout
         self._missing_since: float | None = None
         self._is_open = threading.Event()  # set when Metaflow is imported and requests are answered
-        self._holders: dict[int, int] = {}  # processes that it stays for, with their pidfd or -1
+        self._stays_for: dict[int, int] = {}  # processes that it stays for, with their pidfd or -1
         self._server.owner = self
         for number in STOP_SIGNALS:
             signal.signal(number, self._stop)
@@ -13637,23 +13652,23 @@ class Daemon:
         return (
             not self._options.idle_timeout
             or self._server.count_clients() > 0
-            or any(is_process_alive(*holder) for holder in list(self._holders.items()))
+            or any(is_process_alive(*holder) for holder in list(self._stays_for.items()))
         )
 
     def _add_holder(self, pid: str) -> None:
         """Stay for as long as a process lives."""
-        if not re.fullmatch("[0-9]{1,9}", pid) or int(pid) in self._holders:
+        if not re.fullmatch("[0-9]{1,9}", pid) or int(pid) in self._stays_for:
             return
         with contextlib.suppress(OSError):
             descriptor = os.pidfd_open(int(pid)) if hasattr(os, "pidfd_open") else -1
-            self._holders[int(pid)] = descriptor
+            self._stays_for[int(pid)] = descriptor
 
     def _has_holder(self) -> bool:
-        """Whether one of its holders lives; forgets those that have ended."""
-        for pid, descriptor in list(self._holders.items()):
+        """Whether a process lives that it stays for; forgets those that have ended."""
+        for pid, descriptor in list(self._stays_for.items()):
             if is_process_alive(pid, descriptor):
                 return True
-            del self._holders[pid]
+            del self._stays_for[pid]
             if descriptor >= 0:
                 os.close(descriptor)
         return False
@@ -13696,7 +13711,7 @@ class Daemon:
     # -- staying -----------------------------------------------------------------------------------
 
     def _is_wanted(self, idle_seconds: float) -> bool:
-        """Whether the service goes on; if not, it holds the lease or has lost its root."""
+        """Whether to go on; if not, the service has acquired the lease, or has lost its root."""
         self._restore_pidfile()
         if self._is_gone() or not self._owns_pidfile():
             log.warning("%s is not ours any more", self._path)
@@ -13756,9 +13771,10 @@ class Daemon:
             self._options.service_index.add(self._options.root)
 
     def _acquire_lease(self) -> bool:
-        """Acquire the lease exclusively, unless a command has it; new ones then wait for our end.
+        """Acquire the lease exclusively, unless a command has it; return whether that succeeded.
 
-        True also if there is no lease any more, because the root is gone.
+        Commands that come later then wait until this process has ended. True also if there is no
+        lease any more, because the root is gone.
         """
         if self._lease is None:
             try:
@@ -14283,7 +14299,7 @@ def resolve_options(arguments: Arguments, idle_timeout: float = DEFAULT_IDLE_TIM
         generates_key=arguments.generate_key,
         ui_folder=chosen(arguments.ui_dir, ENV_UI_DIR, parse_ui_folder),
         is_debug=is_debug(os.environ),
-        service_index=Index(home_folder(os.environ)),
+        service_index=ServiceIndex(home_folder(os.environ)),
     )
 
 
@@ -14433,7 +14449,7 @@ def do_status(arguments: Arguments) -> None:
 def chosen_services(arguments: Arguments) -> Sequence[Service]:
     """The services that a command is about: the one of the root, or all of this user."""
     if arguments.all:
-        return Index(home_folder(os.environ)).services()
+        return ServiceIndex(home_folder(os.environ)).services()
     service = find_service(resolve_root(arguments))
     return [] if service is None else [service]
 
@@ -15591,9 +15607,9 @@ def do_rm(arguments: Arguments) -> None:
 def do_gc(arguments: Arguments) -> None:
     """Delete the runs for which all conditions hold, and then what nothing refers to.
 
-    Without a condition no run is deleted; --flow alone is none. Runs that are running stay, and
-    those that one that stays was resumed from. What nothing refers to stays for a day after it was
-    written, and while a run of its flow is running.
+    Without a condition no run is deleted; --flow alone is not a condition. A running run is kept,
+    and so is a run from which another one that is kept was resumed. What nothing refers to is kept
+    for a day after it was written, and while a run of its flow is running.
     """
     model = open_model(arguments)
     retention = Retention(model)

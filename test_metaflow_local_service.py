@@ -8312,7 +8312,7 @@ input()
     ],
     ids=["shell", "script"],
 )
-def test_a_service_stays_for_the_shell_or_the_script_that_has_asked(
+def test_a_service_stays_for_the_shell_or_the_script_that_has_used_api(
     cli: Cli, words: list[str]
 ) -> None:
     shell = subprocess.Popen(
@@ -8594,7 +8594,7 @@ def test_only_a_port_that_a_service_may_release_is_waited_for(
         raise LookupError("it waits")
 
     monkeypatch.setattr(mls.time, "sleep", sleep)
-    index = mls.Index(str(tmp_path / "services"))
+    index = mls.ServiceIndex(str(tmp_path / "services"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         options = mls.Options(str(tmp_path), "127.0.0.1", port, 0, None, False, None, False, index)
