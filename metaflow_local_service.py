@@ -13349,7 +13349,8 @@ def become_daemon(options: Options, claim: Claim, ready: int) -> NoReturn:
         close_all_but({ready, pidfile, claim.folder, *server.descriptors()})
         register_service(options, claim, log_file=root_file(options.root, LOG_FILE))
     except BaseException as error:
-        os.write(ready, f"The service cannot start: {error}.".encode())
+        reason = getattr(error, "strerror", None) or error
+        os.write(ready, f"The service cannot start: {reason}.".encode())
         os._exit(1)
     os.close(ready)
     exec_interpreter(options, claim)
@@ -14036,14 +14037,18 @@ def print_notice(sentence: str) -> None:
 
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[str]:
-    """The real path of a new folder, which is removed as far as possible after a `with` block."""
+    """The real path of a new folder, which is removed as far as possible after a `with` block.
+
+    A process that was forked within the block leaves the folder to its parent.
+    """
     import tempfile
 
-    folder = os.path.realpath(tempfile.mkdtemp(prefix="metaflow-"))
+    folder, owner = os.path.realpath(tempfile.mkdtemp(prefix="metaflow-")), os.getpid()
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if os.getpid() == owner:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def command_line_options(
@@ -14111,8 +14116,11 @@ def run_start_command(root: str, options: Sequence[str]) -> None:
 
 
 def stop_unless_leased(root: str) -> None:
-    """Stop the service of a root, unless a process holds its lease."""
-    lease = LockedFile.try_acquire(root_file(root, LEASE), fcntl.LOCK_EX)
+    """Stop the service of a root, unless a process holds its lease or the root was deleted."""
+    try:
+        lease = LockedFile.try_acquire(root_file(root, LEASE), fcntl.LOCK_EX)
+    except FileNotFoundError:
+        return  # the service sees by itself that its folder was deleted
     if lease is None:
         return
     try:
@@ -15396,8 +15404,8 @@ def do_card(arguments: Arguments) -> None:
     ]
     if not found:
         missing = sum(map(model.count_missing_cards, tasks_below(model, ids)))
-        where = f"{missing} recorded, but their files are not found" if missing else "none"
-        raise ServiceError(f"There is no such card in {'/'.join(ids)}: {where}.")
+        reason = f": {missing} recorded, but their files are not found" if missing else ""
+        raise ServiceError(f"There is no such card in {'/'.join(ids)}{reason}.")
     if arguments.open and len(found) > 1:
         only_one("/".join(ids), [(*task, card["id"] or card["type"]) for task, card, _ in found])
     for task, card, path in found:

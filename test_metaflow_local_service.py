@@ -8999,6 +8999,24 @@ def test_a_service_for_a_block_ends_with_it_however_that_ends(cli: Cli) -> None:
     assert list((cli.home / "services").iterdir()) == []
 
 
+FORKING = """
+    import os, shutil
+    with mls.running() as service:
+        if not os.fork():
+            sys.exit()
+        os.wait()
+        print(service.root, flush=True)
+        sys.stdin.read()
+        shutil.rmtree(service.root)
+"""
+
+
+def test_a_service_for_a_block_outlives_a_forked_process_and_its_folder(cli: Cli) -> None:
+    script = Script(cli, FORKING)
+    assert service_of(script.root)
+    assert script.end() == 0
+
+
 def test_a_service_for_a_block_is_left_to_others_that_have_it(library: Cli) -> None:
     with pytest.raises(ZeroDivisionError), mls.running("a") as first:
         with mls.running("a") as second:
