@@ -732,13 +732,19 @@ def check_name(name: str) -> None:
         raise NotStorable(f"{name!r} cannot be a name: it is not valid Unicode.") from None
 
 
+NAMES_BESIDE_RUNS = frozenset(("data", "latest_run"))
+"""What Metaflow keeps beside the runs of a flow: its artifacts, and the id of its newest run."""
+
+
 def validate_client_id(identifier: str, kind: str) -> str:
     """Return an id that a client brings, or raise NotStorable if it cannot be used.
 
-    It may be any name that is not a number, since the service gives those.
+    It may be any name that is not a number, since the service gives those, nor in use otherwise.
     """
     if identifier.isnumeric():
         raise NotStorable(f"A {kind} id that the client brings must not be a number.")
+    if kind == "run" and identifier in NAMES_BESIDE_RUNS:
+        raise NotStorable(f"No run can be called {identifier!r}: Metaflow uses that name itself.")
     try:
         identifier.encode()  # a file name may have surrogates in it, a path of a request may not
     except UnicodeEncodeError:
@@ -1509,7 +1515,8 @@ class Store:
             with open(path, "rb", buffering=0) as f:
                 record = Record(cast("dict[str, Any]", parse(ids, json.loads(f.read()))))
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            log.warning("%s is not a record and is left out: %r", path, error)
+            name = type(error).__name__
+            log.warning("%s is not a record and is left out: %s: %s", path, name, error)
             return None
         if "last_heartbeat_ts" in record:
             heartbeat = stat_or_none(os.path.join(os.path.dirname(path), HEARTBEAT_FILE))
@@ -13048,9 +13055,9 @@ class ServiceIndex:
 #                                          was acknowledged, none in part (see the Store).
 #     while a command holds the lease      Nothing: the lock ends with the command.
 #
-# When a service ends: when an order or a signal tells it to; when it has been idle, no process holds
-# the lease, and none lives that it stays for; when its folder is gone or has another pidfile. It
-# then removes its own files, but touches nothing in a folder that has taken the place of its own.
+# When a service ends: when an order or a signal tells it to; when it has been idle, no process
+# holds the lease, and none lives that it stays for; when its folder is gone or has another pidfile.
+# It then removes its own files, but touches nothing in a folder that has taken its own's place.
 #
 # Threads. The main thread imports Metaflow and then stays in `Server.serve`. Orders are carried out
 # in the threads of their connections, which may read everything but change only `_stays_for`.
@@ -14760,7 +14767,15 @@ def open_model(arguments: Arguments) -> Model:
     root = resolve_root(arguments)
     if not os.path.isdir(datastore_folder(root)):
         raise ServiceError(f"Nothing is recorded in {root}: it has no {DATASTORE_DIR} folder.")
+    log.addHandler(NoticeHandler())
     return Model(Store(root))
+
+
+class NoticeHandler(logging.Handler):
+    """Prints what the layers above log, such as a record that cannot be read, as a notice."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print_notice(printable(record.getMessage()))
 
 
 def resolve_pathspec(model: Model, pathspec: str | None) -> Ids:
@@ -15439,6 +15454,10 @@ class Deletion(NamedTuple):
         return total_usage((*self.runs.values(), self.unreferenced))
 
 
+UNWRITABLE_OUTPUT = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF, errno.EFBIG))
+"""Errors of writing to stdout that are due to where it leads, and not to this program."""
+
+
 @contextlib.contextmanager
 def explained_failures() -> Iterator[None]:
     """Say in a sentence what cannot be measured or deleted."""
@@ -15449,6 +15468,8 @@ def explained_failures() -> Iterator[None]:
     except StoreError as error:
         raise ServiceError(str(error)) from None
     except OSError as error:
+        if error.filename is None and error.errno in UNWRITABLE_OUTPUT:
+            raise  # the output, of which `main` tells
         where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
         raise ServiceError(f"It cannot go on: {where}{error.strerror}.") from None
 
@@ -15996,9 +16017,6 @@ def prepare_standard_streams() -> None:
     os.close(descriptor)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")
-
-
-UNWRITABLE_OUTPUT = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF, errno.EFBIG))
 
 
 def main() -> NoReturn:

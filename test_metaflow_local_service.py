@@ -3002,6 +3002,8 @@ CAUSES = {
     "scheduler": Expected("scheduler gone", None, None, None, "without a word", None),
     "both": Expected("scheduler gone", None, None, None, "while start/", None),
 }
+if not hasattr(globals().get("metaflow"), "Config"):
+    del CAUSES["pickle"]  # Metaflow 2.12.0 records such an attempt as successful
 ENDED_BY_HAND = {"interrupt", "scheduler", "both"}
 RECORDED: Mapping[str, Sequence[str]] = {
     "local": list(CAUSES),
@@ -3944,11 +3946,20 @@ def test_a_run_of_a_client_without_heartbeats_stays_until_it_is_silent_for_minut
 def test_a_run_with_the_name_of_the_artifacts_folder_is_not_taken_for_it(
     store: mls.Store, api: Api
 ) -> None:
-    run = create_ended_run(api, run_number="data")
+    run = create_ended_run(api)
     sha = store_value(store, "value")["sha"]
     refer(store, run, sha)
+    artifacts = Path(store.folder, "Flow", "data")  # earlier versions of the service took that name
+    shutil.copytree(run_folder(store, run), artifacts, dirs_exist_ok=True)
     assert api.request("DELETE", "/flows/Flow/runs/data").status == 409
     assert blob_path(store, sha).exists()
+
+
+@pytest.mark.parametrize("name", ["data", "latest_run"])
+def test_a_run_does_not_take_a_name_that_metaflow_uses_itself(api: Api, name: str) -> None:
+    api.post("/flows/Flow")
+    refused = api.request("POST", "/flows/Flow/run", {"run_number": name})
+    assert (refused.status, name in refused.json["message"]) == (400, True)
 
 
 def test_a_blob_stays_for_a_day_and_while_a_run_of_its_flow_lives(
@@ -9044,10 +9055,11 @@ USING = """
         name = "WithKey" if key else "Open"
         mls.ensure(f"../{name}", generate_key=key)
         service = mls.use(f"../{name}")
-        request = urllib.request.Request(f"{service.url}/flows/{name}", b"{}")
-        if key:
-            request.add_header("x-api-key", service.key)
-        urllib.request.urlopen(request).close()
+        for path in (name, f"{name}/run"):  # older clients do not list a flow without a run
+            request = urllib.request.Request(f"{service.url}/flows/{path}", b"{}")
+            if key:
+                request.add_header("x-api-key", service.key)
+            urllib.request.urlopen(request).close()
         assert get_metadata() == f"service@{service.url}"
         assert [flow.id for flow in Metaflow()] == [name]
         assert LocalStorage.get_datastore_root_from_config(print) == service.root + "/.metaflow"
@@ -9486,6 +9498,8 @@ def test_two_commands_find_the_line_that_a_run_failed_in(
 
 
 def test_two_to_five_runs_are_compared_by_a_command(recorded: Path) -> None:
+    if not can_name_the_last_step():
+        pytest.skip("this Metaflow cannot run CustomFlow")
     runs = ["ZooFlow/latest", "CustomFlow/latest"]
     (compared,) = look_as_json(recorded, "compare", *runs)
     difference = {"section": "parameters", "name": "size", "values": [3, None]}
@@ -9723,7 +9737,8 @@ def test_cards_are_found_that_go_where_the_command_works_and_not_into_the_root(c
     shutil.rmtree(cli.folder / ".metaflow" / "mf.cards", ignore_errors=True)
     gone = cli("card", "CardFlow/latest/start", "--root", elsewhere)
     if not (elsewhere / ".metaflow" / "mf.cards").exists():  # Metaflow may come to heed the root
-        assert (gone.returncode, "1 recorded" in gone.stderr) == (1, True)
+        is_recorded = any(flow.rglob("sysmeta_card-info_*"))  # not by the oldest
+        assert (gone.returncode, "1 recorded" in gone.stderr) == (1, is_recorded)
 
 
 @contextlib.contextmanager
