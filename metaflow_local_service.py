@@ -8430,10 +8430,19 @@ class RunList {
     else showInTab(last && last.status, "Metaflow runs");
   }
 
+  /** Loads the first page, or as many as there are runs of from an earlier view of the list. */
+  async open() {
+    this.page = Math.ceil(runs.size / this.asked._limit) || 1;
+    await this.catchUp();
+  }
+
   async load() {
     this.more.hidden = true; // so that the observer sees it again when it is shown
     this.page += 1;
-    const {data, pages} = await this.fetchPage(this.page);
+    await this.showPage(await this.fetchPage(this.page));
+  }
+
+  async showPage({data, pages}) {
     this.draw();
     this.more.hidden = !data.length || !pages || !pages.next;
     if (this.columns.length) {
@@ -8448,14 +8457,17 @@ class RunList {
     return fetched;
   }
 
-  /** After a lost connection, finds the runs that were deleted meanwhile. */
+  /** Loads all pages anew, and forgets the runs that were deleted while the list was not live. */
   async catchUp() {
+    const known = [...runs.keys()];
     const there = new Set();
+    let fetched;
     for (let page = 1; page <= this.page; page += 1) {
-      (await this.fetchPage(page)).data.forEach((run) => there.add(runKey(run)));
+      fetched = await this.fetchPage(page);
+      fetched.data.forEach((run) => there.add(runKey(run)));
     }
-    [...runs.keys()].filter((key) => !there.has(key)).forEach(forgetRun);
-    this.draw();
+    known.filter((key) => !there.has(key)).forEach(forgetRun);
+    await this.showPage(fetched);
   }
 
   /** Finds the names of parameters, from the newest run of each flow. */
@@ -8477,7 +8489,7 @@ async function listView(mine, query) {
   list.draw();
   const shown = panel("runs", "Runs", wrapTable("Runs", list.table), list.none);
   showNodes(list.newToolbar(), shown, list.more);
-  await list.load();
+  await list.open();
   const scrolled = new IntersectionObserver((seen) => {
     if (seen.at(-1).isIntersecting) list.load().catch(fail);
   });

@@ -5551,10 +5551,11 @@ def test_a_run_is_deleted_from_its_menu_and_from_all_pages(
 ) -> None:
     flow = daemon.new_flow("Deleted")
     beating = {"system_tags": ["metaflow_version:2.19.0"]}  # so that it is running for minutes
-    gone, kept = (daemon.new_run(flow, **beating).split("/")[-1] for _ in range(2))
-    with new_page(chromium, permitted="409|404.*/dag ") as page, new_page(chromium) as other:
+    gone, later, kept = (daemon.new_run(flow, **beating).split("/")[-1] for _ in range(3))
+    permitted = "409|404.*/dag "
+    with new_page(chromium, permitted) as page, new_page(chromium, permitted) as other:
         visit(other, daemon.url)
-        expect(run_row(other, "Deleted")).to_have_count(2)
+        expect(run_row(other, "Deleted")).to_have_count(3)
         visit(page, f"{daemon.url}/#/Deleted/{gone}")
         menu = page.locator("#head .menu summary")
         menu.click()
@@ -5577,9 +5578,15 @@ def test_a_run_is_deleted_from_its_menu_and_from_all_pages(
         menu.click()
         opener.click()
         dialog.get_by_role("button", name="Delete").click()
-        expect(run_row(page, "Deleted")).to_have_count(1)
-        expect(run_row(page, "Deleted")).to_have_attribute("data-run", f"Deleted/{kept}")
+        expect(run_row(page, "Deleted")).to_have_count(2)
+        expect(run_row(other, "Deleted")).to_have_count(2)
+        run_row(other, "Deleted").first.get_by_role("link").first.click()
+        expect(other).to_have_url(f"{daemon.url}/#/Deleted/{kept}")  # while the list is not live
+        complete_run(cli, daemon, f"/flows/Deleted/runs/{later}")
+        assert daemon.request("DELETE", f"/flows/Deleted/runs/{later}").status == 200
+        other.go_back()
         expect(run_row(other, "Deleted")).to_have_count(1)
+        expect(run_row(other, "Deleted")).to_have_attribute("data-run", f"Deleted/{kept}")
 
 
 FILTERED = {
