@@ -9,7 +9,7 @@ test, and no test depends on another, on the order, or on how fast the machine i
 Where does a new test go?
 
 * A route of the metadata API: a line in `test_every_route_of_the_protocol_answers`, one in
-  `test_every_list_says_how_long_its_pages_are` if it lists, and its fields beside those of others
+  `test_every_list_names_the_size_of_its_pages` if it lists, and its fields beside those of others
   at the beginning of API.
 * A route of the UI: a row in GOLDEN (UI API). A frame over the socket: beside those of "sockets".
 * A column, filter or order: a row in the tables of Queries. A field of a record: Store and API. A
@@ -341,14 +341,14 @@ def command_line(folder: Path) -> Iterator[Cli]:
 
 @pytest.fixture
 def cli(project: Path) -> Iterator[Cli]:
-    """The command line in an empty project."""
+    """The command line in an empty project; services that it starts are stopped in the end."""
     with command_line(project.parent) as program:
         yield program
 
 
 @pytest.fixture
 def daemon(cli: Cli) -> Iterator[Api]:
-    """A client of the service that `start` has started in the project."""
+    """A client of the service that `start` has started in the project, which takes a second."""
     started = cli("start")
     assert started.returncode == 0, started.stderr
     client = Api(re.findall(r"http://[\w.:]+", started.stdout)[0])
@@ -827,7 +827,7 @@ def test_the_host_is_added_to_the_exceptions_from_proxies(
         ("127.0.0.1:81", True),
     ],
 )
-def test_it_is_known_whether_a_proxy_would_be_asked(exceptions: str, is_caught: bool) -> None:
+def test_a_proxy_is_detected_unless_the_host_is_excepted(exceptions: str, is_caught: bool) -> None:
     for name in ("no_proxy", "NO_PROXY"):
         assert mls.has_proxy("127.0.0.1", 80, {**PROXIED, name: exceptions}) is is_caught
     assert not mls.has_proxy("127.0.0.1", 80, {"https_proxy": "http://proxy"})
@@ -2797,7 +2797,7 @@ def record_flows(folder: Path, home: Path) -> None:
 
 @pytest.fixture(scope="session")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which flows have run; recorded once, also where tests run in parallel."""
+    """A folder in which two flows have run: recorded once a session, in about ten seconds."""
     folder = session_folder(tmp_path_factory, "recorded")
     with recording(folder) as is_new:
         if is_new:
@@ -2807,7 +2807,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def seen(recorded: Path) -> mls.Model:
-    """The flows that ran, as a person sees them a while later."""
+    """A model of the flows in `recorded`, a hundred seconds later."""
     return mls.Model(mls.Store(str(recorded)), lambda: time.time() + 100)
 
 
@@ -3060,7 +3060,10 @@ def end_by_hand(folder: Path, process: subprocess.Popen[Any], how: str) -> None:
 
 @pytest.fixture(scope="session")
 def failures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Finds the folder in which a recorder has seen the flow fail in every way."""
+    """Find the folder in which a recorder has seen CAUSES_FLOW fail in every way.
+
+    Recorded once a session and recorder, at the first call, in twenty seconds.
+    """
 
     def recorded_by(recorder: str) -> Path:
         folder = session_folder(tmp_path_factory, f"failures-{recorder}")
@@ -3716,7 +3719,8 @@ class Replica:
         content = path.read_bytes()
         if content.startswith(b"\x1f\x8b"):
             content = gzip.decompress(content)
-        return set(re.findall("(?=([0-9a-f]{40}))", content.decode("latin-1")))
+        digits = re.findall("[0-9a-f]{40,}", content.decode("latin-1"))
+        return {run[at : at + 40] for run in digits for at in range(len(run) - 39)}
 
     def put_back(self) -> mls.Retention:
         for name in os.listdir(self._original):
@@ -3798,6 +3802,7 @@ class Replica:
 
 @pytest.fixture(scope="session")
 def replica(history: History, tmp_path_factory: pytest.TempPathFactory) -> Replica:
+    """A copy of `history` in which runs may be deleted: read whole once, in some seconds."""
     return Replica(history.folder, tmp_path_factory.mktemp("replica").resolve())
 
 
@@ -4026,9 +4031,7 @@ def test_blobs_named_by_records_stay(store: mls.Store, api: Api, project: Path) 
     assert collect_garbage(retention_much_later(project)) == 2
 
 
-def test_a_run_of_which_there_is_no_record_keeps_what_it_names(
-    store: mls.Store, project: Path
-) -> None:
+def test_a_run_without_a_record_keeps_its_blobs(store: mls.Store, project: Path) -> None:
     sha = store_value(store, "value")["sha"]
     task = Path(store.folder, "Flow", "1", "start", "1")
     task.mkdir(parents=True)
@@ -4585,7 +4588,7 @@ def test_tasks_are_found_by_their_metadata(api: Api, query: str, expected: list[
 
 @pytest.fixture
 def lists(api: Api, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
-    """Every list that comes in pages, with seven records of which some are equally old."""
+    """Every list that comes in pages, by path: seven records each, some equally old."""
     clock = itertools.chain.from_iterable([t] * 23 for t in itertools.count(time.time_ns(), 10**6))
     monkeypatch.setattr(time, "time_ns", lambda: next(clock))
     for n in range(6):
@@ -4701,7 +4704,7 @@ def test_pages_make_the_list_after_local_mode_has_changed_a_run(
     assert_pages_make_the_list(store, mls.RUN_ORDER, lambda place: store.runs(("Flow",), place), 1)
 
 
-def test_a_list_is_whole_unless_a_page_or_a_filter_is_asked_for(api: Api) -> None:
+def test_a_list_is_whole_unless_a_page_or_filter_is_requested(api: Api) -> None:
     flow = api.new_flow()
     for n in range(51):
         api.new_run(flow, run_number=f"argo-{n}")
@@ -4721,7 +4724,7 @@ def test_a_list_is_whole_unless_a_page_or_a_filter_is_asked_for(api: Api) -> Non
         assert ("x-next-cursor" in reply.headers) == (length in (2, 50))
 
 
-def test_every_list_says_how_long_its_pages_are(api: Api) -> None:
+def test_every_list_names_the_size_of_its_pages(api: Api) -> None:
     """Else Metaflow's client asks for the whole list once more."""
     run = api.new_run(api.new_flow())
     task = api.new_task(api.new_step(run))
@@ -4965,7 +4968,7 @@ def read_json_files(project: Path) -> list[Any]:
 
 @pytest.fixture
 def disk(project: Path) -> Iterator[Path]:
-    """The project, on a file system of its own of half a megabyte."""
+    """The project, on a file system of half a megabyte; skips where none can be mounted."""
     mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(project)]
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode != 0:
         pytest.skip("file systems cannot be mounted here")
@@ -5121,7 +5124,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Browser]:
-    """A browser, without any traffic of its own."""
+    """A browser without any traffic of its own, which takes a second or two to start."""
     client = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     names = ("chromium", "chromium-browser", "google-chrome")
     program = next(filter(None, map(shutil.which, names)), None)
@@ -5202,7 +5205,7 @@ class Seen(NamedTuple):
 
 @pytest.fixture(scope="session")
 def seen_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
-    """SeenFlow, which has run once for all tests that only look."""
+    """The views of SeenFlow, which has run once a session, in about ten seconds."""
     with command_line(tmp_path_factory.mktemp("browser").resolve()) as program:
         (program.folder / "seen.py").write_text(SEEN_FLOW)
         (program.folder / "finish").touch()
@@ -5407,7 +5410,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="session")
 def walked_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of WalkedFlow's run, which has failed, for all tests that only look."""
+    """The address of WalkedFlow's failed run, recorded once a session in half a minute."""
     with command_line(tmp_path_factory.mktemp("walked").resolve()) as program:
         (program.folder / "walked.py").write_text(WALKED_FLOW)
         assert program("start", "--idle-timeout", 3600).returncode == 0
@@ -5450,7 +5453,9 @@ def test_the_graph_shows_which_way_a_run_went_and_how_far(
 
 
 @browser
-def test_a_failed_run_says_why_and_leads_there(tab: BrowserPage, walked_run: str) -> None:
+def test_a_failed_run_shows_its_cause_and_links_to_the_task(
+    tab: BrowserPage, walked_run: str
+) -> None:
     visit(tab, walked_run.split("#")[0])
     expect(tab.locator("#runs .why")).to_contain_text("ValueError: twenty is too many")
     visit(tab, walked_run)
@@ -5608,7 +5613,7 @@ def complete_run(cli: Cli, api: Api, run: str) -> None:
 
 @pytest.fixture(scope="session")
 def filtered_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of the page of a service that has FILTERED."""
+    """The address of a service that has the runs of FILTERED, once a session, in a second."""
     with command_line(tmp_path_factory.mktemp("filtered").resolve()) as program:
         assert program("start", "--idle-timeout", 3600).returncode == 0
         client = Api(program.status()["url"])
@@ -5659,7 +5664,7 @@ def test_an_invalid_filter_is_explained(
 
 
 @browser
-def test_what_is_typed_into_the_filter_is_completed(tab: BrowserPage, filtered_runs: str) -> None:
+def test_text_typed_into_the_filter_is_completed(tab: BrowserPage, filtered_runs: str) -> None:
     visit(tab, filtered_runs)
     tab.keyboard.press("/")
     tab.keyboard.type("pro")
@@ -5717,7 +5722,7 @@ def test_ordinary_tags_leave_the_columns_whole(tab: BrowserPage, cli: Cli, daemo
 
 
 @browser
-def test_a_page_outlives_its_service_and_hears_what_it_has_missed(
+def test_a_page_outlives_its_service_and_shows_what_it_has_missed(
     chromium: Browser, cli: Cli, daemon: Api
 ) -> None:
     with new_page(chromium, permitted="WebSocket connection") as page:
@@ -5902,7 +5907,7 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
 
 @pytest.fixture(scope="session")
 def zoo(recorded: Path) -> Iterator[Api]:
-    """A client of a service on the flows that ran."""
+    """A client of a service with a UI on the flows in `recorded`."""
     with serve_ui(mls.Store(str(recorded))) as client:
         yield client
 
@@ -6035,7 +6040,7 @@ def test_lists_that_the_ui_fetches_to_the_end_come_whole(zoo: Api, path: str) ->
     assert body["links"]["next"] is None and len(body["data"]) > 1
 
 
-def test_metadata_of_an_attempt_and_of_none_are_told_apart(zoo: Api) -> None:
+def test_metadata_with_and_without_an_attempt_are_distinguished(zoo: Api) -> None:
     path = f"{zoo_task(zoo, 'work')}/metadata"
     fields = {row["field_name"] for row in zoo.get(f"{path}?attempt_id=0").json["data"]}
     assert {"attempt", "attempt_ok", "ds-root"} <= fields
@@ -6595,7 +6600,7 @@ def test_a_foreign_page_gets_no_socket(empty: Api) -> None:
     st.integers(1, 40),
 )
 @settings(deadline=None, max_examples=50)
-def test_messages_are_the_same_however_they_are_cut(sent: Any, size: int) -> None:
+def test_messages_are_the_same_however_they_are_split(sent: Any, size: int) -> None:
     stream = b"".join(client_frame(kind, payload) for kind, payload in sent)
     decoder = mls.FrameDecoder()
     received = []
@@ -7023,7 +7028,7 @@ def test_a_limit_of_guesses_is_made_up_for_by_time() -> None:
 
 @pytest.fixture
 def build(tmp_path: Path) -> Path:
-    """A build of a UI."""
+    """The folder of a build of a UI, with a link that leads out of it."""
     folder = tmp_path / "build"
     (folder / "static" / "js").mkdir(parents=True)
     (folder / "index.html").write_text("<html>official")
@@ -7657,9 +7662,7 @@ def test_every_request_needs_the_key(store: mls.Store, line: str) -> None:
 
 
 @pytest.mark.parametrize("where", ["127.0.0.1", "0.0.0.0"])
-def test_with_a_key_a_service_is_meant_by_whatever_name_leads_there(
-    store: mls.Store, where: str
-) -> None:
+def test_with_a_key_any_host_name_is_accepted(store: mls.Store, where: str) -> None:
     with serve(store, host=where, key="the-key") as client:
         for host in ("192.0.2.1:80", "[2001:db8::1]", "metadata", "host.docker.internal:1234"):
             assert answer_to(client, "GET /ping", "x-api-key: the-key", host=host).status == 200
@@ -7691,7 +7694,7 @@ def test_a_cross_site_request_is_refused(api: Api, method: str, site: str, is_le
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time limits that a test can wait for."""
+    """Shorten the time limits of the server to what a test can wait for, 0.3 seconds."""
     for name in ("KEEP_ALIVE_SECONDS", "REQUEST_SECONDS", "SHUTDOWN_SECONDS"):
         monkeypatch.setattr(mls, name, 0.3)
     monkeypatch.setattr(mls, "TICK_SECONDS", 0.05)
@@ -7759,7 +7762,7 @@ def serve_bytes(size: int) -> Iterator[Api]:
         server.finish()
 
 
-def test_a_slow_reader_who_goes_on_reading_is_not_cut_off(
+def test_a_slow_reader_that_goes_on_reading_is_not_cut_off(
     impatient: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mls, "REQUEST_SECONDS", 1.0)
@@ -7971,7 +7974,7 @@ def test_another_user_of_this_machine_gets_nothing_but_the_way_to_get_it(
 
 
 @needs_other_users
-def test_another_user_who_has_the_key_is_answered_as_any(store: mls.Store) -> None:
+def test_another_user_with_the_key_is_answered(store: mls.Store) -> None:
     with serve(store, key="a-key-that-others-have") as client:
         assert status_for_another_user(client, "GET", "/flows")[0] == 401
 
@@ -8016,7 +8019,7 @@ def test_an_ipv4_client_of_an_ipv6_service_is_found() -> None:
 
 
 @linux_only
-def test_an_end_that_nobody_holds_any_more_proves_nothing() -> None:
+def test_a_closed_end_of_a_connection_proves_nothing() -> None:
     with connect_pair() as (ours, client):
         assert not mls.is_foreign(ours)
         client.close()
@@ -8024,7 +8027,7 @@ def test_an_end_that_nobody_holds_any_more_proves_nothing() -> None:
 
 
 @linux_only
-def test_without_netlink_the_kernel_is_asked_by_proc_and_without_both_not_at_all(
+def test_without_netlink_proc_is_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def unavailable(*_: object) -> None:
@@ -8330,7 +8333,7 @@ input()
     ],
     ids=["shell", "script"],
 )
-def test_a_service_stays_for_the_shell_or_the_script_that_has_used_api(
+def test_a_service_stays_for_the_shell_or_script_that_asked_for_it(
     cli: Cli, words: list[str]
 ) -> None:
     shell = subprocess.Popen(
@@ -8429,7 +8432,7 @@ def test_a_lock_on_the_folder_changes_nothing(cli: Cli) -> None:
     os.close(descriptor)
 
 
-def test_a_lock_that_is_not_released_is_one_sentence(
+def test_a_lock_that_is_not_released_is_reported_in_one_sentence(
     daemon: Api, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mls, "LOCK_SECONDS", 0.1)
@@ -8439,7 +8442,7 @@ def test_a_lock_that_is_not_released_is_one_sentence(
 
 
 @pytest.mark.parametrize("reason", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_where_there_are_no_locks_is_one_sentence(
+def test_missing_file_locks_are_reported_in_one_sentence(
     cli: Cli, reason: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def flock(*_: object) -> None:
@@ -8624,13 +8627,15 @@ def test_only_a_port_that_a_service_may_release_is_waited_for(
 
 
 @pytest.mark.parametrize("command", ["start", "serve", "run true", "url"])
-def test_a_python_without_metaflow_is_one_sentence(cli: Cli, command: str) -> None:
+def test_a_python_without_metaflow_is_reported_in_one_sentence(cli: Cli, command: str) -> None:
     without = [sys.executable, "-S", str(MODULE), *command.split()]  # -S: without site-packages
     assert is_refused(in_shell(cli, shlex.join(without)), "Metaflow is not installed")
 
 
 @pytest.mark.parametrize("error", ["RuntimeError", "SystemExit"])
-def test_a_broken_metaflow_is_one_sentence(cli: Cli, tmp_path: Path, error: str) -> None:
+def test_a_broken_metaflow_is_reported_in_one_sentence(
+    cli: Cli, tmp_path: Path, error: str
+) -> None:
     (tmp_path / "metaflow.py").write_text(f"raise {error}('out of\\norder')")
     broken = {"PYTHONPATH": str(tmp_path)}
     assert is_refused(cli("start", **broken), "out of order")
@@ -8784,7 +8789,7 @@ def test_a_long_log_is_put_aside(cli: Cli) -> None:
 
 
 @pytest.mark.parametrize("debug", ["1", "0"])
-def test_the_log_holds_every_request_when_asked_to(cli: Cli, debug: str) -> None:
+def test_the_log_holds_every_request_when_debugging(cli: Cli, debug: str) -> None:
     assert cli("start", METAFLOW_LOCAL_SERVICE_DEBUG=debug).returncode == 0
     log = (cli.folder / ".metaflow" / mls.LOG_FILE).read_text()
     assert ("serving" in log, "GET /ping" in log) == (True, debug == "1")
@@ -8975,7 +8980,7 @@ def test_python_that_has_lost_its_folder_and_its_files_starts_one_too(cli: Cli) 
     assert service_of(cli.folder)
 
 
-def test_where_no_python_can_be_started_that_is_one_sentence(
+def test_a_python_that_cannot_be_started_is_reported_in_one_sentence(
     library: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     executables = {
@@ -9309,7 +9314,9 @@ def test_status_describes_the_service(daemon: Api, cli: Cli) -> None:
 
 
 @pytest.mark.parametrize("options", [(), ("--all",)])
-def test_nothing_running_is_3_for_status_and_0_for_stop(cli: Cli, options: Sequence[str]) -> None:
+def test_without_a_service_status_exits_with_3_and_stop_with_0(
+    cli: Cli, options: Sequence[str]
+) -> None:
     told = cli("status", "--json", *options)
     assert (told.returncode, bool(json.loads(told.stdout))) == (3, False)
     for command, code in (("status", 3), ("stop", 0)):
@@ -9343,7 +9350,7 @@ def test_start_and_env_print_the_settings_for_a_shell(cli: Cli, tmp_path: Path) 
     assert cli("start", "--root", root).stdout.endswith(cli("env", "--root", root).stdout)
 
 
-def test_the_demo_says_what_it_has_recorded(cli: Cli) -> None:
+def test_the_demo_reports_what_it_has_recorded(cli: Cli) -> None:
     ran = cli("demo", "here")
     assert (ran.returncode, "warning" in ran.stderr.lower()) == (0, False), ran.stderr
     assert (cli.folder / "here" / "demo_flow.py").exists()
@@ -9351,7 +9358,7 @@ def test_the_demo_says_what_it_has_recorded(cli: Cli) -> None:
     assert re.search(r"^Recorded as DemoFlow/[0-9]+: 9 tasks in the steps ", ran.stdout, re.M)
 
 
-def test_another_port_is_refused_with_the_one_there_is(daemon: Api, cli: Cli) -> None:
+def test_another_port_is_refused_and_the_current_one_named(daemon: Api, cli: Cli) -> None:
     other = {"METAFLOW_LOCAL_SERVICE_PORT": str(1 + daemon.port % 60000)}
     for command in (["start"], ["url"], ["env"], ["run", "true"]):
         assert is_refused(cli(*command, **other), f"port {daemon.port}")
@@ -9368,26 +9375,26 @@ def test_another_port_is_refused_with_the_one_there_is(daemon: Api, cli: Cli) ->
         ("start --idle-timeout nan", "nan"),
     ],
 )
-def test_a_bad_command_line_is_one_sentence(cli: Cli, words: str, said: str) -> None:
+def test_a_bad_command_line_is_reported_in_one_sentence(cli: Cli, words: str, said: str) -> None:
     assert is_refused(cli(*words.split()), said, code=2)
     assert all_paths(cli.folder) == []
 
 
 @pytest.mark.parametrize("name", ["PORT", "IDLE_TIMEOUT"])
-def test_a_bad_value_in_the_environment_is_one_sentence(cli: Cli, name: str) -> None:
+def test_a_bad_value_in_the_environment_is_reported_in_one_sentence(cli: Cli, name: str) -> None:
     variable = f"METAFLOW_LOCAL_SERVICE_{name}"
     assert is_refused(cli("start", **{variable: "many"}), variable, "many", code=2)
     assert all_paths(cli.folder) == []
 
 
 @pytest.mark.parametrize("command", ["start", "status", "stop", "run true", "demo"])
-def test_a_folder_that_is_gone_is_one_sentence(cli: Cli, command: str) -> None:
+def test_a_folder_that_is_gone_is_reported_in_one_sentence(cli: Cli, command: str) -> None:
     script = "mkdir gone && cd gone && rmdir ../gone && PROGRAM"
     code = 4 if command == "status" else 1  # as it cannot be told whether a service runs
     assert is_refused(in_shell(cli, script, *command.split()), "current folder", code=code)
 
 
-def test_a_status_that_cannot_be_told_is_4(daemon: Api, cli: Cli) -> None:
+def test_an_unknown_status_exits_with_4(daemon: Api, cli: Cli) -> None:
     written = pidfile_of(cli.folder).read_text()
     pidfile_of(cli.folder).write_text("{}")
     assert is_refused(cli("status"), "does not say", code=4)
@@ -9437,7 +9444,7 @@ def test_other_machines_are_not_let_in_without_a_key(
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full device here")
 @pytest.mark.parametrize("words", ["status", "--help", "url", "runs"])
-def test_output_that_cannot_be_written_is_one_sentence(cli: Cli, words: str) -> None:
+def test_output_that_cannot_be_written_is_reported_in_one_sentence(cli: Cli, words: str) -> None:
     assert cli("start").returncode == 0
     with open("/dev/full", "w") as full:
         command = cli.command(*words.split())
@@ -9462,7 +9469,7 @@ READING_COMMANDS = ("runs", "show", "logs", "artifact", "card")
 
 
 @pytest.mark.parametrize("recorder", RECORDED)
-def test_commands_the_api_and_the_model_tell_the_same_cause(
+def test_commands_api_and_model_give_the_same_cause(
     failures: Callable[[str], Path], recorder: str
 ) -> None:
     folder = failures(recorder)
@@ -9537,7 +9544,7 @@ def test_runs_are_filtered(
     assert [run["ts_epoch"] for run in runs] == sorted((r["ts_epoch"] for r in runs), reverse=True)
 
 
-def test_a_limit_is_said_and_can_be_lifted(failures: Callable[[str], Path]) -> None:
+def test_a_limit_is_mentioned_and_can_be_lifted(failures: Callable[[str], Path]) -> None:
     limited = look(failures("local"), "runs", "--limit", 2)
     assert (len(limited.stdout.splitlines()), "--limit 0" in limited.stderr) == (3, True)
     whole = look(failures("local"), "runs", "--limit", 0)
@@ -9621,7 +9628,7 @@ def test_a_missing_or_ambiguous_pathspec_is_reported(
 
 
 @pytest.mark.parametrize("command", READING_COMMANDS)
-def test_a_folder_without_records_is_one_sentence(cli: Cli, command: str) -> None:
+def test_a_folder_without_records_is_reported_in_one_sentence(cli: Cli, command: str) -> None:
     assert is_refused(cli(command), "Nothing is recorded", cli.folder)
     assert all_paths(cli.folder) == []
 
@@ -9807,7 +9814,7 @@ def test_printable_text_is_one_line_without_control_characters(text: str) -> Non
 
 
 @given(st.text(), st.integers(8, 60))
-def test_a_text_is_shortened_to_the_width_that_there_is(text: str, width: int) -> None:
+def test_a_text_is_shortened_to_the_available_width(text: str, width: int) -> None:
     plain = mls.printable(text)
     short = mls.shorten(plain, width)
     assert mls.text_width(short) <= width
@@ -9825,7 +9832,7 @@ def test_a_text_is_shortened_to_the_width_that_there_is(text: str, width: int) -
         (93_600_000, "1d 2h"),
     ],
 )
-def test_a_duration_is_told_in_its_largest_units(milliseconds: int | None, text: str) -> None:
+def test_a_duration_is_formatted_in_its_largest_units(milliseconds: int | None, text: str) -> None:
     assert mls.format_duration(milliseconds) == text
 
 
@@ -10481,7 +10488,7 @@ class History:
 def history(tmp_path_factory: pytest.TempPathFactory) -> History:
     """One root in which both providers record at the same time, and resume each other's runs.
 
-    Recorded once, also where tests run in parallel, as it takes about as long as 30 tasks.
+    Recorded once a session, also where tests run in parallel: some 40 tasks, in 40 seconds.
     """
     folder = session_folder(tmp_path_factory, "history")
     own_project, written = folder / "project", folder / "history.json"
@@ -10568,7 +10575,9 @@ def test_a_run_reads_back_whole(history: History, recorder: str, reader: str) ->
 
 
 @recorded_and_read_by
-def test_each_attempt_of_a_task_is_told_apart(history: History, recorder: str, reader: str) -> None:
+def test_the_attempts_of_a_task_are_distinguished(
+    history: History, recorder: str, reader: str
+) -> None:
     told = history.told(f"zoo_{recorder}", reader)
     (latest,), (first,), (second,) = (told.tasks("shy", attempt) for attempt in (None, 0, 1))
     assert (first["stdout"], second["stdout"]) == ("attempt 0\n", "attempt 1\n")
