@@ -10851,31 +10851,33 @@ def test_what_was_acknowledged_outlives_a_kill_at_any_moment(cli: Cli, project: 
     kills, acknowledged = int(os.environ.get("KILLS", "2")), 0
     assert cli("start").returncode == 0
     service = cli.status()
-    service = Api(service["url"])
-    run = service.new_run(service.new_flow())
-    service.new_step(run)
+    client = Api(service["url"])
+    run = client.new_run(client.new_flow())
+    client.new_step(run)
     everything = Acknowledged()
     for _ in range(kills):
         told = Acknowledged()
         with ThreadPoolExecutor(4) as pool:
-            clients = [pool.submit(told.keep_writing, service, run) for _ in range(4)]
-            time.sleep(random.uniform(0, 0.5))
-            os.kill(service["pid"], signal.SIGKILL)
-        for client in clients:
-            client.result()
+            writers = [pool.submit(told.keep_writing, client, run) for _ in range(4)]
+            try:
+                time.sleep(random.uniform(0, 0.5))
+            finally:  # nothing else would end the writers
+                os.kill(service["pid"], signal.SIGKILL)
+        for writer in writers:
+            writer.result()
         assert eventually(lambda pid=service["pid"]: not is_running(pid))
-        service.close()
+        client.close()
         restarted = cli("start", "--port", service["port"])
         assert restarted.returncode == 0, restarted.stderr
         service = cli.status()
-        told.check(service, project, run)
+        told.check(client, project, run)
         everything.tasks += told.tasks
         everything.runs += told.runs
         everything.tags += told.tags
         acknowledged += sum(map(len, (told.tasks, told.runs, told.rows, told.tags)))
-    everything.check(service, project, run)
+    everything.check(client, project, run)
     on_disk = len(read_json_files(project))  # each of which can be read
-    service.close()
+    client.close()
     assert cli("run", "true").returncode == 0
     print(f"{kills} kills, {acknowledged} acknowledged records, {on_disk} files")
     assert acknowledged > kills or kills < 5
