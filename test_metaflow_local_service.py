@@ -5557,7 +5557,7 @@ def test_a_run_is_deleted_from_its_menu_and_from_all_pages(
     flow = daemon.new_flow("Deleted")
     beating = {"system_tags": ["metaflow_version:2.19.0"]}  # so that it is running for minutes
     gone, later, kept = (daemon.new_run(flow, **beating).split("/")[-1] for _ in range(3))
-    permitted = "409|404.*/dag "
+    permitted = "409|404.*/(dag|parameters) "
     with new_page(chromium, permitted) as page, new_page(chromium, permitted) as other:
         visit(other, daemon.url)
         expect(run_row(other, "Deleted")).to_have_count(3)
