@@ -1553,8 +1553,13 @@ class Store:
         ):
             return cached
         version = settled_version(status)
+        try:
+            names = list_folders(folder)
+        except FileNotFoundError:  # it has been deleted since
+            self._require_root()
+            return NO_CHILDREN
         sort_keys, unrecorded = [], []
-        for name in list_folders(folder):
+        for name in names:
             key = self._child_sort_key((*ids, name), parse)
             if key is None:
                 unrecorded.append(name)
@@ -1676,7 +1681,12 @@ class Store:
         if cached is not None and cached.version == file_version(status):
             return cached
         version = settled_version(status)  # before the names are listed, which may change then
-        files = TaskFiles.from_names(version, folder, os.listdir(folder))
+        try:
+            names = os.listdir(folder)
+        except FileNotFoundError:  # it has been deleted since
+            self._require_root()
+            return TaskFiles.from_names(None, folder, ())
+        files = TaskFiles.from_names(version, folder, names)
         self._task_files.put(folder, files)
         return files
 

@@ -1294,6 +1294,22 @@ def test_records_written_by_local_mode_are_seen_at_once(store: mls.Store, local:
         assert f"tag{n}" in store.task(task)["tags"]
 
 
+@pytest.mark.parametrize("read", ["steps", "tasks", "metadata", "attempts_with_artifacts"])
+def test_a_run_that_is_deleted_while_it_is_read_has_nothing(
+    store: mls.Store, monkeypatch: pytest.MonkeyPatch, read: str
+) -> None:
+    task = new_task(store, new_run(store))
+    folder, settled_version = Path(store.folder, *task[:2]), mls.settled_version
+
+    def delete_and_tell_version(status: os.stat_result) -> mls.Version | None:
+        shutil.rmtree(folder, ignore_errors=True)  # between the look at a folder and its listing
+        return settled_version(status)
+
+    monkeypatch.setattr(mls, "settled_version", delete_and_tell_version)
+    of_ids = {"steps": task[:2], "tasks": task[:3]}.get(read, task)
+    assert list(getattr(mls.Store(str(folder.parents[2])), read)(of_ids)) == []
+
+
 def test_records_deleted_by_others_are_gone_at_once(store: mls.Store) -> None:
     run, other = new_run(store), new_run(store)
     task = new_task(store, run)
