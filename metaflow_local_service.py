@@ -12502,7 +12502,10 @@ def send_order(
     """
     headers = {NONCE_HEADER: nonce, **fields}
     lines = [f"POST /{order} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
-    with socket.create_connection(address, timeout=ORDER_SECONDS) as connection:
+    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    with socket.socket(family) as connection:
+        connection.settimeout(ORDER_SECONDS)
+        connection.connect(address)
         connection.sendall("\r\n".join([*lines, "", ""]).encode())
         if not waits:
             return {}
