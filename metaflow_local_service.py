@@ -732,7 +732,9 @@ def check_name(name: str) -> None:
         raise NotStorable(f"{name!r} cannot be a name: it is not valid Unicode.") from None
 
 
-NAMES_BESIDE_RUNS = frozenset(("data", "latest_run"))
+DATA_DIR = "data"
+LATEST_RUN_FILE = "latest_run"
+NAMES_BESIDE_RUNS = frozenset((DATA_DIR, LATEST_RUN_FILE))
 """What Metaflow keeps beside the runs of a flow: its artifacts, and the id of its newest run."""
 
 
@@ -5458,8 +5460,6 @@ def end_step_name(name: object) -> str:
 # resumed from one that is being deleted.
 
 TRASH_DIR = f"{PROGRAM}.trash"
-DATA_DIR = "data"
-LATEST_RUN_FILE = "latest_run"
 YOUNG_SECONDS = 24 * 3600
 """How long a blob is kept in any case after it was written: Metaflow writes it before anything can
 refer to it, and what refers to it may be recorded elsewhere, by a run that takes hours."""
@@ -5931,7 +5931,7 @@ class Retention:
         if row["status"] == RUNNING:
             return "It is running."
         if self._may_go_on(row):
-            return "It may go on: it says nothing of its end, and was written to minutes ago."
+            return "It may go on: nothing says that it has ended, and it has just been written to."
         if row["run"] == DATA_DIR:
             return "The artifacts of its flow are in the folder of its name."
         try:
@@ -12190,9 +12190,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        self.has_used_api = (
-            False  # whether it has sent a request that got past the checks of access
-        )
+        self.has_used_api = False  # whether a request of it got past the checks of access
         self._is_stranger: bool | None = None  # None until it has been looked up
         self.server.note_waiting(self)
 
@@ -13085,7 +13083,7 @@ class ServiceIndex:
 # It then removes its own files, but touches nothing in a folder that has taken its own's place.
 #
 # Threads. The main thread imports Metaflow and then stays in `Server.serve`. Orders are carried out
-# in the threads of their connections, which may read everything but change only `_stays_for`.
+# in the threads of their connections, which may read everything but change only `_dependents`.
 
 BROKEN_IDLE_TIMEOUT = 5.0
 """After so many idle seconds a service that could not import Metaflow ends, to make room for one
@@ -13636,7 +13634,7 @@ class Daemon:
         self._idle_timeout = options.idle_timeout
         self._missing_since: float | None = None
         self._is_open = threading.Event()  # set when Metaflow is imported and requests are answered
-        self._stays_for: dict[int, int] = {}  # processes that it stays for, with their pidfd or -1
+        self._dependents: dict[int, int] = {}  # processes that it stays for, with their pidfd or -1
         self._server.owner = self
         for number in STOP_SIGNALS:
             signal.signal(number, self._stop)
@@ -13677,31 +13675,31 @@ class Daemon:
         if order == "stop":
             os.kill(os.getpid(), signal.SIGTERM)
         elif order == "hold" and fields.get("namespace") == namespace_id("pid"):
-            self._add_holder(fields.get("pid", ""))
+            self._add_dependent(fields.get("pid", ""))
         return {"serves": self._is_in_place(), "is_needed": self._is_needed()}
 
     def _is_needed(self) -> bool:
-        """Whether it never ends when idle, or has clients or holders."""
+        """Whether it never ends when idle, or has clients or dependents."""
         return (
             not self._options.idle_timeout
             or self._server.count_clients() > 0
-            or any(is_process_alive(*holder) for holder in list(self._stays_for.items()))
+            or any(is_process_alive(*process) for process in list(self._dependents.items()))
         )
 
-    def _add_holder(self, pid: str) -> None:
+    def _add_dependent(self, pid: str) -> None:
         """Stay for as long as a process lives."""
-        if not re.fullmatch("[0-9]{1,9}", pid) or int(pid) in self._stays_for:
+        if not re.fullmatch("[0-9]{1,9}", pid) or int(pid) in self._dependents:
             return
         with contextlib.suppress(OSError):
             descriptor = os.pidfd_open(int(pid)) if hasattr(os, "pidfd_open") else -1
-            self._stays_for[int(pid)] = descriptor
+            self._dependents[int(pid)] = descriptor
 
-    def _has_holder(self) -> bool:
+    def _has_dependent(self) -> bool:
         """Whether a process lives that it stays for; forgets those that have ended."""
-        for pid, descriptor in list(self._stays_for.items()):
+        for pid, descriptor in list(self._dependents.items()):
             if is_process_alive(pid, descriptor):
                 return True
-            del self._stays_for[pid]
+            del self._dependents[pid]
             if descriptor >= 0:
                 os.close(descriptor)
         return False
@@ -13752,7 +13750,7 @@ class Daemon:
         is_idle = self._idle_timeout and idle_seconds >= self._idle_timeout
         if not is_idle or not self._is_in_place():
             return True
-        return self._has_holder() or not self._acquire_lease()
+        return self._has_dependent() or not self._acquire_lease()
 
     def _is_in_place(self) -> bool:
         """Whether the path of the folder leads to the folder that is served."""

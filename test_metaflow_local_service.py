@@ -226,13 +226,12 @@ def store(project: Path) -> mls.Store:
 
 
 @contextlib.contextmanager
-def serve(store: mls.Store, host: str = "127.0.0.1", key: str | None = None) -> Iterator[Api]:
-    """Serve a store from this process."""
-    server = mls.Server(host, 0, key)
-    service = mls.MetadataService(store)
+def run_server(server: mls.Server, service: Any, key: str | None = None) -> Iterator[Api]:
+    """Let a server answer with a service, in this process, until the block ends."""
     thread = threading.Thread(target=server.serve, args=(service, lambda idle: True))
     thread.start()
     client = Api(server.url, key)
+    client.server = server  # type: ignore[attr-defined]
     try:
         yield client
     finally:
@@ -240,6 +239,13 @@ def serve(store: mls.Store, host: str = "127.0.0.1", key: str | None = None) -> 
         server.stop()
         thread.join()
         server.finish()
+
+
+@contextlib.contextmanager
+def serve(store: mls.Store, host: str = "127.0.0.1", key: str | None = None) -> Iterator[Api]:
+    """Serve a store from this process."""
+    with run_server(mls.Server(host, 0, key), mls.MetadataService(store), key) as client:
+        yield client
 
 
 @pytest.fixture
@@ -361,17 +367,8 @@ def serve_ui(store: mls.Store, key: str | None = None, **options: Any) -> Iterat
     """Serve a store and its UI from this process."""
     server = mls.Server("127.0.0.1", 0, key)
     service = mls.UiService(store, credentials=server.access.credentials, **options)
-    thread = threading.Thread(target=server.serve, args=(service, lambda idle: True))
-    thread.start()
-    client = Api(server.url, key)
-    client.server = server  # type: ignore[attr-defined]
-    try:
+    with run_server(server, service, key) as client:
         yield client
-    finally:
-        client.close()
-        server.stop()
-        thread.join()
-        server.finish()
 
 
 @pytest.fixture
@@ -7757,7 +7754,6 @@ def test_a_stuck_client_costs_one_thread_for_a_while_and_holds_up_nobody(
 @contextlib.contextmanager
 def serve_bytes(size: int) -> Iterator[Api]:
     """A service that answers every request with so many bytes."""
-    server = mls.Server("127.0.0.1", 0, None)
 
     class Answers:
         def answer(self, request: mls.Request) -> mls.Response:
@@ -7766,16 +7762,8 @@ def serve_bytes(size: int) -> Iterator[Api]:
         def is_public(self, method: str, path: Sequence[str]) -> bool:
             return True
 
-    thread = threading.Thread(target=server.serve, args=(Answers(), lambda idle: True))
-    thread.start()
-    client = Api(server.url)
-    try:
+    with run_server(mls.Server("127.0.0.1", 0, None), Answers()) as client:
         yield client
-    finally:
-        client.close()
-        server.stop()
-        thread.join()
-        server.finish()
 
 
 def test_a_slow_reader_that_goes_on_reading_is_not_cut_off(
