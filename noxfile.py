@@ -371,12 +371,12 @@ def bench_requests(ours: Client, our_pid: int, bare: Client, bare_pid: int) -> N
             report(f"{what}, a new connection each", ratio(*new, rounds=5), 1.5)
 
     # The path for the bare handler: "f" or, in new folders, "o", and how many files.
-    compare("GET /ping / a constant", "/ping", None, "/", 800)
-    compare("heartbeat / a constant", f"{task}/heartbeat", b"{}", "/f0", 800)
-    compare("POST run / a file in new folders", "/flows/Bench/run", labels, "/o1", 300)
-    compare("POST task / a file in new folders", f"{step}/task", labels, "/o1", 300)
-    compare("POST metadata x10 / ten files", f"{task}/metadata", rows, "/f10", 100)
-    compare("POST artifact x10 / ten files", f"{task}/artifact", artifacts, "/f10", 100)
+    compare("GET /ping / a constant", "/ping", None, "/", 2_000)
+    compare("heartbeat / a constant", f"{task}/heartbeat", b"{}", "/f0", 2_000)
+    compare("POST run / a file in new folders", "/flows/Bench/run", labels, "/o1", 800)
+    compare("POST task / a file in new folders", f"{step}/task", labels, "/o1", 800)
+    compare("POST metadata x10 / ten files", f"{task}/metadata", rows, "/f10", 250)
+    compare("POST artifact x10 / ten files", f"{task}/artifact", artifacts, "/f10", 250)
 
 
 def bench_lists(ours: Client, size: int) -> None:
