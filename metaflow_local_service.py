@@ -58,7 +58,6 @@ import importlib.util
 import io
 import itertools
 import json
-import logging
 import math
 import operator
 import os
@@ -78,17 +77,22 @@ from functools import lru_cache, partial
 from re import Match
 from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import (
+    TYPE_CHECKING,
     Any,
     Callable,
     NamedTuple,
     NoReturn,
     Optional,
     Protocol,
+    TextIO,
     TypedDict,
     TypeVar,
     Union,
     cast,
 )
+
+if TYPE_CHECKING:
+    import logging
 
 __version__ = "1.0.0"
 
@@ -139,9 +143,14 @@ ENV_KEY = "METAFLOW_SERVICE_AUTH_KEY"
 ENV_EXPORTED = "METAFLOW_LOCAL_SERVICE_EXPORTED"
 """The settings that a command of this program has exported, as JSON; see `describe_exports`."""
 
-log = logging.getLogger(PROGRAM)
-
 Environment = Mapping[str, str]
+
+
+def logger() -> logging.Logger:
+    """The logger of this program. Most commands log nothing, and are spared the import: 5 ms."""
+    import logging
+
+    return logging.getLogger(PROGRAM)
 
 
 class ServiceError(Exception):
@@ -233,7 +242,7 @@ def user_environment(environment: Environment) -> dict[str, str]:
                 if isinstance(before, str):
                     user[name] = before
     except (ValueError, TypeError, AttributeError):
-        log.debug("%s was not written by this program", ENV_EXPORTED)
+        logger().debug("%s was not written by this program", ENV_EXPORTED)
     return user
 
 
@@ -1524,7 +1533,7 @@ class Store:
         except OSError as error:
             if error.errno not in UNREADABLE_ERRNOS:
                 raise
-            log.warning("%s cannot be read and is left out: %s", path, error)
+            logger().warning("%s cannot be read and is left out: %s", path, error)
             return None  # this is not cached: the file may be readable the next time
 
     def _load_record(self, path: str, ids: Ids, parse: RecordParser[T]) -> T | None:
@@ -1533,7 +1542,7 @@ class Store:
                 record = Record(cast("dict[str, Any]", parse(ids, json.loads(f.read()))))
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             name = type(error).__name__
-            log.warning("%s is not a record and is left out: %s: %s", path, name, error)
+            logger().warning("%s is not a record and is left out: %s: %s", path, name, error)
             return None
         if "last_heartbeat_ts" in record:
             heartbeat = stat_or_none(os.path.join(os.path.dirname(path), HEARTBEAT_FILE))
@@ -6938,13 +6947,13 @@ class MetadataService:
         except StoreError as error:
             return error_response(HttpError(STATUS_OF_STORE_ERRORS[type(error)], str(error)))
         except OSError as error:
-            log.warning("%s /%s: %s", request.method, "/".join(request.path), error)
+            logger().warning("%s /%s: %s", request.method, "/".join(request.path), error)
             status = STATUS_OF_OS_ERRORS.get(error.errno, 500)
             return error_response(
                 HttpError(status, f"The records cannot be reached: {error.strerror}.")
             )
         except Exception:
-            log.exception("%s /%s", request.method, "/".join(request.path))
+            logger().exception("%s /%s", request.method, "/".join(request.path))
             return error_response(HttpError(500, "The service failed; its log says where."))
 
 
@@ -11293,7 +11302,7 @@ class Feed:
             self._subscriptions[uuid] = Subscription(uuid, resource, begin, wants_deletions)
             self._next_poll, self._runs_version = 0.0, None
         except HttpError:
-            log.debug("a page subscribes to %r, which does not exist", resource)
+            logger().debug("a page subscribes to %r, which does not exist", resource)
 
     def _announce_changes(self, subscription: Subscription) -> None:
         """Poll a subscription, unless it was ended or replaced meanwhile, and send the frames."""
@@ -11302,11 +11311,11 @@ class Feed:
         try:
             frames = subscription.poll(self._snapshot)
         except (BadQuery, StoreError, HttpError) as error:  # as it would be the next time
-            log.debug("%s cannot be followed: %s", subscription.path, error)
+            logger().debug("%s cannot be followed: %s", subscription.path, error)
             del self._subscriptions[subscription.uuid]
             return
         except OSError as error:
-            log.warning("%s cannot be read: %s", subscription.path, error)
+            logger().warning("%s cannot be read: %s", subscription.path, error)
             return
         for frame in frames:
             self._websocket.send(frame)
@@ -12170,7 +12179,7 @@ class Server(http.server.ThreadingHTTPServer):
         if len(self._connections) < MOST_CONNECTIONS or self._drop_oldest_silent():
             super().process_request(request, client_address)
             return
-        log.warning("more than %d connections", MOST_CONNECTIONS)
+        logger().warning("more than %d connections", MOST_CONNECTIONS)
         body = error_response(
             HttpError(503, "The service has too many connections; try again.")
         ).content
@@ -12194,7 +12203,7 @@ class Server(http.server.ThreadingHTTPServer):
         return dropped is not None
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        log.exception("a connection failed")
+        logger().exception("a connection failed")
 
 
 class Connection(http.server.BaseHTTPRequestHandler):
@@ -12496,7 +12505,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         log.debug('%s "%s" %s', self.client_address[0], self.requestline, code)
 
     def log_message(self, format: str, *args: object) -> None:
-        log.debug("%s %s", self.address_string(), format % args)
+        logger().debug("%s %s", self.address_string(), format % args)
 
 
 @lru_cache(maxsize=1)  # all answers of a second have the same, which takes 3 us to format
@@ -13215,7 +13224,7 @@ def serve_in_foreground(options: Options) -> None:
         claim = claim_root(options)
         daemon = Daemon(options, claim)
         register_service(options, claim, log_file=None)
-    daemon.run(logging.StreamHandler())
+    daemon.run(sys.stderr)
 
 
 class Claim(NamedTuple):
@@ -13479,7 +13488,7 @@ def run_daemon(options: Options, claim: Claim) -> NoReturn:
     try:
         Daemon(options, claim).run(LogFile(claim.folder))
     except BaseException:
-        log.exception("the service failed")
+        logger().exception("the service failed")
         os._exit(1)
     os._exit(0)
 
@@ -13547,7 +13556,7 @@ def open_log(folder: int) -> int:
     return os.open(os.devnull, os.O_WRONLY)
 
 
-class LogFile(logging.StreamHandler):  # type: ignore[type-arg]  # no generic before 3.11
+class LogFile(io.TextIOWrapper):
     """Writes to stderr, which is the log in a folder, and puts the log aside when it is too long.
 
     The folder is known by its descriptor, since another one may take its place.
@@ -13555,25 +13564,34 @@ class LogFile(logging.StreamHandler):  # type: ignore[type-arg]  # no generic be
 
     def __init__(self, folder: int) -> None:
         binary = io.FileIO(2, "w", closefd=False)
-        super().__init__(io.TextIOWrapper(binary, "utf-8", "backslashreplace", write_through=True))
+        super().__init__(binary, "utf-8", "backslashreplace", write_through=True)
         self._folder = folder
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def write(self, text: str) -> int:
         if os.fstat(2).st_size > LONGEST_LOG:
             with contextlib.suppress(OSError):
                 folders = {"src_dir_fd": self._folder, "dst_dir_fd": self._folder}
                 os.replace(LOG_FILE, f"{LOG_FILE}.1", **folders)
                 redirect_output(open_log(self._folder))
-        super().emit(record)
+        return super().write(text)
 
 
-class OneLineFormatter(logging.Formatter):
-    """Escapes the characters in a message that a terminal takes for a command, or a reader for the
+def log_to(stream: TextIO | None, layout: str) -> None:
+    """Write what is logged to a stream, by default stderr, each message in one line."""
+    import logging
+
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter(layout))
+    handler.addFilter(escape_message)
+    logger().addHandler(handler)
+
+
+def escape_message(record: logging.LogRecord) -> bool:
+    """Escape the characters in a message that a terminal takes for a command, or a reader for the
     beginning of another message. Tracebacks, which are our own, keep their lines."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        message = super().formatMessage(record)
-        return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", escape_character, message)
+    controls = r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
+    record.msg, record.args = re.sub(controls, escape_character, record.getMessage()), ()
+    return True
 
 
 def escape_character(match: Match[str]) -> str:
@@ -13675,13 +13693,12 @@ class Daemon:
         self._server.stop_at_signals()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
-    def run(self, handler: logging.Handler) -> None:
+    def run(self, log: TextIO | None) -> None:
         """Import Metaflow, answer requests until the service is to end, and clean up."""
         return_large_blocks_at_once()
-        handler.setFormatter(OneLineFormatter("%(asctime)s %(levelname)s %(message)s"))
-        log.addHandler(handler)
-        log.setLevel(logging.DEBUG if self._options.is_debug else logging.INFO)
-        log.info("serving %s at %s", self._options.root, self._server.url)
+        log_to(log, "%(asctime)s %(levelname)s %(message)s")
+        logger().setLevel("DEBUG" if self._options.is_debug else "INFO")
+        logger().info("serving %s at %s", self._options.root, self._server.url)
         self._server.accept()
         threading.Thread(target=self._watch_while_importing, daemon=True).start()
         service = self._make_service()
@@ -13692,7 +13709,7 @@ class Daemon:
         self._announce_stop()
         self._server.finish()
         self._unregister()
-        log.info("stopped")
+        logger().info("stopped")
 
     # -- what its server asks ----------------------------------------------------------------------
 
@@ -13749,7 +13766,7 @@ class Daemon:
             ui_folder, list_services = self._options.ui_folder, self._list_services
             return UiService(store, ui_folder, credentials, search, list_services)
         except (Exception, SystemExit) as error:
-            log.exception("cannot start")
+            logger().exception("cannot start")
             self._idle_timeout = BROKEN_IDLE_TIMEOUT
             reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             return BrokenService(f"The service cannot start: {reason}.")
@@ -13779,7 +13796,7 @@ class Daemon:
         """Whether to go on; if not, the service has acquired the lease, or has lost its root."""
         self._restore_pidfile()
         if self._is_gone() or not self._owns_pidfile():
-            log.warning("%s is not ours any more", self._path)
+            logger().warning("%s is not ours any more", self._path)
             return False
         is_idle = self._idle_timeout and idle_seconds >= self._idle_timeout
         if not is_idle or not self._is_in_place():
@@ -14824,15 +14841,8 @@ def open_model(arguments: Arguments) -> Model:
     root = resolve_root(arguments)
     if not os.path.isdir(datastore_folder(root)):
         raise ServiceError(f"Nothing is recorded in {root}: it has no {DATASTORE_DIR} folder.")
-    log.addHandler(NoticeHandler())
+    log_to(sys.stderr, f"{PROGRAM}: %(message)s")  # such as a record that cannot be read
     return Model(Store(root))
-
-
-class NoticeHandler(logging.Handler):
-    """Prints what the layers above log, such as a record that cannot be read, as a notice."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        print_notice(printable(record.getMessage()))
 
 
 def resolve_pathspec(model: Model, pathspec: str | None) -> Ids:

@@ -8800,9 +8800,11 @@ def test_the_log_holds_every_request_when_debugging(cli: Cli, debug: str) -> Non
 
 
 def test_the_log_has_no_character_that_a_terminal_takes_for_a_command() -> None:
-    formatter = mls.OneLineFormatter("%(message)s")
-    record = logging.makeLogRecord({"msg": "flow \x1b[31mred\nforged \x9b2J\u202e"})
-    assert formatter.format(record) == "flow \\x1b[31mred\\nforged \\x9b2J\\u202e"
+    record = logging.makeLogRecord(
+        {"msg": "%s\u202e", "args": ("flow \x1b[31mred\nforged \x9b2J",)}
+    )
+    assert mls.escape_message(record)  # as a filter: the record is kept
+    assert record.getMessage() == "flow \\x1b[31mred\\nforged \\x9b2J\\u202e"
 
 
 def leftovers(cli: Cli) -> list[str]:
