@@ -427,96 +427,90 @@ RawRecord = dict[str, Any]
 """A record as it is in its file, by whatever version of Metaflow or other client it was made."""
 
 
-class Flow(TypedDict):
-    flow_id: str
-    user_name: str | None
-    ts_epoch: int
-    tags: Tags
-    system_tags: Tags
-
-
-class BaseRun(TypedDict):
-    """The columns that every run has."""
-
-    flow_id: str
-    run_number: Id
-    user_name: str | None
-    ts_epoch: int
-    tags: Tags
-    system_tags: Tags
-    last_heartbeat_ts: int | None
-
-
-class Run(BaseRun, total=False):
-    status: str
-    user: str
-
-
-class Step(TypedDict):
-    flow_id: str
-    run_number: Id
-    step_name: str
-    user_name: str | None
-    ts_epoch: int
-    tags: Tags
-    system_tags: Tags
-
-
-class Task(TypedDict):
-    flow_id: str
-    run_number: Id
-    step_name: str
-    task_id: Id
-    user_name: str | None
-    ts_epoch: int
-    tags: Tags
-    system_tags: Tags
-    last_heartbeat_ts: int | None
-
-
 MetadatumValue = Union[str, list[str], None]
 """A text, as a rule. Metaflow gives the position in a foreach (`foreach-stack`) as a list, and null
 where a value is missing; local mode stores both as they are."""
 
+if TYPE_CHECKING:  # at run time a record is a dict; to make its types would take 1 ms
 
-class Metadatum(TypedDict):
-    id: int
-    flow_id: str
-    run_number: Id
-    step_name: str
-    task_id: Id
-    field_name: str
-    value: MetadatumValue
-    type: str
-    user_name: str | None
-    ts_epoch: int
-    tags: Tags
-    system_tags: Tags
+    class Flow(TypedDict):
+        flow_id: str
+        user_name: str | None
+        ts_epoch: int
+        tags: Tags
+        system_tags: Tags
 
+    class BaseRun(TypedDict):
+        """The columns that every run has."""
 
-class Artifact(TypedDict):
-    flow_id: str
-    run_number: Id
-    step_name: str
-    task_id: Id
-    name: str
-    location: str
-    ds_type: str
-    sha: str | None
-    type: str | None
-    content_type: str | None
-    user_name: str | None
-    attempt_id: int
-    ts_epoch: int
-    tags: Tags
-    system_tags: Tags
+        flow_id: str
+        run_number: Id
+        user_name: str | None
+        ts_epoch: int
+        tags: Tags
+        system_tags: Tags
+        last_heartbeat_ts: int | None
 
+    class Run(BaseRun, total=False):
+        status: str
+        user: str
 
-class RunTags(TypedDict):
-    """The tags of a run, which its steps, tasks and artifacts show as their own."""
+    class Step(TypedDict):
+        flow_id: str
+        run_number: Id
+        step_name: str
+        user_name: str | None
+        ts_epoch: int
+        tags: Tags
+        system_tags: Tags
 
-    tags: Tags
-    system_tags: Tags
+    class Task(TypedDict):
+        flow_id: str
+        run_number: Id
+        step_name: str
+        task_id: Id
+        user_name: str | None
+        ts_epoch: int
+        tags: Tags
+        system_tags: Tags
+        last_heartbeat_ts: int | None
+
+    class Metadatum(TypedDict):
+        id: int
+        flow_id: str
+        run_number: Id
+        step_name: str
+        task_id: Id
+        field_name: str
+        value: MetadatumValue
+        type: str
+        user_name: str | None
+        ts_epoch: int
+        tags: Tags
+        system_tags: Tags
+
+    class Artifact(TypedDict):
+        flow_id: str
+        run_number: Id
+        step_name: str
+        task_id: Id
+        name: str
+        location: str
+        ds_type: str
+        sha: str | None
+        type: str | None
+        content_type: str | None
+        user_name: str | None
+        attempt_id: int
+        ts_epoch: int
+        tags: Tags
+        system_tags: Tags
+
+    class RunTags(TypedDict):
+        """The tags of a run, which its steps, tasks and artifacts show as their own."""
+
+        tags: Tags
+        system_tags: Tags
 
 
 class Record(dict[str, Any]):
@@ -3845,105 +3839,99 @@ def is_cheap(reading: Regex, texts: Iterable[str]) -> bool:
 # causes are cached by version too, and graphs and logs by the identity of their files.
 
 
-class Cause(TypedDict):
-    """Why a run or an attempt failed."""
+if TYPE_CHECKING:  # as with records
 
-    kind: str  # one of CAUSE_KINDS
-    pathspec: str  # of the task; of the run where no task is to blame
-    step_name: str | None
-    task_id: Id | None
-    attempt_id: int | None
-    attempts: int | None  # the most attempts that the task may have; None if unknown
-    type: str | None  # the exception's
-    message: str | None  # the exception's, or what killed the process
-    file: str | None  # of the user's own code, as are the lines in it
-    line: int | None
-    summary: str  # all of this in a few words
-    stderr: list[str]  # the last lines that the attempt has written there
+    class Cause(TypedDict):
+        """Why a run or an attempt failed."""
 
+        kind: str  # one of CAUSE_KINDS
+        pathspec: str  # of the task; of the run where no task is to blame
+        step_name: str | None
+        task_id: Id | None
+        attempt_id: int | None
+        attempts: int | None  # the most attempts that the task may have; None if unknown
+        type: str | None  # the exception's
+        message: str | None  # the exception's, or what killed the process
+        file: str | None  # of the user's own code, as are the lines in it
+        line: int | None
+        summary: str  # all of this in a few words
+        stderr: list[str]  # the last lines that the attempt has written there
 
-class Difference(TypedDict):
-    """One value that differs between the runs that are compared."""
+    class Difference(TypedDict):
+        """One value that differs between the runs that are compared."""
 
-    section: str  # one of COMPARED_SECTIONS
-    name: str
-    values: list[Any]  # one for each run, in their order; None for a run without it
+        section: str  # one of COMPARED_SECTIONS
+        name: str
+        values: list[Any]  # one for each run, in their order; None for a run without it
 
+    class Comparison(TypedDict):
+        runs: list[RunRow]
+        differences: list[Difference]
 
-class Comparison(TypedDict):
-    runs: list[RunRow]
-    differences: list[Difference]
+    class RunRow(BaseRun):
+        """A run. As in all rows, tags are never null, and `run_id` is an id that a client chose."""
 
+        run_id: str | None
+        run: str
+        user: str | None  # the verified owner
+        status: str  # "" until the run is judged; see Model.judge
+        finished_at: int | None
+        duration: int | None
+        cause: Cause | None
+        origin_run_id: str | None  # of the run that it was resumed from
 
-class RunRow(BaseRun):
-    """A run. As in all rows, tags are never null, and `run_id` is an id that a client chose."""
+    class StepRow(Step):
+        """A step; its duration is that of its tasks together."""
 
-    run_id: str | None
-    run: str
-    user: str | None  # the verified owner
-    status: str  # "" until the run is judged; see Model.judge
-    finished_at: int | None
-    duration: int | None
-    cause: Cause | None
-    origin_run_id: str | None  # of the run that it was resumed from
+        run_id: str  # set even if it is a number, as in the backend of the official UI
+        duration: int
 
+    class AttemptRow(Task):
+        """An attempt of a task. A task that has not been started has an attempt 0 all the same."""
 
-class StepRow(Step):
-    """A step; its duration is that of its tasks together."""
+        run_id: str | None
+        task_name: str | None
+        attempt_id: int
+        status: str
+        task_ok: None
+        started_at: int | None
+        finished_at: int | None
+        duration: int
+        cause: (
+            Cause | None
+        )  # also set if @catch caught the exception, although the status is completed
+        foreach_label: str | None  # the values of the foreach loops around it
+        origin_pathspec: str | None  # of the task that it was cloned from
+        is_log_stored: bool  # whether its log is complete, or will never be stored
 
-    run_id: str  # set even if it is a number, as in the backend of the official UI
-    duration: int
+    class MetadatumRow(Metadatum):
+        """A metadatum; its value is always text."""
 
+        run_id: str | None
+        task_name: str | None
+        attempt_id: int | None
 
-class AttemptRow(Task):
-    """An attempt of a task. A task that has not been started has an attempt 0 all the same."""
+    class _ArtifactRow(Artifact):
+        run_id: str | None
+        task_name: str | None
 
-    run_id: str | None
-    task_name: str | None
-    attempt_id: int
-    status: str
-    task_ok: None
-    started_at: int | None
-    finished_at: int | None
-    duration: int
-    cause: Cause | None  # also set if @catch caught the exception, although the status is completed
-    foreach_label: str | None  # the values of the foreach loops around it
-    origin_pathspec: str | None  # of the task that it was cloned from
-    is_log_stored: bool  # whether its log is complete, or will never be stored
+    class DisplayError(TypedDict):
+        """Why a value cannot be shown. The official UI has its own texts for some ids."""
 
+        id: str
+        detail: str
+        traceback: None
 
-class MetadatumRow(Metadatum):
-    """A metadatum; its value is always text."""
+    class ArtifactRow(_ArtifactRow, total=False):
+        content: str
+        content_kind: str  # the media type, if the value is bytes
+        postprocess_error: DisplayError
+        is_inherited: bool  # whether a task before has had the same
 
-    run_id: str | None
-    task_name: str | None
-    attempt_id: int | None
-
-
-class _ArtifactRow(Artifact):
-    run_id: str | None
-    task_name: str | None
-
-
-class DisplayError(TypedDict):
-    """Why a value cannot be shown. The official UI has its own texts for some ids."""
-
-    id: str
-    detail: str
-    traceback: None
-
-
-class ArtifactRow(_ArtifactRow, total=False):
-    content: str
-    content_kind: str  # the media type, if the value is bytes
-    postprocess_error: DisplayError
-    is_inherited: bool  # whether a task before has had the same
-
-
-class Card(TypedDict):
-    id: str | None
-    type: str
-    hash: str
+    class Card(TypedDict):
+        id: str | None
+        type: str
+        hash: str
 
 
 # -- statuses and times ----------------------------------------------------------------------------
@@ -5434,7 +5422,7 @@ def artifact_row(artifact: Artifact) -> ArtifactRow:
     """The row of an artifact, without its value."""
     task_name = string_id(artifact["task_id"])
     row: _ArtifactRow = {**artifact, **shared_columns(artifact), "task_name": task_name}
-    return cast(ArtifactRow, row)
+    return cast("ArtifactRow", row)
 
 
 def find_end_step(parameters: Iterable[History], graph: Graph) -> str:
@@ -10290,7 +10278,7 @@ RUN_END_DELAY_SECONDS = 3.0
 """How much later than those of its attempts the end of a run is announced. The official UI draws
 once a second what it has heard, and nothing more after the end of the run."""
 
-Row = TypeVar("Row", RunRow, AttemptRow)
+Row = TypeVar("Row", "RunRow", "AttemptRow")
 
 
 def without_end(row: Row) -> Row:
