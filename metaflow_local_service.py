@@ -715,6 +715,8 @@ HEARTBEAT_FILE = "_heartbeat"
 """Beside the record of a run or task. Its mtime is the time of the last heartbeat; that of the
 first is in the record itself."""
 
+# Patterns that are matched many times for one request are compiled here. All others are strings, and
+# re compiles them when they are first used: to compile all would take 2 ms of every command.
 METADATUM_FILE_NAME = re.compile(r"sysmeta_.*_([0-9]+)\.json", re.DOTALL)
 ARTIFACT_FILE_NAME = re.compile(r"([0-9]+)_artifact_.*\.json", re.DOTALL)
 
@@ -2189,12 +2191,10 @@ LARGEST_VALUE = 16 * 2**20
 LARGEST_GRAPH = 2 * 2**20
 
 CARDS_DIR = "mf.cards"
-SHA = re.compile("[0-9a-f]{40,64}")
+SHA = "[0-9a-f]{40,64}"
 ROOT_LOCATION = ":root:"
 INCLUDED_FILE = "metaflow.includefile.IncludedFile"
-LOCAL_URL = re.compile(
-    rf"local://(?P<root>/.*?/?{re.escape(DATASTORE_DIR)})/(?P<names>.+)", re.DOTALL
-)
+LOCAL_URL = rf"(?s)local://(?P<root>/.*?/?{re.escape(DATASTORE_DIR)})/(?P<names>.+)"
 """The URL in the value of an IncludeFile, which says where its content is stored."""
 
 
@@ -2754,9 +2754,9 @@ def represent_call(called: object, arguments: object) -> object:
         return represent_call(parts[0], parts[1:] if name.endswith("__newobj__") else ())
     if name == "builtins.getattr" and are_of_types(parts, (PickledObject, str)):
         return PickledObject(f"{parts[0].name}.{parts[1][:100]}")  # a member of an enum
-    if NUMPY_ARRAY.fullmatch(name):
+    if re.fullmatch(NUMPY_ARRAY, name):
         return PickledObject("numpy.ndarray", parts)
-    if NUMPY_SCALAR.fullmatch(name) and len(parts) == 2:
+    if re.fullmatch(NUMPY_SCALAR, name) and len(parts) == 2:
         values = unpack_items(parts[0], parts[1], 1)
         return values[0] if values else PickledObject(f"numpy.{dtype_name(parts[0])}")
     text = format_known_object(name, parts)
@@ -2769,16 +2769,16 @@ def format_known_object(name: str, parts: tuple[Any, ...]) -> str | None:
         return format_pickled_time(name, *parts[:2])
     if name == "datetime.timedelta" and are_of_types(parts, (int, int, int)):
         return format_pickled_timedelta(*parts)
-    if PATH_CLASS.fullmatch(name) and all(isinstance(part, str) for part in parts):
+    if re.fullmatch(PATH_CLASS, name) and all(isinstance(part, str) for part in parts):
         return os.path.join("", *parts)
     if name in ("decimal.Decimal", "fractions.Fraction") and len(parts) == 1:
         return parts[0] if isinstance(parts[0], str) else None
     return None
 
 
-PATH_CLASS = re.compile(r"pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path")
-NUMPY_ARRAY = re.compile(r"numpy\.(_?core)\.(multiarray\._reconstruct|numeric\._frombuffer)")
-NUMPY_SCALAR = re.compile(r"numpy\.(_?core)\.multiarray\.scalar")
+PATH_CLASS = r"pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path"
+NUMPY_ARRAY = r"numpy\.(_?core)\.(multiarray\._reconstruct|numeric\._frombuffer)"
+NUMPY_SCALAR = r"numpy\.(_?core)\.multiarray\.scalar"
 
 
 def are_of_types(values: Sequence[object], types: Sequence[type]) -> bool:
@@ -3334,7 +3334,7 @@ LIKENESSES: Mapping[str, Callable[[str, str], bool]] = {
 OPERATORS = frozenset((*COMPARISONS, *LIKENESSES, "is"))
 
 STATUSES = ("running", "completed", "failed")
-INTEGER = re.compile(r"\s*[+-]?[0-9]{1,1000}\s*", re.ASCII)
+INTEGER = r"(?a)\s*[+-]?[0-9]{1,1000}\s*"
 
 
 def is_like(text: str, pattern: str) -> bool:
@@ -3376,14 +3376,14 @@ def parse_text(name: str, text: str) -> str:
 
 def parse_integer(name: str, text: str) -> int:
     """The operand of a column of numbers."""
-    if not INTEGER.fullmatch(text):
+    if not re.fullmatch(INTEGER, text):
         raise BadQuery(f"invalid {name}: expected an integer, got {text!r}")
     return int(text)
 
 
 def parse_epoch(name: str, text: str) -> int:
     """The operand of a column of times."""
-    if not INTEGER.fullmatch(text):
+    if not re.fullmatch(INTEGER, text):
         unit = "seconds" if name == "last_heartbeat_ts" else "milliseconds"
         raise BadQuery(f"invalid {name}: expected integer epoch {unit}, got {text!r}")
     return int(text)
@@ -3606,7 +3606,7 @@ class Order(NamedTuple):
 
 
 def parse_cursor_number(value: object) -> int | float:
-    if isinstance(value, str) and INTEGER.fullmatch(value):
+    if isinstance(value, str) and re.fullmatch(INTEGER, value):
         return int(value)
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return value
@@ -3672,14 +3672,14 @@ def parse_limit(query: Query) -> int:
 
 # -- regular expressions ---------------------------------------------------------------------------
 
-REGEX_PIECE = re.compile(
+REGEX_PIECE = (
+    r"(?s)"
     r"\\."  # an escape
     r"|\[\^?\]?(?:\\.|\[:\w+:\]|[^]\\])*\]"  # a class
     r"|\(\?[A-Za-z]+\)|\(\?(?:<?[=!]|P?<\w+>|[A-Za-z]*:)"  # flags, the beginning of a group
-    r"|.",
-    re.DOTALL,
+    r"|."
 )
-CLASS_PIECE = re.compile(r"\\.|\[:(\w+):\]|[\[&|~]", re.DOTALL)
+CLASS_PIECE = r"(?s)\\.|\[:(\w+):\]|[\[&|~]"
 
 NAMED_CLASSES = {
     "alnum": "a-zA-Z0-9",
@@ -3705,7 +3705,7 @@ class Regex(NamedTuple):
 
 
 LONGEST_PATTERN = 1000
-WRAPPED = re.compile(r"\^\(\?:(.*)\)\$", re.DOTALL)
+WRAPPED = r"(?s)\^\(\?:(.*)\)\$"
 """Metaflow's client wraps patterns like this, so that a search is the full match of local mode."""
 
 
@@ -3717,7 +3717,7 @@ def candidate_regexes(pattern: str) -> list[Regex]:
     """
     if len(pattern) > LONGEST_PATTERN:
         raise BadQuery(f"A pattern has at most {LONGEST_PATTERN} characters.")
-    wrapped = WRAPPED.fullmatch(pattern)
+    wrapped = re.fullmatch(WRAPPED, pattern)
     candidates = [Regex(wrapped[1], 0, "fullmatch")] if wrapped else []
     with contextlib.suppress(KeyError):  # an unknown named class
         candidates.append(Regex(translate_postgres(pattern), int(re.DOTALL), "search"))
@@ -3734,7 +3734,7 @@ def translate_postgres(pattern: str) -> str:
     def translate(match: Match[str]) -> str:
         piece = match.group()
         if piece[0] == "[" and len(piece) > 1:
-            return "[" + CLASS_PIECE.sub(translate_in_class, piece[1:])
+            return "[" + re.sub(CLASS_PIECE, translate_in_class, piece[1:])
         return r"\Z" if piece == "$" else ESCAPES.get(piece, piece)
 
     def translate_in_class(match: Match[str]) -> str:
@@ -3742,7 +3742,7 @@ def translate_postgres(pattern: str) -> str:
             return NAMED_CLASSES[match[1]]
         return match[0] if match[0][0] == "\\" else "\\" + match[0]
 
-    return REGEX_PIECE.sub(translate, pattern)
+    return re.sub(REGEX_PIECE, translate, pattern)
 
 
 MOST_STEPS_IN_PLACE = 10**7
@@ -5195,7 +5195,7 @@ class Model:
         pairs = included.attributes().get("_descriptor")
         descriptor = dict(pairs) if isinstance(pairs, PickledDict) else {}
         url = descriptor.get("url")
-        place = LOCAL_URL.fullmatch(url) if isinstance(url, str) else None
+        place = re.fullmatch(LOCAL_URL, url) if isinstance(url, str) else None
         if place is None:
             return included
         with self.files.open_file(place["root"], *place["names"].split("/")) as file:
@@ -5213,7 +5213,7 @@ class Model:
         sha, location = artifact["sha"] or "", artifact["location"]
         if artifact["ds_type"] != "local" or not location.startswith(ROOT_LOCATION):
             raise ValueError("It is not stored on this machine.")
-        if not SHA.fullmatch(sha):
+        if not re.fullmatch(SHA, sha):
             raise ValueError("It has no place in the datastore.")
         root = location.removeprefix(ROOT_LOCATION)
         try:
@@ -5484,9 +5484,9 @@ UNRECORDED_RUN_SECONDS = 24 * 3600
 """How long the folder of a run without a record counts as one of a run that is being written."""
 
 DIGEST_LENGTH = 40
-DIGESTS = re.compile(f"[0-9a-f]{{{DIGEST_LENGTH},}}")
-BLOB_NAME = re.compile(f"[0-9a-f]{{{DIGEST_LENGTH}}}")
-BLOB_PREFIX = re.compile("[0-9a-f]{2}")
+DIGESTS = f"[0-9a-f]{{{DIGEST_LENGTH},}}"
+BLOB_NAME = f"[0-9a-f]{{{DIGEST_LENGTH}}}"
+BLOB_PREFIX = "[0-9a-f]{2}"
 BLOB_META_END = "_meta"
 DATA_FILE_END = ".data.json"
 TRASH_ENTRY = f"{PROGRAM}-deleted-"
@@ -5659,7 +5659,7 @@ class Garbage(NamedTuple):
 
 def find_digests(content: bytes) -> Iterator[str]:
     """Everything in a content that may be a digest: any 40 hexadecimal digits."""
-    for digits in DIGESTS.findall(content.decode("latin-1")):
+    for digits in re.findall(DIGESTS, content.decode("latin-1")):
         for start in range(len(digits) - DIGEST_LENGTH + 1):
             yield digits[start : start + DIGEST_LENGTH]
 
@@ -5786,14 +5786,14 @@ class FlowData:
         path = (*self._path, DATA_DIR)
         with contextlib.suppress(FileNotFoundError), open_path(path) as folder:
             for name in os.listdir(folder):
-                if BLOB_PREFIX.fullmatch(name):
+                if re.fullmatch(BLOB_PREFIX, name):
                     self._list_blobs((*path, name), name)
 
     def _list_blobs(self, path: DatastorePath, prefix: str = "") -> None:
         with contextlib.suppress(FileNotFoundError), open_path(path) as folder:
             names = {name[:DIGEST_LENGTH] for name in os.listdir(folder)}  # a blob and its _meta
             self.folders[path] = {
-                name for name in names if BLOB_NAME.fullmatch(name) and name.startswith(prefix)
+                name for name in names if re.fullmatch(BLOB_NAME, name) and name.startswith(prefix)
             }
 
     def _read_runs(self) -> None:
@@ -6274,7 +6274,7 @@ class HttpError(Exception):
         self.headers = tuple(headers)
 
 
-JSON_ESCAPE = re.compile(rb"\\(?:u0000|.)", re.DOTALL)
+JSON_ESCAPE = rb"(?s)\\(?:u0000|.)"
 
 
 def has_nul(body: bytes) -> bool:
@@ -6283,7 +6283,7 @@ def has_nul(body: bytes) -> bool:
     It looks at one escape after the other, and so lets other threads run in between.
     """
     nul = b"\\u0000"
-    return nul in body and any(escape[0] == nul for escape in JSON_ESCAPE.finditer(body))
+    return nul in body and any(escape[0] == nul for escape in re.finditer(JSON_ESCAPE, body))
 
 
 def _no_constant(text: str) -> NoReturn:
@@ -6297,7 +6297,7 @@ MOST_VALUES = 300_000
 """How many values the JSON of a request may have. So many take 50 ms to parse, in which no other
 thread runs. An artifact has 20 of them, so this is five attempts of 3,000 artifacts each."""
 
-JSON_MARK = re.compile(rb'["\\\[{,](?:(?<=\\).)?', re.DOTALL)
+JSON_MARK = rb'(?s)["\\\[{,](?:(?<=\\).)?'
 """An escape, the beginning or end of a string, or what precedes a value: one byte or two. A pattern
 that matched whole strings would take quadratic time over strings without an end."""
 
@@ -6312,7 +6312,7 @@ def count_values(body: bytes) -> int:
     if rough <= MOST_VALUES:
         return rough
     values, is_text = 0, False
-    for mark in JSON_MARK.finditer(body):
+    for mark in re.finditer(JSON_MARK, body):
         if mark[0] == b'"':
             is_text = not is_text
         elif not is_text and len(mark[0]) == 1:
@@ -10569,7 +10569,7 @@ def ui_list_runs(model: Model, request: Request, flow: str | None = None) -> Res
 def list_runs_since(model: Model, query: Query, flow: str | None) -> Iterator[RunRow]:
     """The runs of one flow or of all flows, newest first, back to the time `ts_epoch:ge`."""
     oldest = first_value(query, "ts_epoch:ge") or ""
-    if not INTEGER.fullmatch(oldest):
+    if not re.fullmatch(INTEGER, oldest):
         return model.runs(flow)
     floor = int(oldest)
     return itertools.takewhile(lambda run: run["ts_epoch"] >= floor, model.runs(flow))
@@ -11737,13 +11737,13 @@ class Access(NamedTuple):
             raise HttpError(403, "Requests from pages of another origin are not answered.")
 
 
-HOST_HEADER = re.compile(r"(?:\[([0-9a-f:.]+)\]|([0-9a-z.-]+))(?::([1-9][0-9]{0,4}))?", re.ASCII)
+HOST_HEADER = r"(?:\[([0-9a-f:.]+)\]|([0-9a-z.-]+))(?::([1-9][0-9]{0,4}))?"
 
 
 @lru_cache(maxsize=64)  # all requests of a client have the same, which takes 4 us to parse
 def is_loopback_host(header: str) -> bool:
     """Whether a Host header (RFC 9110, 7.2) is well-formed and names the loopback interface."""
-    match = HOST_HEADER.fullmatch(header.lower())
+    match = re.fullmatch(HOST_HEADER, header.lower())
     if match is None or int(match.group(3) or 0) > 65535:
         return False
     address, name = match.group(1, 2)
@@ -13348,7 +13348,7 @@ RAISED_LIMITS = ("CPU", "FSIZE", "DATA", "AS", "RSS", "NOFILE", "NPROC", "MEMLOC
 """The limits that a user may have set for a command and that are not meant for a service. That of
 the stack is not among them, because each thread takes as much memory as it allows."""
 
-KEPT_VARIABLES = re.compile(
+KEPT_VARIABLES = (
     "(METAFLOW|PYTHON|LC|LD|DYLD|XDG)_?.*"
     "|HOME|LANG|LANGUAGE|LOGNAME|PATH|SUDO_USER|TMPDIR|TZ|USER|USERNAME|VIRTUAL_ENV"
 )
@@ -13500,7 +13500,7 @@ def reset_process() -> None:
             signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, STOP_SIGNALS)
     for variable in list(os.environ):
-        if variable in SECRET_VARIABLES or not KEPT_VARIABLES.fullmatch(variable):
+        if variable in SECRET_VARIABLES or not re.fullmatch(KEPT_VARIABLES, variable):
             del os.environ[variable]
     for variable in USER_VARIABLES:
         os.environ.setdefault(variable, "")
