@@ -715,7 +715,7 @@ HEARTBEAT_FILE = "_heartbeat"
 """Beside the record of a run or task. Its mtime is the time of the last heartbeat; that of the
 first is in the record itself."""
 
-# Patterns that are matched many times for one request are compiled here. All others are strings, and
+# Patterns that are matched many times for a request are compiled here. The others are strings, and
 # re compiles them when they are first used: to compile all would take 2 ms of every command.
 METADATUM_FILE_NAME = re.compile(r"sysmeta_.*_([0-9]+)\.json", re.DOTALL)
 ARTIFACT_FILE_NAME = re.compile(r"([0-9]+)_artifact_.*\.json", re.DOTALL)
@@ -2464,9 +2464,9 @@ class LogLine(TypedDict):
 
 LOG_SOURCES = ("runtime", "task")
 LOG_STREAMS: Mapping[str, str] = {"out": "stdout", "err": "stderr"}
-LOG_LINE = re.compile(
-    rb"(?:\[!)?\[MFLOG\|0\|(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{6})?)Z\|[^|\]]*\|[^\]]*\](.*)",
-    re.DOTALL,
+LOG_LINE = (
+    rb"(?s)"
+    rb"(?:\[!)?\[MFLOG\|0\|(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{6})?)Z\|[^|\]]*\|[^\]]*\](.*)"
 )
 """A line as Metaflow's mflog writes it: the time in UTC, the source, a unique id, and the text."""
 
@@ -2480,10 +2480,11 @@ def merge_logs(files: Iterable[bytes]) -> list[LogLine]:
     A line without a time stays behind the line before it in its file.
     """
     timed: list[tuple[float, int | None, str]] = []
+    log_line = re.compile(LOG_LINE)
     for content in files:
         last_seconds = 0.0
         for line in content.rsplit(b"\n", MOST_LOG_LINES)[-MOST_LOG_LINES:]:
-            match = LOG_LINE.fullmatch(line)
+            match = log_line.fullmatch(line)
             seconds = parse_log_time(match.group(1).decode()) if match else None
             last_seconds = last_seconds if seconds is None else seconds
             if match or line:
@@ -3777,10 +3778,10 @@ def find_matches(pattern: str, texts: Collection[str], search: Search) -> set[st
     return search(candidates, texts)
 
 
-PLAIN_PIECE = re.compile(r"\\[^\w]|\\[dDsSwWZ]|\[\^?\w+\]|[^\\()\[\]*+?{}]", re.ASCII | re.DOTALL)
+PLAIN_PIECE = r"(?as)\\[^\w]|\\[dDsSwWZ]|\[\^?\w+\]|[^\\()\[\]*+?{}]"
 """A piece of a pattern that matches a single character or none, in a single step."""
 
-REPEAT = re.compile(r"[*+?]|\{[0-9]{1,3}(?:,[0-9]{0,3})?\}")
+REPEAT = r"[*+?]|\{[0-9]{1,3}(?:,[0-9]{0,3})?\}"
 
 
 def is_cheap(reading: Regex, texts: Iterable[str]) -> bool:
@@ -3789,16 +3790,17 @@ def is_cheap(reading: Regex, texts: Iterable[str]) -> bool:
     That is so for literal text, simple classes, anchors, alternatives of these and a single repeat,
     in texts that are not too long.
     """
+    plain_piece, repeat = re.compile(PLAIN_PIECE), re.compile(REPEAT)
     at = repeats = 0
     is_repeatable = False
     while at < len(reading.pattern):
-        piece = PLAIN_PIECE.match(reading.pattern, at)
+        piece = plain_piece.match(reading.pattern, at)
         if piece is None:
-            piece = REPEAT.match(reading.pattern, at) if is_repeatable and not repeats else None
+            piece = repeat.match(reading.pattern, at) if is_repeatable and not repeats else None
             repeats += 1
         if piece is None:
             return False
-        is_repeatable = piece.group() not in ("^", "$", "|", r"\Z") and not REPEAT.fullmatch(
+        is_repeatable = piece.group() not in ("^", "$", "|", r"\Z") and not repeat.fullmatch(
             piece.group()
         )
         at = piece.end()
