@@ -73,7 +73,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from re import Match
 from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import (
@@ -146,6 +146,7 @@ ENV_EXPORTED = "METAFLOW_LOCAL_SERVICE_EXPORTED"
 Environment = Mapping[str, str]
 
 
+@cache  # requests log too, and to look it up takes 2 us
 def logger() -> logging.Logger:
     """The logger of this program. Most commands log nothing, and are spared the import: 5 ms."""
     import logging
@@ -12492,7 +12493,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self._send(error_response(HttpError(code, f"{sentence.rstrip('.')}.")))
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        log.debug('%s "%s" %s', self.client_address[0], self.requestline, code)
+        logger().debug('%s "%s" %s', self.client_address[0], self.requestline, code)
 
     def log_message(self, format: str, *args: object) -> None:
         logger().debug("%s %s", self.address_string(), format % args)

@@ -9166,6 +9166,13 @@ def test_each_pytest_worker_has_a_service_of_its_own_and_leaves_nothing(cli: Cli
 # others run a real flow, which takes as many seconds as that has tasks.
 
 
+def test_commands_do_not_import_what_only_few_of_them_need() -> None:
+    program = "import metaflow_local_service, sys; print(*sys.modules)"
+    without_site = [sys.executable, "-S", "-c", program]  # which may import anything
+    imported = subprocess.check_output(without_site, cwd=REPOSITORY, text=True).split()
+    assert not {"logging", "metaflow", "subprocess"} & set(imported)
+
+
 @pytest.mark.parametrize(("end", "code"), [("exit 7", 7), ("kill -TERM $$", -signal.SIGTERM)])
 def test_run_becomes_its_command_and_ends_as_it_does(cli: Cli, end: str, code: int) -> None:
     with cli.popen("run", "sh", "-c", f"echo $$; {end}") as command:
