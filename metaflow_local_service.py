@@ -13093,9 +13093,9 @@ class ServiceIndex:
 #
 # How a service starts. The command that starts it locks the pidfile and listens (a `Claim`), forks
 # twice, and returns when the daemon has registered itself. The daemon then replaces itself by a new
-# interpreter, so that it shows no trace of the command: the files of the claim stay open, and all
-# else that it needs goes through a pipe. Requests wait in the socket's queue until Metaflow is
-# imported; orders wait only until the new interpreter runs.
+# interpreter, so that it shows no trace of the command (`exec_interpreter`); a `DaemonState` is all
+# that it takes along. Requests wait in the socket's queue until Metaflow is imported; orders wait
+# only until the new interpreter runs.
 #
 # What is left if the process is killed, or the machine stops:
 #
@@ -13339,13 +13339,20 @@ INTERPRETER_OPTIONS = {
 """The flags of an interpreter that decide which modules it finds and how it reads them, and the
 options of Python's command line that set them."""
 
-CALLING_PROGRAM = """
-import importlib.util, sys
+MODULE_CODE = sys._getframe().f_code
+"""The bytecode of this module, which the new interpreter executes. Python caches none of a file
+that is run, or where it must not write, and to compile the module once more would take 0.2 s."""
+
+RESUMING_PROGRAM = """
+import importlib.util, marshal, sys
+sys.path[:] = {path!a}
 spec = importlib.util.spec_from_file_location({name!a}, {file!a})
 module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-module.{call}
+with open({code}, "rb") as f:
+    exec(marshal.loads(f.read()), vars(module))
+module.resume_daemon({state!a})
 """
+"""The program of the new interpreter. `code`: the descriptor of a file with MODULE_CODE."""
 
 RAISED_LIMITS = ("CPU", "FSIZE", "DATA", "AS", "RSS", "NOFILE", "NPROC", "MEMLOCK")
 """The limits that a user may have set for a command and that are not meant for a service. That of
@@ -13419,59 +13426,82 @@ def become_daemon(options: Options, claim: Claim, ready: int) -> NoReturn:
     run_daemon(options, claim)
 
 
+class DaemonState(NamedTuple):
+    """All that a daemon takes along into a new interpreter, in types that JSON has."""
+
+    options: Mapping[str, Any]  # the `Options`, with the folder of the index in place of the index
+    pidfile: int  # the descriptor of an open file, like the next two
+    listener: int
+    folder: int
+    nonce: str
+
+    @classmethod
+    def capture(cls, options: Options, claim: Claim) -> DaemonState:
+        """The state of a daemon with these options and this claim."""
+        return cls(
+            options={**options._asdict(), "service_index": options.service_index.folder},
+            pidfile=claim.pidfile.descriptor,
+            listener=claim.server.fileno(),
+            folder=claim.folder,
+            nonce=claim.nonce,
+        )
+
+    def restore(self) -> tuple[Options, Claim]:
+        """The options and the claim of a daemon in this state."""
+        service_index = ServiceIndex(self.options["service_index"])
+        options = Options(**{**self.options, "service_index": service_index})
+        pidfile = LockedFile(root_file(options.root, PIDFILE), self.pidfile)
+        listener = socket.socket(fileno=self.listener)
+        server = Server(options.host, options.port, options.key, listener)
+        return options, Claim(pidfile, server, self.folder, self.nonce)
+
+    def set_inheritable(self, is_inheritable: bool) -> None:
+        """Have the open files stay open across an exec, or not."""
+        for descriptor in (self.pidfile, self.listener, self.folder):
+            os.set_inheritable(descriptor, is_inheritable)
+
+
 def exec_interpreter(options: Options, claim: Claim) -> None:
     """Replace this process by a new interpreter that calls `resume_daemon`.
 
     Until then the process shows the command line and environment of the command that started it.
-    The new ones hold nothing that others may not see; the key and the nonce go through a pipe.
-    Returns if there can be no new interpreter; then this one has to do.
+    The new ones hold nothing that others may not see: the state, which has the key and the nonce,
+    goes through a pipe. Returns if there can be no new interpreter; then this one has to do.
     """
-    descriptors = (claim.pidfile.descriptor, claim.server.fileno(), claim.folder)
-    fields = {**options._asdict(), "service_index": options.service_index.folder}
-    call = f"resume_daemon({fields!a}, {descriptors!a}, {claim.nonce!a})"
-    path = [folder for folder in sys.path if os.path.isabs(folder)]
-    program = f"import sys\nsys.path[:] = {path!a}\n{program_that_calls(call)}".encode()
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    is_written = os.write(writer, program) == len(program)
-    os.dup2(reader, 0)
-    os.close(reader)
-    os.close(writer)
-    if is_written and os.path.isfile(__file__):
-        for descriptor in descriptors:
-            os.set_inheritable(descriptor, True)
-        with contextlib.suppress(OSError, ValueError):
-            words = [*interpreter_command(), "-", PROGRAM, "--root", options.root]
-            os.execv(sys.executable, words)
+    import marshal
+    import tempfile
+
+    with contextlib.suppress(OSError, ValueError), tempfile.TemporaryFile() as code:
+        marshal.dump(MODULE_CODE, code)
+        code.seek(0)
+        os.set_inheritable(code.fileno(), True)
+        state = DaemonState.capture(options, claim)
+        state.set_inheritable(True)
+        program = RESUMING_PROGRAM.format(
+            path=[folder for folder in sys.path if os.path.isabs(folder)],
+            name=PROGRAM.replace("-", "_"),
+            file=__file__,
+            code=code.fileno(),
+            state=json.dumps(state),
+        )
+        redirect_input(program.encode())
+        words = [*interpreter_command(), "-", PROGRAM, "--root", options.root]
+        os.execv(sys.executable, words)
     close_input()
+
+
+def resume_daemon(state: str) -> NoReturn:
+    """Go on as the daemon whose state `exec_interpreter` has passed on as JSON."""
+    close_input()
+    daemon_state = DaemonState(*json.loads(state))
+    daemon_state.set_inheritable(False)
+    run_daemon(*daemon_state.restore())
 
 
 def interpreter_command() -> list[str]:
     """The command line of an interpreter that finds the modules that this one finds."""
     flags = [option for flag, option in INTERPRETER_OPTIONS.items() if getattr(sys.flags, flag)]
     return [sys.executable, *flags]
-
-
-def program_that_calls(call: str) -> str:
-    """The source of a program that imports this module and makes a call to it.
-
-    Unlike a module that is run as a file, one that is imported has its bytecode cached.
-    """
-    return CALLING_PROGRAM.format(name=PROGRAM.replace("-", "_"), file=__file__, call=call)
-
-
-def resume_daemon(
-    fields: Mapping[str, Any], descriptors: tuple[int, int, int], nonce: str
-) -> NoReturn:
-    """Go on as the daemon whose options and claim `exec_interpreter` has passed on."""
-    close_input()
-    for descriptor in descriptors:
-        os.set_inheritable(descriptor, False)
-    options = Options(**{**fields, "service_index": ServiceIndex(fields["service_index"])})
-    lock, listener, folder = descriptors
-    pidfile = LockedFile(root_file(options.root, PIDFILE), lock)
-    server = Server(options.host, options.port, options.key, socket.socket(fileno=listener))
-    run_daemon(options, Claim(pidfile, server, folder, nonce))
 
 
 def run_daemon(options: Options, claim: Claim) -> NoReturn:
@@ -13524,6 +13554,18 @@ def redirect_output(output: int) -> None:
         os.dup2(output, number)
     if output > 2:
         os.close(output)
+
+
+def redirect_input(content: bytes) -> None:
+    """Make a pipe that has some content stdin; OSError if that is more than a pipe can hold."""
+    reader, writer = os.pipe()
+    try:
+        os.set_blocking(writer, False)
+        write_all(writer, content)
+        os.dup2(reader, 0)
+    finally:
+        os.close(reader)
+        os.close(writer)
 
 
 def close_input() -> None:
@@ -13977,6 +14019,16 @@ def get_response(service: Service, path: str) -> tuple[int, bytes]:
 START_SECONDS = 60.0
 """How long an interpreter may take to start a service."""
 
+COMMAND_PROGRAM = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location({name!a}, {file!a})
+module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+module.main()
+"""
+"""The command line as a program. Unlike a module that is run as a file, one that is imported has
+its bytecode cached."""
+
 ORPHAN_IDLE_TIMEOUT = 10.0
 """After so many idle seconds the service of a temporary root ends if its process was killed."""
 
@@ -14167,7 +14219,8 @@ def run_start_command(root: str, options: Sequence[str]) -> None:
             f"there is no such {'file' if sys.executable else 'interpreter'} here: "
             f"start it with `{PROGRAM} start --root {root}`."
         )
-    words = ["-c", program_that_calls("main()"), "url", "--root", root, *options]
+    program = COMMAND_PROGRAM.format(name=PROGRAM.replace("-", "_"), file=__file__)
+    words = ["-c", program, "url", "--root", root, *options]
     try:
         ended = subprocess.run(
             [*interpreter_command(), *words],

@@ -8755,14 +8755,31 @@ def test_a_service_inherits_nothing_but_the_root(cli: Cli) -> None:
 
 
 @has_proc
-def test_a_service_that_cannot_go_on_in_a_new_interpreter_goes_on_without(
+def test_a_service_goes_on_in_a_new_interpreter_without_the_file_of_the_module(
     cli: Cli, tmp_path: Path
 ) -> None:
     with zipfile.ZipFile(tmp_path / "module.zip", "w") as archive:
         archive.write(MODULE, MODULE.name)
     words = [sys.executable, "-m", MODULE.stem, "start"]
     assert cli.execute(words, PYTHONPATH=str(tmp_path / "module.zip")).returncode == 0
-    assert command_words(service_of(cli.folder).pid)[1:] == words[1:]
+    shown = ["-", mls.PROGRAM, "--root", str(cli.folder)]
+    assert command_words(service_of(cli.folder).pid)[-4:] == shown
+
+
+@has_proc
+def test_a_service_that_cannot_go_on_in_a_new_interpreter_goes_on_without(cli: Cli) -> None:
+    program = "import sys; sys.executable = '/gone'; import metaflow_local_service as m; m.main()"
+    words = [sys.executable, "-c", program, "start"]
+    started = cli.execute(words, PYTHONPATH=str(MODULE.parent))
+    assert (started.returncode, without_mention(started.stderr)) == (0, "")
+    assert command_words(service_of(cli.folder).pid) == words
+
+
+def test_a_service_does_not_compile_its_module_once_more(cli: Cli) -> None:
+    shutil.copy(MODULE, cli.folder)
+    words = [sys.executable, MODULE.name, "start"]
+    assert cli.execute(words, PYTHONDONTWRITEBYTECODE="").returncode == 0
+    assert not (cli.folder / "__pycache__").exists()
 
 
 def test_a_service_is_stopped_at_once_while_metaflow_is_imported(cli: Cli, tmp_path: Path) -> None:
