@@ -14,9 +14,10 @@ The file is read from top to bottom. Each layer uses only what stands above it:
     Model      runs, steps and attempts as a person means them: statuses, times, causes
     Retention  what refers to what; what it takes on the disk; deleting runs and what nothing needs
     API        the route table: a method and a path, and a small handler over the store
+    Access     who may ask: the key and the login, web pages, whose connection it is
     Page       the page of our own, one document that needs nothing but the UI API
     UI API     the routes of the official UI's backend, and its sockets
-    Server     HTTP itself: parsing, limits, access, errors as JSON, in-flight requests
+    Server     HTTP itself: parsing, limits, errors as JSON, in-flight requests
     Registry   which service runs where: pidfile locks and leases
     Daemon     becoming one: binding, the double fork, the log file, the idle stop
     Library    what Python calls: in notebooks, scripts and tests; fixtures for pytest
@@ -6962,6 +6963,294 @@ class BrokenService:
 
 
 # ==================================================================================================
+# Access: who may ask: the key and the login, web pages, whose connection it is
+# ==================================================================================================
+#
+# This layer only judges. Server puts its questions to every request, and refuses what fails before
+# anything is read or written; which question comes when is said there. The UI API offers the login.
+#
+# Against whom. Another machine reaches only a service that has a key. Another user of this machine
+# reaches the port as well: without a key the kernel is asked whose the other end of a connection
+# is, where it can tell. A web page that the user visits could have the browser send requests here:
+# these are known by their Host, Origin and Sec-Fetch-Site. Who has the key sends it as x-api-key;
+# a browser cannot, and gets a cookie for it at the login. Keys cannot be guessed fast.
+
+# -- the key, and the login ------------------------------------------------------------------------
+
+SHORTEST_KEY = 16
+"""How many characters a user's own key must have."""
+
+GUESSES_A_SECOND = 5
+"""How many wrong keys are answered, from all clients together. Clients that have the key never
+wait: except at the login, only wrong keys count."""
+
+
+class GuessLimit:
+    """A token bucket: it allows so many guesses a second, and as many at once."""
+
+    def __init__(self, rate: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rate = rate
+        self._clock = clock
+        self._tokens = rate
+        self._filled_at = clock()
+        self._lock = threading.Lock()  # guards both
+
+    def allow(self) -> bool:
+        """Whether one more guess is allowed now; if so, it counts."""
+        with self._lock:
+            now = self._clock()
+            self._tokens = min(self._rate, self._tokens + (now - self._filled_at) * self._rate)
+            self._filled_at = now
+            if self._tokens < 1:
+                return False
+            self._tokens -= 1
+            return True
+
+
+class Credentials:
+    """The key of a service, and the cookie that a browser gets for it.
+
+    The value of the cookie can only have been made by this process, and its name contains the port:
+    browsers send cookies to all ports of a host, and other services there must not learn the key.
+    """
+
+    def __init__(self, key: str) -> None:
+        import hmac  # takes 3 ms, which commands do not need to spend
+
+        self.key = key
+        self._session = hmac.digest(os.urandom(32), key.encode(), "sha256").hex()
+        self._guesses = GuessLimit(GUESSES_A_SECOND)
+
+    def check(self, headers: Mapping[str, str], port: int) -> None:
+        """Refuse, with HttpError, a request with neither the key nor the service's cookie."""
+        if self.accepts(headers, port):
+            return
+        if "x-api-key" in headers and not self._guesses.allow():
+            raise self._too_many_guesses()
+        raise HttpError(401, "The request needs the service's key as its x-api-key header.")
+
+    def accepts(self, headers: Mapping[str, str], port: int) -> bool:
+        """Whether a request has the key in its header, or if it has no such header, the cookie."""
+        given = headers.get("x-api-key")
+        if given is not None:
+            return is_same_secret(given, self.key)
+        cookies = (part.strip().partition("=") for part in headers.get("cookie", "").split(";"))
+        name = self._cookie_name(port)
+        return any(n == name and is_same_secret(value, self._session) for n, _, value in cookies)
+
+    def log_in(self, given: object, port: int) -> str:
+        """A Set-Cookie header in exchange for the key; HttpError if it is not the key."""
+        if not self._guesses.allow():
+            raise self._too_many_guesses()
+        if not isinstance(given, str) or not is_same_secret(given, self.key):
+            raise HttpError(401, "This is not the key of the service.")
+        return f"{self._cookie_name(port)}={self._session}; Path=/; HttpOnly; SameSite=Strict"
+
+    def _cookie_name(self, port: int) -> str:
+        return f"{PROGRAM}-{port}"
+
+    def _too_many_guesses(self) -> HttpError:
+        sentence = "Too many wrong keys were tried just now; try again in a second."
+        return HttpError(429, sentence, [("Retry-After", "1")])
+
+
+def is_same_secret(given: str, secret: str) -> bool:
+    """Compare secrets, in a time that does not depend on where they differ."""
+    import hmac
+
+    return hmac.compare_digest(given.encode("utf-8", "replace"), secret.encode())
+
+
+# -- requests of web pages ------------------------------------------------------------------------
+
+
+class Access(NamedTuple):
+    """Who may talk to the service."""
+
+    host: str  # where it listens
+    credentials: Credentials | None  # the key that every request must bring, if there is one
+
+    def check(self, fields: Mapping[str, str]) -> None:
+        """Refuse, with HttpError 403, a request that a foreign web page may have sent.
+
+        A page that rebinds its own name to this machine's address (DNS rebinding) still sends that
+        name as the Host. With a key any Host is accepted, since no foreign page has the key.
+        """
+        host, origin = fields.get("host"), fields.get("origin")
+        if self.credentials is None and host is not None and not is_loopback_host(host):
+            raise HttpError(403, "The Host header names another host.")
+        if origin is None:
+            # Browsers send no Origin with most GETs, but Sec-Fetch-Site says who made the request.
+            is_foreign_page = fields.get("sec-fetch-site", "none") not in ("none", "same-origin")
+        else:
+            is_foreign_page = origin not in (f"http://{host}", f"https://{host}")
+        if is_foreign_page:
+            raise HttpError(403, "Requests from pages of another origin are not answered.")
+
+
+HOST_HEADER = r"(?:\[([0-9a-f:.]+)\]|([0-9a-z.-]+))(?::([1-9][0-9]{0,4}))?"
+
+
+@lru_cache(maxsize=64)  # all requests of a client have the same, which takes 4 us to parse
+def is_loopback_host(header: str) -> bool:
+    """Whether a Host header (RFC 9110, 7.2) is well-formed and names the loopback interface."""
+    match = re.fullmatch(HOST_HEADER, header.lower())
+    if match is None or int(match.group(3) or 0) > 65535:
+        return False
+    address, name = match.group(1, 2)
+    return is_loopback(name) if address is None else address == "::1"
+
+
+def is_address(host: str) -> bool:
+    """Whether a host is an IP address and not a name."""
+    import ipaddress
+
+    try:
+        ipaddress.ip_address(host)
+        return True
+    except ValueError:
+        return False
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is on the loopback interface."""
+    return host in ("localhost", "::1") or (host.startswith("127.") and is_address(host))
+
+
+# -- whose connection it is ------------------------------------------------------------------------
+
+STRANGERS_ARE_REFUSED = (
+    "This service is for the user who runs it; others of this machine need its key "
+    "(it has one if it is started with --generate-key)."
+)
+
+INET_DIAG_REQUEST = struct.Struct("=IHHII BBBBI 2s2s16s16sI8s")
+"""A netlink message header followed by an inet_diag_req_v2 (linux/inet_diag.h)."""
+
+NETLINK_SOCK_DIAG = 4
+SOCK_DIAG_BY_FAMILY = 20
+INET_DIAG_OWNER = struct.Struct("=II")  # uid and inode, at the end of an inet_diag_msg
+INET_DIAG_OWNER_AT = 16 + 4 + 48 + 12
+INET_DIAG_STATE_AT = 16 + 1
+ANY_COOKIE = b"\xff" * 8
+NO_INODE = 0
+"""The inode of a socket that no process holds any more. The kernel then says that its uid is 0."""
+
+CONNECTED_STATES = frozenset((1, 4, 5, 8, 9, 11))
+"""The TCP states, as Linux numbers them, in which both ends know the connection, even if one has
+closed its half. The states of a handshake and of a listening socket are not among them."""
+
+OUT_OF_FILES = frozenset((errno.EMFILE, errno.ENFILE))
+
+
+class SocketOwner(NamedTuple):
+    """What the kernel says about a socket."""
+
+    uid: int
+    inode: int
+    state: int
+
+
+Endpoint = tuple[str, int]
+
+
+def tells_owners(listener: socket.socket) -> bool:
+    """Whether this kernel says who owns a socket, tried on a listening socket of our own.
+
+    macOS and some sandboxes do not. It is found out once, and not per connection: a client could
+    close its end at the moment of the question, to look as if the kernel could not tell.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    ours = plain_endpoint(listener.getsockname())
+    owner = find_socket_owner(ours, ("::" if ":" in ours[0] else "0.0.0.0", 0))
+    return owner is not None and owner.inode == os.fstat(listener.fileno()).st_ino
+
+
+def is_foreign(connection: socket.socket) -> bool:
+    """Whether the kernel does not confirm that the peer is a process of our own user, or of root.
+
+    OSError if the connection has ended, since another process may have its port by then.
+    """
+    ours = plain_endpoint(connection.getsockname())
+    owner = find_socket_owner(plain_endpoint(connection.getpeername()), ours)
+    connection.getpeername()  # fails if the connection has ended in the meantime
+    if owner is None or owner.inode == NO_INODE or owner.state not in CONNECTED_STATES:
+        return True
+    return owner.uid not in (0, os.geteuid())
+
+
+def plain_endpoint(address: Sequence[Any]) -> Endpoint:
+    """The host and port of a socket's address, with an IPv4-mapped IPv6 address as plain IPv4."""
+    host, port = address[:2]
+    return (host[len("::ffff:") :] if host.startswith("::ffff:") and "." in host else host), port
+
+
+def find_socket_owner(local: Endpoint, remote: Endpoint) -> SocketOwner | None:
+    """Who owns the TCP socket with these two endpoints; None if the kernel does not know.
+
+    Asking by netlink takes 0.03 to 0.09 ms, reading /proc 1.5 to 7 ms.
+    """
+    try:
+        owner = ask_kernel_for_owner(local, remote)
+    except OSError as error:
+        if error.errno in OUT_OF_FILES:
+            raise  # this says nothing about what the kernel knows
+        owner = None
+    return owner or read_owner_from_proc(local, remote)
+
+
+def ask_kernel_for_owner(local: Endpoint, remote: Endpoint) -> SocketOwner | None:
+    """The owner of a socket by NETLINK_SOCK_DIAG (sock_diag(7)); OSError if that does not exist."""
+    family = socket.AF_INET6 if ":" in local[0] else socket.AF_INET
+    hosts = (socket.inet_pton(family, host).ljust(16, b"\0") for host, _ in (local, remote))
+    ports = (port.to_bytes(2, "big") for _, port in (local, remote))
+    every_state = 0xFFFFFFFF
+    request = INET_DIAG_REQUEST.pack(
+        *(INET_DIAG_REQUEST.size, SOCK_DIAG_BY_FAMILY, 1, 0, 0),
+        *(family, socket.IPPROTO_TCP, 0, 0, every_state),
+        *(*ports, *hosts, 0, ANY_COOKIE),
+    )
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as netlink:
+        netlink.settimeout(1)
+        netlink.sendto(request, (0, 0))
+        response = netlink.recv(8192)
+    kind = int.from_bytes(response[4:6], sys.byteorder)
+    if kind != SOCK_DIAG_BY_FAMILY or len(response) < INET_DIAG_OWNER_AT + INET_DIAG_OWNER.size:
+        return None
+    uid, inode = INET_DIAG_OWNER.unpack_from(response, INET_DIAG_OWNER_AT)
+    return SocketOwner(uid, inode, response[INET_DIAG_STATE_AT])
+
+
+def read_owner_from_proc(local: Endpoint, remote: Endpoint) -> SocketOwner | None:
+    """The owner of a socket by /proc/net/tcp and tcp6 (proc(5))."""
+    wanted = {
+        (proc_endpoint(local, is_mapped), proc_endpoint(remote, is_mapped))
+        for is_mapped in (False, True)
+    }
+    for name in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError), open(f"/proc/net/{name}", encoding="ascii") as f:
+            for line in f:
+                fields = line.split()
+                if (fields[1], fields[2]) in wanted:
+                    return SocketOwner(int(fields[7]), int(fields[9]), int(fields[3], 16))
+    return None
+
+
+def proc_endpoint(endpoint: Endpoint, is_mapped: bool) -> str:
+    """An endpoint as /proc/net/tcp writes it: words of four bytes, in the machine's byte order."""
+    host, port = endpoint
+    if ":" in host:
+        packed = socket.inet_pton(socket.AF_INET6, host)
+    else:
+        packed = b"\0" * 10 + b"\xff" * 2 if is_mapped else b""
+        packed += socket.inet_pton(socket.AF_INET, host)
+    words = (packed[i : i + 4] for i in range(0, len(packed), 4))
+    address = "".join(f"{int.from_bytes(word, sys.byteorder):08X}" for word in words)
+    return f"{address}:{port:04X}"
+
+
+# ==================================================================================================
 # Page: the page of our own, one document that needs nothing but the UI API
 # ==================================================================================================
 #
@@ -11392,91 +11681,6 @@ def matches_value(value: str, wanted: str) -> bool:
     return wanted.lower() in value.lower()
 
 
-# -- the key of the service, and the login ---------------------------------------------------------
-
-SHORTEST_KEY = 16
-
-GUESSES_A_SECOND = 5
-"""How many wrong keys are answered, from all clients together. Clients that have the key never
-wait: except at the login, only wrong keys count."""
-
-
-class GuessLimit:
-    """A token bucket: it allows so many guesses a second, and as many at once."""
-
-    def __init__(self, rate: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._rate = rate
-        self._clock = clock
-        self._tokens = rate
-        self._filled_at = clock()
-        self._lock = threading.Lock()  # guards both
-
-    def allow(self) -> bool:
-        """Whether one more guess is allowed now; if so, it counts."""
-        with self._lock:
-            now = self._clock()
-            self._tokens = min(self._rate, self._tokens + (now - self._filled_at) * self._rate)
-            self._filled_at = now
-            if self._tokens < 1:
-                return False
-            self._tokens -= 1
-            return True
-
-
-class Credentials:
-    """The key of a service, and the cookie that a browser gets for it.
-
-    The value of the cookie can only have been made by this process, and its name contains the port:
-    browsers send cookies to all ports of a host, and other services there must not learn the key.
-    """
-
-    def __init__(self, key: str) -> None:
-        import hmac  # takes 3 ms, which commands do not need to spend
-
-        self.key = key
-        self._session = hmac.digest(os.urandom(32), key.encode(), "sha256").hex()
-        self._guesses = GuessLimit(GUESSES_A_SECOND)
-
-    def check(self, headers: Mapping[str, str], port: int) -> None:
-        """Refuse, with HttpError, a request with neither the key nor the service's cookie."""
-        if self.accepts(headers, port):
-            return
-        if "x-api-key" in headers and not self._guesses.allow():
-            raise self._too_many_guesses()
-        raise HttpError(401, "The request needs the service's key as its x-api-key header.")
-
-    def accepts(self, headers: Mapping[str, str], port: int) -> bool:
-        """Whether a request has the key in its header, or if it has no such header, the cookie."""
-        given = headers.get("x-api-key")
-        if given is not None:
-            return is_same_secret(given, self.key)
-        cookies = (part.strip().partition("=") for part in headers.get("cookie", "").split(";"))
-        name = self._cookie_name(port)
-        return any(n == name and is_same_secret(value, self._session) for n, _, value in cookies)
-
-    def log_in(self, given: object, port: int) -> str:
-        """A Set-Cookie header in exchange for the key; HttpError if it is not the key."""
-        if not self._guesses.allow():
-            raise self._too_many_guesses()
-        if not isinstance(given, str) or not is_same_secret(given, self.key):
-            raise HttpError(401, "This is not the key of the service.")
-        return f"{self._cookie_name(port)}={self._session}; Path=/; HttpOnly; SameSite=Strict"
-
-    def _cookie_name(self, port: int) -> str:
-        return f"{PROGRAM}-{port}"
-
-    def _too_many_guesses(self) -> HttpError:
-        sentence = "Too many wrong keys were tried just now; try again in a second."
-        return HttpError(429, sentence, [("Retry-After", "1")])
-
-
-def is_same_secret(given: str, secret: str) -> bool:
-    """Compare secrets, in a time that does not depend on where they differ."""
-    import hmac
-
-    return hmac.compare_digest(given.encode("utf-8", "replace"), secret.encode())
-
-
 # -- the service: both APIs, the page, and the files of the official UI ----------------------------
 
 PAGE_POLICY = (
@@ -11647,7 +11851,7 @@ def static_file_response(folder: str, path: Sequence[str]) -> Response:
 
 
 # ==================================================================================================
-# Server: HTTP itself: parsing, limits, access, errors as JSON, in-flight requests
+# Server: HTTP itself: parsing, limits, errors as JSON, in-flight requests
 # ==================================================================================================
 #
 # This layer knows nothing of records: it turns bytes into a Request, has a service answer it, and
@@ -11712,200 +11916,6 @@ SHUTDOWN_SECONDS = 10.0
 
 TICK_SECONDS = 2.0
 """How often the server looks for overdue connections, and asks whether it is still wanted."""
-
-# -- who may ask -----------------------------------------------------------------------------------
-
-
-class Access(NamedTuple):
-    """Who may talk to the service."""
-
-    host: str  # where it listens
-    credentials: Credentials | None  # the key that every request must bring, if there is one
-
-    def check(self, fields: Mapping[str, str]) -> None:
-        """Refuse, with HttpError 403, a request that a foreign web page may have sent.
-
-        A page that rebinds its own name to this machine's address (DNS rebinding) still sends that
-        name as the Host. With a key any Host is accepted, since no foreign page has the key.
-        """
-        host, origin = fields.get("host"), fields.get("origin")
-        if self.credentials is None and host is not None and not is_loopback_host(host):
-            raise HttpError(403, "The Host header names another host.")
-        if origin is None:
-            # Browsers send no Origin with most GETs, but Sec-Fetch-Site says who made the request.
-            is_foreign_page = fields.get("sec-fetch-site", "none") not in ("none", "same-origin")
-        else:
-            is_foreign_page = origin not in (f"http://{host}", f"https://{host}")
-        if is_foreign_page:
-            raise HttpError(403, "Requests from pages of another origin are not answered.")
-
-
-HOST_HEADER = r"(?:\[([0-9a-f:.]+)\]|([0-9a-z.-]+))(?::([1-9][0-9]{0,4}))?"
-
-
-@lru_cache(maxsize=64)  # all requests of a client have the same, which takes 4 us to parse
-def is_loopback_host(header: str) -> bool:
-    """Whether a Host header (RFC 9110, 7.2) is well-formed and names the loopback interface."""
-    match = re.fullmatch(HOST_HEADER, header.lower())
-    if match is None or int(match.group(3) or 0) > 65535:
-        return False
-    address, name = match.group(1, 2)
-    return is_loopback(name) if address is None else address == "::1"
-
-
-# -- whose connection it is ------------------------------------------------------------------------
-
-STRANGERS_ARE_REFUSED = (
-    "This service is for the user who runs it; others of this machine need its key "
-    "(it has one if it is started with --generate-key)."
-)
-
-INET_DIAG_REQUEST = struct.Struct("=IHHII BBBBI 2s2s16s16sI8s")
-"""A netlink message header followed by an inet_diag_req_v2 (linux/inet_diag.h)."""
-
-NETLINK_SOCK_DIAG = 4
-SOCK_DIAG_BY_FAMILY = 20
-INET_DIAG_OWNER = struct.Struct("=II")  # uid and inode, at the end of an inet_diag_msg
-INET_DIAG_OWNER_AT = 16 + 4 + 48 + 12
-INET_DIAG_STATE_AT = 16 + 1
-ANY_COOKIE = b"\xff" * 8
-NO_INODE = 0
-"""The inode of a socket that no process holds any more. The kernel then says that its uid is 0."""
-
-CONNECTED_STATES = frozenset((1, 4, 5, 8, 9, 11))
-"""The TCP states, as Linux numbers them, in which both ends know the connection, even if one has
-closed its half. The states of a handshake and of a listening socket are not among them."""
-
-OUT_OF_FILES = frozenset((errno.EMFILE, errno.ENFILE))
-
-
-class SocketOwner(NamedTuple):
-    """What the kernel says about a socket."""
-
-    uid: int
-    inode: int
-    state: int
-
-
-Endpoint = tuple[str, int]
-
-
-def tells_owners(listener: socket.socket) -> bool:
-    """Whether this kernel says who owns a socket, tried on a listening socket of our own.
-
-    macOS and some sandboxes do not. It is found out once, and not per connection: a client could
-    close its end at the moment of the question, to look as if the kernel could not tell.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    ours = plain_endpoint(listener.getsockname())
-    owner = find_socket_owner(ours, ("::" if ":" in ours[0] else "0.0.0.0", 0))
-    return owner is not None and owner.inode == os.fstat(listener.fileno()).st_ino
-
-
-def is_foreign(connection: socket.socket) -> bool:
-    """Whether the kernel does not confirm that the peer is a process of our own user, or of root.
-
-    OSError if the connection has ended, since another process may have its port by then.
-    """
-    ours = plain_endpoint(connection.getsockname())
-    owner = find_socket_owner(plain_endpoint(connection.getpeername()), ours)
-    connection.getpeername()  # fails if the connection has ended in the meantime
-    if owner is None or owner.inode == NO_INODE or owner.state not in CONNECTED_STATES:
-        return True
-    return owner.uid not in (0, os.geteuid())
-
-
-def plain_endpoint(address: Sequence[Any]) -> Endpoint:
-    """The host and port of a socket's address, with an IPv4-mapped IPv6 address as plain IPv4."""
-    host, port = address[:2]
-    return (host[len("::ffff:") :] if host.startswith("::ffff:") and "." in host else host), port
-
-
-def find_socket_owner(local: Endpoint, remote: Endpoint) -> SocketOwner | None:
-    """Who owns the TCP socket with these two endpoints; None if the kernel does not know.
-
-    Asking by netlink takes 0.03 to 0.09 ms, reading /proc 1.5 to 7 ms.
-    """
-    try:
-        owner = ask_kernel_for_owner(local, remote)
-    except OSError as error:
-        if error.errno in OUT_OF_FILES:
-            raise  # this says nothing about what the kernel knows
-        owner = None
-    return owner or read_owner_from_proc(local, remote)
-
-
-def ask_kernel_for_owner(local: Endpoint, remote: Endpoint) -> SocketOwner | None:
-    """The owner of a socket by NETLINK_SOCK_DIAG (sock_diag(7)); OSError if that does not exist."""
-    family = socket.AF_INET6 if ":" in local[0] else socket.AF_INET
-    hosts = (socket.inet_pton(family, host).ljust(16, b"\0") for host, _ in (local, remote))
-    ports = (port.to_bytes(2, "big") for _, port in (local, remote))
-    every_state = 0xFFFFFFFF
-    request = INET_DIAG_REQUEST.pack(
-        *(INET_DIAG_REQUEST.size, SOCK_DIAG_BY_FAMILY, 1, 0, 0),
-        *(family, socket.IPPROTO_TCP, 0, 0, every_state),
-        *(*ports, *hosts, 0, ANY_COOKIE),
-    )
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as netlink:
-        netlink.settimeout(1)
-        netlink.sendto(request, (0, 0))
-        response = netlink.recv(8192)
-    kind = int.from_bytes(response[4:6], sys.byteorder)
-    if kind != SOCK_DIAG_BY_FAMILY or len(response) < INET_DIAG_OWNER_AT + INET_DIAG_OWNER.size:
-        return None
-    uid, inode = INET_DIAG_OWNER.unpack_from(response, INET_DIAG_OWNER_AT)
-    return SocketOwner(uid, inode, response[INET_DIAG_STATE_AT])
-
-
-def read_owner_from_proc(local: Endpoint, remote: Endpoint) -> SocketOwner | None:
-    """The owner of a socket by /proc/net/tcp and tcp6 (proc(5))."""
-    wanted = {
-        (proc_endpoint(local, is_mapped), proc_endpoint(remote, is_mapped))
-        for is_mapped in (False, True)
-    }
-    for name in ("tcp", "tcp6"):
-        with contextlib.suppress(OSError), open(f"/proc/net/{name}", encoding="ascii") as f:
-            for line in f:
-                fields = line.split()
-                if (fields[1], fields[2]) in wanted:
-                    return SocketOwner(int(fields[7]), int(fields[9]), int(fields[3], 16))
-    return None
-
-
-def proc_endpoint(endpoint: Endpoint, is_mapped: bool) -> str:
-    """An endpoint as /proc/net/tcp writes it: words of four bytes, in the machine's byte order."""
-    host, port = endpoint
-    if ":" in host:
-        packed = socket.inet_pton(socket.AF_INET6, host)
-    else:
-        packed = b"\0" * 10 + b"\xff" * 2 if is_mapped else b""
-        packed += socket.inet_pton(socket.AF_INET, host)
-    words = (packed[i : i + 4] for i in range(0, len(packed), 4))
-    address = "".join(f"{int.from_bytes(word, sys.byteorder):08X}" for word in words)
-    return f"{address}:{port:04X}"
-
-
-def is_address(host: str) -> bool:
-    """Whether a host is an IP address and not a name."""
-    import ipaddress
-
-    try:
-        ipaddress.ip_address(host)
-        return True
-    except ValueError:
-        return False
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is on the loopback interface."""
-    return host in ("localhost", "::1") or (host.startswith("127.") and is_address(host))
-
-
-def own_name() -> str:
-    """The host name of this machine."""
-    return socket.gethostname().lower()
-
 
 # -- the server ------------------------------------------------------------------------------------
 
@@ -12162,7 +12172,7 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             return super().get_request()
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
+            if error.errno in OUT_OF_FILES:
                 time.sleep(0.05)  # the connection stays in the backlog: do not spin on it
             raise
 
@@ -12682,6 +12692,11 @@ class Service(NamedTuple):
         """Whether the service was started for this .metaflow, which may have been moved since."""
         status = stat_or_none(folder)
         return status is not None and (self.device, self.inode) == (status.st_dev, status.st_ino)
+
+
+def own_name() -> str:
+    """The host name of this machine."""
+    return os.uname().nodename.lower()
 
 
 def namespace_id(kind: str) -> str:
