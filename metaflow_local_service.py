@@ -10879,10 +10879,14 @@ def filter_runs(model: Model, query: Query, runs: Iterable[RunRow]) -> Iterable[
     "/runs",
     key=("flow_id", "run"),
     existing_keys=lambda snapshot, query, ids: snapshot.model.store.run_ids(),
-    is_fetched=False,  # but by ui_list_runs, which does not read all runs for a page of them
+    is_fetched=False,  # ui_list_runs does that
 )
 def read_watched_runs(snapshot: Snapshot, query: Query, ids: Ids) -> Rows:
-    """The newest runs and the unfinished ones."""
+    """The runs that may change: the newest and the unfinished ones, all of them judged.
+
+    It is not what is fetched. That is a page of all runs, which `ui_list_runs` reads one by one and
+    judges only as far as the page goes; a poll has to judge all that it reads, to see what changes.
+    """
     return filter_runs(snapshot.model, query, snapshot.watched_runs())
 
 
