@@ -12090,11 +12090,13 @@ class Server(http.server.ThreadingHTTPServer):
 
     def note_answering(self, connection: Connection) -> None:
         """The connection has received a request, and its handler has no deadline."""
-        self._connections[connection] = math.inf
+        with self._lock:
+            self._connections[connection] = math.inf
 
     def note_sending(self, connection: Connection) -> None:
         """The connection starts to send an answer."""
-        self._connections[connection] = time.monotonic() + REQUEST_SECONDS
+        with self._lock:
+            self._connections[connection] = time.monotonic() + REQUEST_SECONDS
 
     def note_unsent(self, connection: Connection, size: int) -> bool:
         """The connection has `size` bytes left to send, and its reader has just made progress.
@@ -12244,7 +12246,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
 
     def cut_off(self) -> None:
-        """End the connection from another thread; one without a request may still send its last."""
+        """End the connection from another thread; if it is idle, what it has sent still arrives."""
         with contextlib.suppress(OSError):
             self.connection.shutdown(
                 socket.SHUT_RDWR if self in self.server._busy else socket.SHUT_RD
@@ -12324,35 +12326,31 @@ class Connection(http.server.BaseHTTPRequestHandler):
     do_CONNECT = respond
 
     def _request(self) -> Request:
-        target = self.path
-        if target.startswith(("http://", "https://")):
-            # The host of an absolute target takes the place of the header (RFC 9112, 3.2.2).
-            self.fields["host"], _, rest = target.partition("//")[2].partition("/")
-            target = f"/{rest}"
-        path, _, query = target.partition("?")
-        if not path.startswith("/"):
-            raise HttpError(400, "The path does not begin with a slash.")
+        """The request whose head has been read; HttpError if it may not be made, or is wrong."""
+        target = self._origin_form()
         self._refuse_stranger()
         self.server.access.check(self.fields)
-        try:
-            segments = [decode_segment(segment) for segment in path.split("/")[1:]]
-            parameters = urllib.parse.parse_qsl(
-                query, keep_blank_values=True, errors="strict", max_num_fields=MOST_PARAMETERS
-            )
-        except UnicodeDecodeError:
-            raise HttpError(400, "The path or its parameters are not valid UTF-8.") from None
-        except ValueError:
-            raise HttpError(400, f"There are more than {MOST_PARAMETERS} parameters.") from None
-        body_limit, port = LARGEST_BODY, self.server.server_port
-        credentials = self.server.access.credentials
+        segments, parameters = decode_target(target)
         is_public = self.server.service.is_public(self.command, segments)
-        if is_public:
-            body_limit = LARGEST_PUBLIC_BODY
-        elif credentials is not None:
+        credentials, port = self.server.access.credentials, self.server.server_port
+        if credentials is not None and not is_public:
             credentials.check(self.fields, port)
-        body = self._body(body_limit)
+        body = self._body(LARGEST_PUBLIC_BODY if is_public else LARGEST_BODY)
         self.has_used_api = self.has_used_api or not is_public
         return Request(self.command, segments, parameters, body, self.fields, port)
+
+    def _origin_form(self) -> str:
+        """The target without a host; that of an absolute one replaces the header (RFC 9112, 3.2.2).
+
+        HttpError if it is of another form.
+        """
+        target = self.path
+        if target.startswith(("http://", "https://")):
+            self.fields["host"], _, rest = target.partition("//")[2].partition("/")
+            return f"/{rest}"
+        if not target.startswith("/"):
+            raise HttpError(400, "The path does not begin with a slash.")
+        return target
 
     def _refuse_stranger(self) -> None:
         """Refuse, with HttpError 403, another user of this machine if there is no key."""
@@ -12440,6 +12438,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         if is_large:
             self.wfile.flush()
             self.send(response.content, KEEP_ALIVE_SECONDS)
+            self.connection.settimeout(self.timeout)
         elif has_content:
             self.wfile.write(response.content)
 
@@ -12519,6 +12518,21 @@ def http_date(seconds: int) -> str:
     return email.utils.formatdate(seconds, usegmt=True)
 
 
+def decode_target(target: str) -> tuple[list[str], Query]:
+    """The segments of the path, and the parameters; HttpError if they cannot be decoded."""
+    path, _, query = target.partition("?")
+    try:
+        segments = [decode_segment(segment) for segment in path.split("/")[1:]]
+        parameters = urllib.parse.parse_qsl(
+            query, keep_blank_values=True, errors="strict", max_num_fields=MOST_PARAMETERS
+        )
+    except UnicodeDecodeError:
+        raise HttpError(400, "The path or its parameters are not valid UTF-8.") from None
+    except ValueError:
+        raise HttpError(400, f"There are more than {MOST_PARAMETERS} parameters.") from None
+    return segments, parameters
+
+
 def decode_segment(segment: str) -> str:
     """A segment of a path, which arrives decoded as Latin-1, with its percent-escapes decoded."""
     if "%" not in segment and segment.isascii():
@@ -12582,8 +12596,8 @@ def send_order(
 #                exclusive  the service, when it has decided to end; a command that stops a service
 #                           if nobody needs it. Neither waits for the lock
 #     LOCK_FILE  shared     a command that looks for the service
-#                exclusive  a command that starts a service; the service, when it writes that it is
-#                           stopping
+#                exclusive  a command that starts a service, or removes the lease of a copied root;
+#                           the service, when it later writes its pidfile
 #     PIDFILE    exclusive  the service, all its life
 #                shared     a command that tests whether the file is locked; it does not wait
 #
@@ -13130,7 +13144,8 @@ class ServiceIndex:
 # It then removes its own files, but touches nothing in a folder that has taken its own's place.
 #
 # Threads. The main thread imports Metaflow and then stays in `Server.serve`. Orders are carried out
-# in the threads of their connections, which may read everything but change only `_dependents`.
+# in the threads of their connections, which may read everything but change only `_dependents`,
+# which has a lock.
 
 BROKEN_IDLE_TIMEOUT = 5.0
 """After so many idle seconds a service that could not import Metaflow ends, to make room for one
@@ -13739,6 +13754,7 @@ class Daemon:
         self._missing_since: float | None = None
         self._is_open = threading.Event()  # set when Metaflow is imported and requests are answered
         self._dependents: dict[int, int] = {}  # processes that it stays for, with their pidfd or -1
+        self._dependents_lock = threading.Lock()
         self._server.owner = self
         for number in STOP_SIGNALS:
             signal.signal(number, self._stop)
@@ -13786,26 +13802,32 @@ class Daemon:
         return (
             not self._options.idle_timeout
             or self._server.count_clients() > 0
-            or any(is_process_alive(*process) for process in list(self._dependents.items()))
+            or self._has_dependent()
         )
 
     def _add_dependent(self, pid: str) -> None:
         """Stay for as long as a process lives."""
-        if not re.fullmatch("[0-9]{1,9}", pid) or int(pid) in self._dependents:
+        if not re.fullmatch("[0-9]{1,9}", pid):
             return
-        with contextlib.suppress(OSError):
-            descriptor = os.pidfd_open(int(pid)) if hasattr(os, "pidfd_open") else -1
-            self._dependents[int(pid)] = descriptor
+        with self._dependents_lock, contextlib.suppress(OSError):
+            self._forget_ended_dependents()  # one of them may have had this pid
+            if int(pid) not in self._dependents:
+                has_pidfds = hasattr(os, "pidfd_open")
+                self._dependents[int(pid)] = os.pidfd_open(int(pid)) if has_pidfds else -1
 
     def _has_dependent(self) -> bool:
-        """Whether a process lives that it stays for; forgets those that have ended."""
+        """Whether a process lives that it stays for."""
+        with self._dependents_lock:
+            self._forget_ended_dependents()
+            return bool(self._dependents)
+
+    def _forget_ended_dependents(self) -> None:
+        """The caller holds the lock."""
         for pid, descriptor in list(self._dependents.items()):
-            if is_process_alive(pid, descriptor):
-                return True
-            del self._dependents[pid]
-            if descriptor >= 0:
-                os.close(descriptor)
-        return False
+            if not is_process_alive(pid, descriptor):
+                del self._dependents[pid]
+                if descriptor >= 0:
+                    os.close(descriptor)
 
     # -- starting ----------------------------------------------------------------------------------
 
@@ -14166,6 +14188,7 @@ def resolve_folder(root: FolderPath | None) -> str:
 
 
 def current_folder() -> str:
+    """The current folder; ServiceError if it was deleted."""
     try:
         return os.getcwd()
     except FileNotFoundError:

@@ -8790,6 +8790,17 @@ def test_a_service_does_not_compile_its_module_once_more(cli: Cli) -> None:
     assert not (cli.folder / "__pycache__").exists()
 
 
+@has_proc
+def test_a_service_keeps_no_file_of_processes_that_have_ended(daemon: Api, cli: Cli) -> None:
+    service = service_of(cli.folder)
+    for _ in range(3):
+        with subprocess.Popen(["sleep", "60"]) as process:
+            mls.hold_service(service, process.pid, waits=True)
+            process.kill()
+    links = [os.readlink(file) for file in Path(f"/proc/{service.pid}/fd").iterdir()]
+    assert links.count("anon_inode:[pidfd]") <= 1  # the last is noticed later
+
+
 def test_a_service_is_stopped_at_once_while_metaflow_is_imported(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "metaflow.py").write_text("import time; time.sleep(3600)")
     assert cli("url", PYTHONPATH=str(tmp_path)).returncode == 0
