@@ -11987,11 +11987,8 @@ class Server(http.server.ThreadingHTTPServer):
     @property
     def url(self) -> str:
         host = {"0.0.0.0": DEFAULT_HOST, "::": "::1"}.get(self.access.host, self.access.host)
-        return (
-            f"http://[{host}]:{self.server_port}"
-            if ":" in host
-            else f"http://{host}:{self.server_port}"
-        )
+        authority = f"[{host}]" if ":" in host else host
+        return f"http://{authority}:{self.server_port}"
 
     # -- from start to stop ------------------------------------------------------------------------
 
@@ -12061,8 +12058,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _idle_seconds(self) -> float:
         with self._lock:
-            is_used = self._busy or self._pages
-            return 0.0 if is_used else time.monotonic() - self._last_request
+            if self._busy or self._pages:
+                return 0.0
+            return time.monotonic() - self._last_request
 
     def _close_overdue(self) -> None:
         now = time.monotonic()
@@ -12437,6 +12435,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self._write_head(response.status, headers)
         if is_large:
             self.wfile.flush()
+            # Only with a timeout does each call of `send` return when some has been sent.
             self.send(response.content, KEEP_ALIVE_SECONDS)
             self.connection.settimeout(self.timeout)
         elif has_content:
@@ -13738,6 +13737,7 @@ M_MMAP_THRESHOLD = -3
 """The parameter of glibc's mallopt(3) for the size from which a block of memory is mapped."""
 
 MAPPED_SIZE = 4 * 2**20
+"""In bytes. Larger answers than this are few, and mapping costs little beside making them."""
 
 
 class Daemon:
