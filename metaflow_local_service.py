@@ -12036,8 +12036,11 @@ class Server(http.server.ThreadingHTTPServer):
             os.write(self._wake_writer, b"!")
 
     def stop_at_signals(self) -> None:
-        """Make `serve` return at once after a signal that has a handler. Else this would be called
-        when its thread wakes up, and the signal may have come to another."""
+        """Make `serve` return at once after a signal that has a handler.
+
+        Python calls the handler in the main thread, which may sleep on in `serve` if the system has
+        delivered the signal to another thread.
+        """
         signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
 
     def wait_until_open(self) -> None:
@@ -13737,7 +13740,7 @@ M_MMAP_THRESHOLD = -3
 """The parameter of glibc's mallopt(3) for the size from which a block of memory is mapped."""
 
 MAPPED_SIZE = 4 * 2**20
-"""In bytes. Larger answers than this are few, and mapping costs little beside making them."""
+"""In bytes: blocks of this size and larger ones are mapped."""
 
 
 class Daemon:
