@@ -3818,10 +3818,26 @@ def is_cheap(reading: Regex, texts: Iterable[str]) -> bool:
 # Rules of this layer:
 #
 # - It only reads, and keeps nothing that could not be computed again. Any thread may use it.
-# - What has become of a run, and why, is decided by Model.judge alone, and what has become of an
-#   attempt by Model._attempt_rows. Both APIs, the page and the commands show what these say.
+# - What has become of a run, and why, is decided by Runs.judge alone, and what has become of an
+#   attempt by Attempts alone. Both APIs, the page and the commands show what these say.
 # - Rows are records with more columns. Times are epoch milliseconds, except that heartbeats are
 #   epoch seconds.
+#
+# The pieces. Each is a class with one subject and at most one cache, and each uses only those above
+# it in this list. A Model has one of each, which all read the same store; callers name the piece
+# that they mean, as in model.runs.judge(row).
+#
+#     Artifacts  the artifacts of tasks and their values, and the parameters of runs
+#     Logs       what the scheduler stores of a process: what it has written, and how it ended
+#     Cards      the cards of tasks, and the files that hold them
+#     Histories  what the records of a task say of it: its attempts, its origin, the loops around it
+#     Graphs     the graph of a run's flow: how often tasks are tried, and which come before which
+#     Causes     why an attempt or a run has failed
+#     Attempts   the rows of attempts: the status of each, its times and its cause
+#     Runs       the rows of runs, and the verdict on each
+#
+# Above them stand the rows, which all of them share, and below them what compares whole runs: a few
+# functions of a Model.
 #
 # What a verdict rests on. Nobody records the end of a run, so it is inferred, in this order:
 #
@@ -3842,6 +3858,16 @@ def is_cheap(reading: Regex, texts: Iterable[str]) -> bool:
 # rests on. It is valid as long as the store says that these are unchanged. Histories of tasks and
 # causes are cached by version too, and graphs and logs by the identity of their files.
 
+# -- rows: records with more columns ---------------------------------------------------------------
+
+RUNNING, COMPLETED, FAILED = STATUSES
+PENDING = "pending"
+
+PARAMETERS_STEP = "_parameters"
+
+TASK_HEARTBEAT_CUTOFF = 60
+"""Seconds without a heartbeat after which a task is dead: it has missed six."""
+
 
 if TYPE_CHECKING:  # as with records
 
@@ -3861,24 +3887,13 @@ if TYPE_CHECKING:  # as with records
         summary: str  # all of this in a few words
         stderr: list[str]  # the last lines that the attempt has written there
 
-    class Difference(TypedDict):
-        """One value that differs between the runs that are compared."""
-
-        section: str  # one of COMPARED_SECTIONS
-        name: str
-        values: list[Any]  # one for each run, in their order; None for a run without it
-
-    class Comparison(TypedDict):
-        runs: list[RunRow]
-        differences: list[Difference]
-
     class RunRow(BaseRun):
         """A run. As in all rows, tags are never null, and `run_id` is an id that a client chose."""
 
         run_id: str | None
         run: str
         user: str | None  # the verified owner
-        status: str  # "" until the run is judged; see Model.judge
+        status: str  # "" until the run is judged; see Runs.judge
         finished_at: int | None
         duration: int | None
         cause: Cause | None
@@ -3901,9 +3916,7 @@ if TYPE_CHECKING:  # as with records
         started_at: int | None
         finished_at: int | None
         duration: int
-        cause: (
-            Cause | None
-        )  # also set if @catch caught the exception, although the status is completed
+        cause: Cause | None  # set also if the status is completed: @catch has caught the exception
         foreach_label: str | None  # the values of the foreach loops around it
         origin_pathspec: str | None  # of the task that it was cloned from
         is_log_stored: bool  # whether its log is complete, or will never be stored
@@ -3932,45 +3945,460 @@ if TYPE_CHECKING:  # as with records
         postprocess_error: DisplayError
         is_inherited: bool  # whether a task before has had the same
 
+
+class SharedColumns(TypedDict):
+    run_id: str | None
+    tags: Tags
+    system_tags: Tags
+
+
+def shared_columns(record: Run | Step | Task | Metadatum | Artifact) -> SharedColumns:
+    """The columns of rows that are alike for all kinds of objects, and differ from the records'."""
+    return {
+        "run_id": string_id(record["run_number"]),
+        "tags": record["tags"] or [],
+        "system_tags": record["system_tags"] or [],
+    }
+
+
+def run_row(run: Run) -> RunRow:
+    """The row of a run, not judged yet."""
+    return {
+        **run,
+        **shared_columns(run),
+        "run": str(run["run_number"]),
+        "user": run.get("user"),
+        "status": "",
+        "ts_epoch": run_sort_key(run)[0],  # local mode overwrites the record's with new tags
+        "finished_at": None,
+        "duration": None,
+        "cause": None,
+        "origin_run_id": None,
+    }
+
+
+def run_row_ids(row: RunRow) -> Ids:
+    """The ids of the run."""
+    return (row["flow_id"], row["run"])
+
+
+def step_rows(store: Store, ids: Ids, tasks: Sequence[AttemptRow], now: float) -> list[StepRow]:
+    """The steps of a run, oldest first; `tasks`: all attempts of the run's tasks."""
+    rows: list[StepRow] = []
+    for step in list(store.steps(ids))[::-1]:
+        ends = [t["finished_at"] for t in tasks if t["step_name"] == step["step_name"]]
+        end = None if None in ends else max(filter(None, ends), default=None)
+        rows.append(
+            {
+                **step,
+                **shared_columns(step),
+                "run_number": wire_id(ids[1]),
+                "run_id": ids[1],
+                "duration": elapsed_ms(step["ts_epoch"], end, now),
+            }
+        )
+    return rows
+
+
+def step_version(store: Store, step: Ids) -> object:
+    """An object that is equal as long as the records of a step's tasks are the same.
+
+    None if one of them was changed so recently that another change could go unnoticed.
+    """
+    versions = [store.version(ids) for ids in (step, *store.task_ids(step))]
+    return None if None in versions else tuple(versions)
+
+
+def attempt_row_ids(row: AttemptRow) -> Ids:
+    """The ids of the attempt's task."""
+    return (row["flow_id"], str(row["run_number"]), row["step_name"], str(row["task_id"]))
+
+
+def newest_attempts(attempts: Iterable[AttemptRow]) -> Collection[AttemptRow]:
+    """The newest attempt of each task; `attempts`: in their order."""
+    return {(row["step_name"], row["task_id"]): row for row in attempts}.values()
+
+
+def value_text(metadatum: Metadatum) -> str:
+    """The value of a metadatum as text; JSON if it is something else."""
+    value: object = metadatum["value"]
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def metadatum_attempt(metadatum: Metadatum) -> int | None:
+    """The attempt that a metadatum belongs to, by its tag `attempt_id:N`; None if it has none."""
+    for tag in metadatum["tags"] or ():
+        match = re.fullmatch("attempt_id:([0-9]{1,5})", tag) if isinstance(tag, str) else None
+        if match:
+            return int(match.group(1))
+    return None
+
+
+def metadatum_row(metadatum: Metadatum) -> MetadatumRow:
+    """The row of a metadatum."""
+    return {
+        **metadatum,
+        **shared_columns(metadatum),
+        "task_name": string_id(metadatum["task_id"]),
+        "attempt_id": metadatum_attempt(metadatum),
+        "value": value_text(metadatum),
+    }
+
+
+def metadata_rows(store: Store, ids: Ids) -> list[MetadatumRow]:
+    """The metadata of a task, sorted by name, and oldest first for each name."""
+    rows = [metadatum_row(metadatum) for metadatum in store.metadata(ids)]
+    return sorted(rows, key=lambda row: (row["field_name"], row["ts_epoch"], row["id"]))
+
+
+def datastore_root(store: Store, ids: Ids, attempt: int | None) -> str:
+    """The datastore of an attempt, according to its metadata, by default the store's folder.
+
+    It is a path that a client sent, and must be used with a FileOpener only.
+    """
+    for metadatum in store.metadata(ids, fields=("ds-root",)):
+        if attempt is None or metadatum_attempt(metadatum) in (attempt, None):
+            return value_text(metadatum)
+    return store.folder
+
+
+def artifact_row(artifact: Artifact) -> ArtifactRow:
+    """The row of an artifact, without its value."""
+    task_name = string_id(artifact["task_id"])
+    row: _ArtifactRow = {**artifact, **shared_columns(artifact), "task_name": task_name}
+    return cast("ArtifactRow", row)
+
+
+def elapsed_ms(begin: int, end: int | None, now: float) -> int:
+    """The milliseconds from one time to another, or to now (in seconds) if that is None."""
+    return max(0, (int(now * 1000) if end is None else end) - begin)
+
+
+# -- artifacts and their values --------------------------------------------------------------------
+
+
+class Artifacts:
+    """The artifacts of tasks, with their values, and the parameters of runs."""
+
+    def __init__(self, store: Store, files: FileOpener) -> None:
+        self._store = store
+        self._files = files
+
+    def rows(self, ids: Ids, attempt: int | None) -> list[ArtifactRow]:
+        """The artifacts of an attempt of a task, sorted by name, without values."""
+        return sorted(
+            (artifact_row(artifact) for artifact in self._store.artifacts(ids, attempt)),
+            key=lambda row: row["name"],
+        )
+
+    def with_value(self, row: ArtifactRow) -> ArtifactRow:
+        """Add to an artifact its value, or the reason why that cannot be shown."""
+        try:
+            value = self.value(row, LARGEST_VALUE)
+            row["content"] = format_value(value)
+            if isinstance(value, (bytes, bytearray)):
+                row["content_kind"] = media_type(value)
+        except (OSError, ValueError) as error:
+            kind, detail = "artifact-handle-failed", str(error)
+            if isinstance(error, TooLarge):
+                kind, detail = "artifact-too-large", f"It is larger than {LARGEST_VALUE} bytes."
+            elif isinstance(error, OSError):
+                detail = error.strerror or ""
+            row["postprocess_error"] = {"id": kind, "detail": detail, "traceback": None}
+        return row
+
+    def value(self, artifact: Artifact | ArtifactRow, limit: int) -> Any:
+        """The value of an artifact, read without unpickling; OSError, TooLarge or ValueError."""
+        with self.open_stored(artifact) as file:
+            content = read_content(file, limit)
+        value = PickleReader().read(decompress(content, limit))
+        if isinstance(value, PickledObject) and value.name == INCLUDED_FILE:
+            return self._included_text(value, limit)
+        return value
+
+    def _included_text(self, included: PickledObject, limit: int) -> Any:
+        """The content of an IncludeFile, which is stored as a blob of its own.
+
+        If that is not in a local datastore, the object that describes it is returned.
+        """
+        pairs = included.attributes().get("_descriptor")
+        descriptor = dict(pairs) if isinstance(pairs, PickledDict) else {}
+        url = descriptor.get("url")
+        place = re.fullmatch(LOCAL_URL, url) if isinstance(url, str) else None
+        if place is None:
+            return included
+        with self._files.open_file(place["root"], *place["names"].split("/")) as file:
+            content = decompress(read_content(file, limit), limit)
+        encoding = descriptor.get("encoding")
+        if not descriptor.get("is_text", True):
+            return content
+        try:
+            return content.decode(encoding if isinstance(encoding, str) else "utf-8", "replace")
+        except LookupError:
+            return content
+
+    def open_stored(self, artifact: Artifact | ArtifactRow) -> io.BufferedReader:
+        """Open the file of an artifact; FileNotFoundError, or ValueError if it is not local."""
+        sha, location = artifact["sha"] or "", artifact["location"]
+        if artifact["ds_type"] != "local" or not location.startswith(ROOT_LOCATION):
+            raise ValueError("It is not stored on this machine.")
+        if not re.fullmatch(SHA, sha):
+            raise ValueError("It has no place in the datastore.")
+        root = location.removeprefix(ROOT_LOCATION)
+        try:
+            return self._files.open_file(root, artifact["flow_id"], "data", sha[:2], sha)
+        except FileNotFoundError as error:
+            error.strerror = "It is not in the datastore any more"
+            raise
+
+    def parameters(self, ids: Ids) -> dict[str, dict[str, object]]:
+        """The parameters of a run whose values can be shown, each with its `value`."""
+        values: dict[str, dict[str, object]] = {}
+        for task in self._store.task_ids((*ids, PARAMETERS_STEP)):
+            for artifact in self._store.artifacts(task):
+                name = artifact["name"]
+                if not name.startswith("_") and name not in ("name", "script_name"):
+                    with contextlib.suppress(OSError, ValueError):
+                        values[name] = {"value": to_json(self.value(artifact, LARGEST_VALUE))}
+        return dict(sorted(values.items()))
+
+    def mark_inherited(self, rows: Sequence[ArtifactRow], tasks_before: Iterable[Ids]) -> None:
+        """Say of the artifacts of a task whether one of the tasks before it has had the same."""
+        unknown = {row["name"]: row for row in rows}
+        for row in rows:
+            row["is_inherited"] = False
+        for task in tasks_before:
+            for name, row in list(unknown.items()):
+                earlier = self._store.artifact(task, name)
+                if earlier is not None and earlier["sha"] == row["sha"]:
+                    unknown.pop(name)["is_inherited"] = True
+            if not unknown:
+                return
+
+
+# -- logs, and how processes ended -----------------------------------------------------------------
+
+LOGS_IN_MEMORY = 32 * 2**20  # bytes, about
+
+STDERR_TAIL_BYTES = 64 * 2**10
+
+STORING_SECONDS = 300
+"""How long after an attempt's end its log is still expected."""
+
+
+class ProcessEnd(NamedTuple):
+    """How the process of an attempt ended, as recorded by its scheduler."""
+
+    return_code: int | None
+    is_by_scheduler: bool  # whether the scheduler killed it, having given the run up
+    is_ok: bool
+    moment: int  # epoch milliseconds
+
+    def is_by_signal(self) -> bool:
+        return self.return_code is not None and self.return_code < 0
+
+
+class Logs:
+    """What the scheduler stores of the process of an attempt: its log, and how it ended."""
+
+    def __init__(self, store: Store, files: FileOpener) -> None:
+        self._store = store
+        self._files = files
+        self._lines: Cache[list[LogLine]] = Cache(LOGS_IN_MEMORY, log_weight)
+
+    def lines(self, ids: Ids, attempt: int, stream: str) -> list[LogLine]:
+        """The lines that an attempt has written to stdout or stderr, oldest first.
+
+        Metaflow stores them when the attempt has ended. Only the end of a huge log is read.
+        """
+        with self._open(ids, attempt, stream) as files:
+            key = repr([file_version(os.fstat(file.fileno())) for file in files])
+            lines = self._lines.get(key)
+            if lines is None:
+                contents = (read_content(file, LARGEST_LOG, from_end=True) for file in files)
+                lines = merge_logs(contents)
+                self._lines.put(key, lines)
+        return lines
+
+    def stderr_tail(self, ids: Ids, number: int) -> list[str]:
+        """The last lines that an attempt has written to stderr."""
+        contents = []
+        with contextlib.suppress(OSError), self._open(ids, number, "stderr") as files:
+            for file in files:
+                contents.append(read_content(file, STDERR_TAIL_BYTES, from_end=True))
+        return [line["line"] for line in merge_logs(contents)]
+
+    def process_end(self, ids: Ids, number: int) -> ProcessEnd | None:
+        """How the process of an attempt ended, or None if its scheduler has not recorded it."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            root = datastore_root(self._store, ids, number)
+            with self._files.open_file(root, *ids, f"{number}.runtime") as file:
+                moment = int(os.fstat(file.fileno()).st_mtime * 1000)
+                record = read_json(file, LARGEST_VALUE)
+            code = record.get("return_code")
+            return ProcessEnd(
+                code if isinstance(code, int) else None,
+                bool(record.get("killed")),
+                bool(record.get("success")),
+                moment,
+            )
+        return None
+
+    def stat_folder(self, ids: Ids, attempt: int | None) -> os.stat_result | None:
+        """The status of the folder that all of this is stored in, or None if there is none."""
+        return self._files.stat_folder(datastore_root(self._store, ids, attempt), *ids)
+
+    def is_stored(self, row: AttemptRow, now: float) -> bool:
+        """Whether the log of an attempt is complete, or will never be stored.
+
+        The scheduler stores it some time after the attempt has ended.
+        """
+        if row["finished_at"] is None:
+            return False
+        if now * 1000 - row["finished_at"] > STORING_SECONDS * 1000:
+            return True
+        ids = attempt_row_ids(row)
+        return not self._is_awaited(ids, row, now) or self._exists(ids, row["attempt_id"])
+
+    def _is_awaited(self, ids: Ids, row: AttemptRow, now: float) -> bool:
+        """Whether a log is expected in a datastore here, from a scheduler that is alive.
+
+        The tasks of the scheduler have numbers. A task with a name was started by another, as
+        @parallel does, and its output is in the log of that one.
+        """
+        if not isinstance(row["task_id"], int):
+            return False
+        run = self._store.run(ids[:2])
+        heartbeat = None if run is None else run["last_heartbeat_ts"]
+        if heartbeat is not None and now - heartbeat > TASK_HEARTBEAT_CUTOFF:
+            return False
+        kinds = self._store.metadata(ids, fields=("ds-type",))  # clones have no such metadatum
+        return any(value_text(m) == "local" for m in kinds)
+
+    def _exists(self, ids: Ids, attempt: int) -> bool:
+        """Whether the log of an attempt is stored: its files exist even if nothing was written."""
+        for stream in LOG_STREAMS.values():
+            with self._open(ids, attempt, stream) as files:
+                if not files:
+                    return False
+        return True
+
+    @contextlib.contextmanager
+    def _open(self, ids: Ids, attempt: int, stream: str) -> Iterator[Sequence[io.BufferedReader]]:
+        """The files that hold a stream of an attempt, as far as they exist."""
+        root = datastore_root(self._store, ids, attempt)
+        with contextlib.ExitStack() as files:
+            opened = []
+            for source in LOG_SOURCES:
+                with contextlib.suppress(FileNotFoundError):
+                    file = self._files.open_file(root, *ids, f"{attempt}.{source}_{stream}.log")
+                    opened.append(files.enter_context(file))
+            yield opened
+
+
+# -- cards -----------------------------------------------------------------------------------------
+
+
+if TYPE_CHECKING:
+
     class Card(TypedDict):
         id: str | None
         type: str
         hash: str
 
 
-# -- statuses and times ----------------------------------------------------------------------------
+class Cards:
+    """The cards of tasks, and the files that hold them."""
 
-RUNNING, COMPLETED, FAILED = STATUSES
-PENDING = "pending"
+    def __init__(self, store: Store, files: FileOpener) -> None:
+        self._store = store
+        self._files = files
 
-RUN_HEARTBEAT_CUTOFF = 360
-"""Seconds without a heartbeat after which a run that has not ended counts as failed."""
+    def of_task(self, ids: Ids) -> list[Card]:
+        """The cards of a task."""
+        return [card for card, _ in self.with_files(ids)]
 
-TASK_HEARTBEAT_CUTOFF = 60
-"""Seconds without a heartbeat after which a task is dead: it has missed six."""
+    def count_missing(self, ids: Ids) -> int:
+        """How many cards of a task its metadata mention, but no file is found for."""
+        recorded = {m["field_name"] for m in self._store.metadata(ids) if m["type"] == "card-info"}
+        return len(recorded - {card["hash"] for card in self.of_task(ids)})
 
-TASK_SILENCE_CUTOFF = 3600
-"""Seconds without any sign of life after which a task that sends no heartbeats counts as dead. It
-may compute for long without writing anything, which must not be shown as a failure."""
+    def html(self, ids: Ids, card_hash: str) -> bytes | None:
+        """The HTML of a card, or None if there is no such card; TooLarge."""
+        for card, place in self.with_files(ids):
+            if card["hash"] == card_hash:
+                with contextlib.suppress(FileNotFoundError), self._files.open_file(*place) as file:
+                    return read_content(file, LARGEST_CARD)
+        return None
 
-PARAMETERS_STEP = "_parameters"
-MOST_RUNS_LOOKED_BACK = 100
-"""How many earlier runs are searched for the last one that succeeded."""
+    def data(self, ids: Ids, card_hash: str) -> tuple[Card, object] | None:
+        """The current data of a card that its task updates, or None; OSError, ValueError."""
+        for card, place in self.with_files(ids, "runtime", ".data.json"):
+            if card["hash"] == card_hash:
+                with self._files.open_file(*place) as file:
+                    return card, read_json(file, LARGEST_CARD)
+        return None
 
-LONGEST_COMPARED = 2000
-"""The length up to which artifacts are compared by their text, and not by their digest."""
+    def with_files(
+        self, ids: Ids, kind: str = "cards", suffix: str = ".html"
+    ) -> list[tuple[Card, DatastorePath]]:
+        """The cards of a task and their files, from the first folder that has any.
 
-DEFAULT_START_STEP = "start"
-DEFAULT_END_STEP = "end"
+        A file is called TYPE-HASH or TYPE-ID-HASH.
+        """
+        for place in self._folders(ids, kind):
+            found: list[tuple[Card, DatastorePath]] = []
+            for name in self._list_files(place):
+                parts = name[: -len(suffix)].split("-")
+                if name.endswith(suffix) and len(parts) in (2, 3):
+                    card_id = parts[1] if len(parts) == 3 else None
+                    card: Card = {"id": card_id, "type": parts[0], "hash": parts[-1]}
+                    found.append((card, (*place, name)))
+            if found:
+                return found
+        return []
 
-MAX_ATTEMPTS = 6
-"""The most attempts that Metaflow allows (MAX_ATTEMPTS in its metaflow_config)."""
+    def stat_data_folders(self, ids: Ids) -> Iterator[os.stat_result | None]:
+        """The statuses of the folders in which a task may update the data of its cards."""
+        return itertools.starmap(self._files.stat_folder, self._folders(ids, "runtime"))
 
-CATCH_ATTEMPTS = 3
-"""How many attempts `@catch` adds (Metaflow's NUM_FALLBACK_RETRIES)."""
+    def _folders(self, ids: Ids, kind: str) -> list[DatastorePath]:
+        """The folders that may hold a task's cards; Metaflow before 2022 left the step out."""
+        flow, run, step, task = ids
+        own, others = self._store.folder, read_card_roots(self._store.folder)
+        roots = dict.fromkeys((datastore_root(self._store, ids, None), own, *others))
+        return [
+            (root, CARDS_DIR, flow, "runs", run, *below, kind)
+            for root in roots
+            for below in (("steps", step, "tasks", task), ("tasks", task))
+        ]
+
+    def _list_files(self, place: DatastorePath) -> list[str]:
+        """The sorted names of the files in a folder of a datastore; none if it does not exist."""
+        with contextlib.suppress(FileNotFoundError):
+            folder = self._files.open_folder(*place)
+            try:
+                with os.scandir(folder) as entries:
+                    return sorted(e.name for e in entries if e.is_file(follow_symlinks=False))
+            finally:
+                os.close(folder)
+        return []
+
+
+# -- histories: what the records of a task say of it -----------------------------------------------
+
+ATTEMPTS_IN_MEMORY = 20_000  # of so many tasks
 
 LARGEST_SHOWN_ATTEMPT = 99
 """Attempts with larger numbers are ignored: Metaflow never makes so many."""
+
+MOST_ORIGINS = 20
+"""Over how many resumed runs the foreach loops of a clone are traced back."""
+
+ATTEMPT_FIELDS = ("attempt", "attempt-done", "attempt_ok")
+HISTORY_FIELDS = (*ATTEMPT_FIELDS, "foreach-stack", "origin-run-id", "origin-task-id", "end_step")
+
+BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
 
 class Attempt(NamedTuple):
@@ -3979,28 +4407,6 @@ class Attempt(NamedTuple):
     started_at: int | None = None
     done_at: int | None = None
     is_ok: bool | None = None
-
-
-class Verdict(NamedTuple):
-    """What has become of a run, with the versions of all records that this rests on."""
-
-    status: str
-    finished_at: int | None
-    cause: Cause | None
-    origin_run_id: str | None
-    heartbeat: int | None
-    folders: FolderVersions  # none while the run is running
-
-    def weight(self) -> int:
-        """Roughly how much memory it takes, in units of a version."""
-        return len(self.folders) + 1 + cause_weight(self.cause) // 200
-
-
-def cause_weight(cause: Cause | None) -> int:
-    """Roughly how many bytes of memory a cause takes."""
-    if cause is None:
-        return 0
-    return 1000 + len(cause["message"] or "") + sum(50 + len(line) for line in cause["stderr"])
 
 
 class History(NamedTuple):
@@ -4012,129 +4418,6 @@ class History(NamedTuple):
     origin_pathspec: str | None  # of the task that it was cloned from
     end_step: str | None  # of the flow, as a task of PARAMETERS_STEP says
     graph: Artifact | None  # that holds the flow's graph, likewise
-
-
-class RunFolders:
-    """The steps and tasks of one run, for one verdict, which looks at each of them once.
-
-    What is not in the run's own folder need not be looked for: a verdict on a run without any step
-    takes 2 calls of stat(2) and 31 us like this, 20 and 101 us without.
-    """
-
-    def __init__(self, store: Store, ids: Ids) -> None:
-        self.ids = ids
-        self.versions: dict[Ids, Version | None] = {}  # of the folders that were looked at
-        self.histories: dict[Ids, History] = {}  # of the tasks that were looked at
-        self._store = store
-        self.versions[ids], steps = store.list_below(ids)
-        self.steps = dict.fromkeys(steps)  # oldest first
-        self._tasks: dict[Ids, list[Ids]] = {}
-
-    def tasks(self, step: str) -> list[Ids]:
-        """The ids of the tasks of a step, oldest first."""
-        ids = (*self.ids, step)
-        if ids not in self._tasks:
-            if ids in self.steps:
-                self.versions[ids], self._tasks[ids] = self._store.list_below(ids)
-            else:
-                self._tasks[ids] = []
-        return self._tasks[ids]
-
-    def versions_of(self, objects: Iterable[Ids]) -> FolderVersions:
-        """The folders of objects that were looked at, with their versions."""
-        return [(self._store.versioned_folder(ids), self.versions[ids]) for ids in objects]
-
-    def all_tasks(self) -> list[Ids]:
-        """The ids of all tasks, by their steps, the oldest first."""
-        return [task for step in self.steps for task in self.tasks(step[2])]
-
-
-ATTEMPT_FIELDS = ("attempt", "attempt-done", "attempt_ok")
-HISTORY_FIELDS = (*ATTEMPT_FIELDS, "foreach-stack", "origin-run-id", "origin-task-id", "end_step")
-
-STORING_SECONDS = 300
-"""How long after an attempt's end its log is still expected."""
-
-
-def format_foreach_frames(frames: Sequence[str]) -> str | None:
-    """The values of nested foreach loops, as a label; with their names if there are several."""
-    if len(frames) == 1:
-        return frames[0].partition("=")[2] or frames[0]
-    return ", ".join(frames) or None
-
-
-def origin_of_clone(ids: Ids, metadata: Mapping[str, object]) -> Ids | None:
-    """The task that a task was cloned from, by the values of its metadata.
-
-    None if it is not a clone, or if its origin is not a possible task.
-    """
-    run, task = str(metadata.get("origin-run-id")), str(metadata.get("origin-task-id"))
-    if "None" in (run, task):
-        return None
-    origin = (ids[0], run, ids[2], task)
-    with contextlib.suppress(NotStorable):
-        for name in origin:
-            check_name(name)
-        return origin
-    return None
-
-
-MOST_ORIGINS = 20
-"""Over how many resumed runs the foreach loops of a clone are traced back."""
-
-
-class Graph(TypedDict, total=False):
-    """The parts of a flow's graph that are used here, as stored in the artifact _graph_info."""
-
-    end_step: str
-    steps: Mapping[str, Any]
-
-
-def graph_weight(graph: Graph) -> int:
-    """Roughly how many bytes of memory a graph takes."""
-    return 1000 + 5 * len(json.dumps(graph))
-
-
-BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
-
-
-def value_text(metadatum: Metadatum) -> str:
-    """The value of a metadatum as text; JSON if it is something else."""
-    value: object = metadatum["value"]
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def sends_heartbeats(system_tags: Sequence[object] | None) -> bool:
-    """Whether a client with these system tags sends heartbeats, by its `metaflow_version:`.
-
-    Missing system tags count as those of one that does.
-    """
-    if system_tags is None:
-        return True
-    prefix = "metaflow_version:"
-    for tag in system_tags:
-        if isinstance(tag, str) and tag.startswith(prefix):
-            return version_has_heartbeats(tag[len(prefix) :])
-    return False
-
-
-@lru_cache(maxsize=64)  # the tasks of a run all have the same, which takes 5 us to parse
-def version_has_heartbeats(text: str) -> bool:
-    """Whether clients of a version of Metaflow send heartbeats; true if it cannot be parsed."""
-    match = re.match(r"(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?", text)
-    if match is None:
-        return True
-    version = tuple(int(part or 0) for part in match.groups())
-    return version >= (2, 2, 12) or (1, 14, 0) <= version < (2, 0, 0)
-
-
-def metadatum_attempt(metadatum: Metadatum) -> int | None:
-    """The attempt that a metadatum belongs to, by its tag `attempt_id:N`; None if it has none."""
-    for tag in metadatum["tags"] or ():
-        match = re.fullmatch("attempt_id:([0-9]{1,5})", tag) if isinstance(tag, str) else None
-        if match:
-            return int(match.group(1))
-    return None
 
 
 def attempts_from_metadata(metadata: Iterable[Metadatum], others: Iterable[int]) -> list[Attempt]:
@@ -4167,24 +4450,165 @@ def attempt_from_metadata(metadata: Sequence[Metadatum]) -> Attempt:
     return Attempt(min(started, default=None), max(done, default=None), is_ok)
 
 
-def attempt_status(
-    attempts: Sequence[Attempt], number: int, created: int, is_alive: bool, last_sign: int
-) -> tuple[str, int | None]:
-    """The status of a single attempt, and when it finished.
+def origin_of_clone(ids: Ids, metadata: Mapping[str, object]) -> Ids | None:
+    """The task that a task was cloned from, by the values of its metadata.
 
-    `created`: when the task was created; `is_alive`, `last_sign`: whether the task is alive, and
-    when it last gave a sign of life, which concerns only its newest attempt.
+    None if it is not a clone, or if its origin is not a possible task.
     """
-    attempt = attempts[number]
-    begin = attempt.started_at or created
-    if attempt.done_at is not None:
-        status = FAILED if attempt.is_ok is False else COMPLETED
-        return status, max(attempt.done_at, begin)
-    if number + 1 < len(attempts):
-        return FAILED, max(attempts[number + 1].started_at or begin, begin)
-    if not is_alive:
-        return FAILED, max(last_sign, begin)
-    return RUNNING, None
+    run, task = str(metadata.get("origin-run-id")), str(metadata.get("origin-task-id"))
+    if "None" in (run, task):
+        return None
+    origin = (ids[0], run, ids[2], task)
+    with contextlib.suppress(NotStorable):
+        for name in origin:
+            check_name(name)
+        return origin
+    return None
+
+
+def format_foreach_frames(frames: Sequence[str]) -> str | None:
+    """The values of nested foreach loops, as a label; with their names if there are several."""
+    if len(frames) == 1:
+        return frames[0].partition("=")[2] or frames[0]
+    return ", ".join(frames) or None
+
+
+class Histories:
+    """What the records of tasks say of them."""
+
+    def __init__(self, store: Store, artifacts: Artifacts) -> None:
+        self._store = store
+        self._artifacts = artifacts
+        # By pathspec, with the version of the task that they were read from.
+        self._known: Cache[tuple[Version, History]] = Cache(ATTEMPTS_IN_MEMORY)
+
+    def of_task(self, ids: Ids) -> History:
+        """The history of a task."""
+        return self.at(ids, self._store.version(ids))
+
+    def at(self, ids: Ids, version: Version | None) -> History:
+        """The history of a task whose records have this version."""
+        key = "/".join(ids)
+        known = self._known.get(key)
+        if known is not None and known[0] == version:
+            return known[1]
+        history = self._read(ids)
+        if version is not None:
+            self._known.put(key, (version, history))
+        return history
+
+    def _read(self, ids: Ids) -> History:
+        metadata = list(self._store.metadata(ids, fields=HISTORY_FIELDS))
+        of_attempts = [m for m in metadata if m["field_name"] in ATTEMPT_FIELDS]
+        attempts = attempts_from_metadata(of_attempts, self._store.attempts_with_artifacts(ids))
+        for number, attempt in enumerate(attempts):
+            if attempt.is_ok is None:
+                attempts[number] = self._completed_by_artifact(ids, number, attempt)
+        values = {m["field_name"]: m["value"] for m in reversed(metadata)}
+        origin_run = str(values.get("origin-run-id") or "None")
+        origin = origin_of_clone(ids, values)
+        return History(
+            attempts,
+            format_foreach_frames(self.foreach_frames(ids)),
+            None if origin_run == "None" else origin_run,
+            "/".join(origin) if origin else None,
+            next((value_text(m) for m in metadata if m["field_name"] == "end_step"), None),
+            self._store.artifact(ids, "_graph_info") if ids[2] == PARAMETERS_STEP else None,
+        )
+
+    def _completed_by_artifact(self, ids: Ids, number: int, attempt: Attempt) -> Attempt:
+        """An attempt, completed by the artifact _task_ok if no metadatum says how it ended."""
+        artifact = self._store.artifact(ids, "_task_ok", number)
+        if artifact is None:
+            return attempt
+        is_ok: bool | None = None
+        with contextlib.suppress(OSError, ValueError):
+            is_ok = bool(self._artifacts.value(artifact, LARGEST_VALUE))
+        return attempt._replace(
+            done_at=max(artifact["ts_epoch"], attempt.done_at or 0), is_ok=is_ok
+        )
+
+    def foreach_frames(self, ids: Ids, hops: int = MOST_ORIGINS) -> list[str]:
+        """The foreach loops around a task, the outermost first, each as NAME=VALUE.
+
+        A clone records none, and is in the same loops as its origin; `hops`: see MOST_ORIGINS.
+        """
+        fields = ("foreach-stack", "origin-run-id", "origin-task-id")
+        values = {m["field_name"]: m["value"] for m in self._store.metadata(ids, fields=fields)}
+        stack, origin = values.get("foreach-stack"), origin_of_clone(ids, values)
+        if stack is None and hops > 0 and origin:
+            return self.foreach_frames(origin, hops - 1)
+        frames = [stack] if isinstance(stack, str) else stack or []
+        return [frame for frame in frames if isinstance(frame, str)]
+
+
+class RunFolders:
+    """The steps and tasks of one run, for one verdict, which looks at each of them once.
+
+    What is not in the run's own folder need not be looked for: a verdict on a run without any step
+    takes 2 calls of stat(2) and 31 us like this, 20 and 101 us without.
+    """
+
+    def __init__(self, store: Store, histories: Histories, ids: Ids) -> None:
+        self.ids = ids
+        self.versions: dict[Ids, Version | None] = {}  # of the folders that were looked at
+        self._store = store
+        self._histories = histories
+        self._known_histories: dict[Ids, History] = {}  # of the tasks that were looked at
+        self.versions[ids], steps = store.list_below(ids)
+        self.steps = dict.fromkeys(steps)  # oldest first
+        self._tasks: dict[Ids, list[Ids]] = {}
+
+    def tasks(self, step: str) -> list[Ids]:
+        """The ids of the tasks of a step, oldest first."""
+        ids = (*self.ids, step)
+        if ids not in self._tasks:
+            if ids in self.steps:
+                self.versions[ids], self._tasks[ids] = self._store.list_below(ids)
+            else:
+                self._tasks[ids] = []
+        return self._tasks[ids]
+
+    def all_tasks(self) -> list[Ids]:
+        """The ids of all tasks, by their steps, the oldest first."""
+        return [task for step in self.steps for task in self.tasks(step[2])]
+
+    def history(self, task: Ids) -> History:
+        """The history of a task."""
+        if task not in self._known_histories:
+            self.versions[task] = self._store.version(task)
+            self._known_histories[task] = self._histories.at(task, self.versions[task])
+        return self._known_histories[task]
+
+    def versions_of(self, objects: Iterable[Ids]) -> FolderVersions:
+        """The folders of objects that were looked at, with their versions."""
+        return [(self._store.versioned_folder(ids), self.versions[ids]) for ids in objects]
+
+
+# -- graphs of flows -------------------------------------------------------------------------------
+
+GRAPHS_IN_MEMORY = 8 * 2**20  # bytes, about
+
+DEFAULT_START_STEP = "start"
+DEFAULT_END_STEP = "end"
+
+MAX_ATTEMPTS = 6
+"""The most attempts that Metaflow allows (MAX_ATTEMPTS in its metaflow_config)."""
+
+CATCH_ATTEMPTS = 3
+"""How many attempts `@catch` adds (Metaflow's NUM_FALLBACK_RETRIES)."""
+
+
+class Graph(TypedDict, total=False):
+    """The parts of a flow's graph that are used here, as stored in the artifact _graph_info."""
+
+    end_step: str
+    steps: Mapping[str, Any]
+
+
+def graph_weight(graph: Graph) -> int:
+    """Roughly how many bytes of memory a graph takes."""
+    return 1000 + 5 * len(json.dumps(graph))
 
 
 def attempts_allowed(graph: Graph, step: str) -> int | None:
@@ -4217,65 +4641,94 @@ def step_decorators(graph: Graph, step: str) -> list[dict[str, Any]] | None:
     return [d for d in decorators if isinstance(d, dict)] if isinstance(decorators, list) else []
 
 
-def newest_attempts(attempts: Iterable[AttemptRow]) -> Collection[AttemptRow]:
-    """The newest attempt of each task; `attempts`: in their order."""
-    return {(row["step_name"], row["task_id"]): row for row in attempts}.values()
+def find_end_step(parameters: Iterable[History], graph: Graph) -> str:
+    """The name of the end step of a run's flow, as far as the run says which it is."""
+    names = (history.end_step for history in parameters if history.end_step is not None)
+    return end_step_name(next(names, graph.get("end_step")))
 
 
-def cannot_go_on(
-    tasks: Iterable[AttemptRow],
-    graph: Graph,
-    ended_with_scheduler: Callable[[AttemptRow], bool] = lambda task: False,
-) -> bool:
-    """Whether a run has failed for good: a task has used up its attempts, and no task is running.
-
-    Like the scheduler, this waits for the siblings of a failed task. `ended_with_scheduler`: tells
-    whether a failed attempt will not be repeated, although it could be.
-    """
-    newest = newest_attempts(tasks)
-    if any(task["finished_at"] is None for task in newest):
-        return False
-    return any(
-        task["attempt_id"] + 1 >= (attempts_allowed(graph, task["step_name"]) or math.inf)
-        or ended_with_scheduler(task)
-        for task in newest
-        if task["status"] == FAILED
-    )
+def end_step_name(name: object) -> str:
+    """The name of the end step as a client gave it, or the usual one if it cannot be a name."""
+    with contextlib.suppress(NotStorable):
+        if isinstance(name, str):
+            check_name(name)
+            return name
+    return DEFAULT_END_STEP
 
 
-def has_failed_end(tasks: Iterable[AttemptRow], end_step: str) -> bool:
-    """Whether the end step has failed, by which a run is judged whose graph is unknown.
-
-    Clients other than Metaflow store no graph. The reference judges all runs like this.
-    """
-    end = [task for task in tasks if task["step_name"] == end_step]
-    return bool(end) and end[-1]["status"] == FAILED
+def find_graph_artifact(parameters: Iterable[History]) -> Artifact | None:
+    """The artifact that holds the graph of a run's flow; `parameters`: as for find_end_step."""
+    return next((history.graph for history in parameters if history.graph is not None), None)
 
 
-def ended_without_heartbeats(run: RunRow, tasks: Iterable[AttemptRow]) -> bool:
-    """Whether no task of a run is running, and its client is one that never sends heartbeats.
+class Graphs:
+    """The graphs of the flows of runs."""
 
-    Nothing more is then to be expected. Runs of local mode are not meant: by their system tags,
-    their client sends heartbeats, and so they are judged by when their files were written.
-    """
-    if run["last_heartbeat_ts"] is not None or sends_heartbeats(run["system_tags"]):
-        return False
-    return all(task["finished_at"] is not None for task in tasks)
+    def __init__(self, store: Store, artifacts: Artifacts, histories: Histories) -> None:
+        self._store = store
+        self._artifacts = artifacts
+        self._histories = histories
+        # By their paths in the datastore; empty if it is not a graph that is stored there.
+        self._graphs: Cache[Graph] = Cache(GRAPHS_IN_MEMORY, graph_weight)
 
+    def of_run(self, ids: Ids) -> Graph | None:
+        """The graph of the flow of a run, or None if the run has not stored it."""
+        return self.read(self._parameters(ids))
 
-def elapsed_ms(begin: int, end: int | None, now: float) -> int:
-    """The milliseconds from one time to another, or to now (in seconds) if that is None."""
-    return max(0, (int(now * 1000) if end is None else end) - begin)
+    def read(self, parameters: Iterable[History]) -> Graph | None:
+        """The same, by the histories of the tasks of PARAMETERS_STEP, one of which stores it."""
+        artifact = find_graph_artifact(parameters)
+        if artifact is None:
+            return None
+        key = f"{artifact['flow_id']}/{artifact['location']}/{artifact['sha']}"
+        graph = self._graphs.get(key)
+        if graph is None:
+            try:
+                value = to_json(self._artifacts.value(artifact, LARGEST_GRAPH))
+            except OSError:
+                return None  # it may still be written
+            except ValueError:
+                value = None
+            is_graph = isinstance(value, dict) and isinstance(value.get("steps"), dict)
+            graph = cast(Graph, value) if is_graph else {}
+            self._graphs.put(key, graph)
+        return graph or None
+
+    def digest(self, ids: Ids) -> str | None:
+        """The digest of the graph of the flow of a run, or None if the run has not stored it."""
+        artifact = find_graph_artifact(self._parameters(ids))
+        return None if artifact is None else artifact["sha"]
+
+    def tasks_before(self, ids: Ids) -> Iterator[Ids]:
+        """The tasks that a task may have followed: of the steps before its own, and where both are
+        in the same loop, of the same turn of it."""
+        run, step = ids[:2], ids[2]
+        steps = (self.of_run(run) or {}).get("steps", {})
+        nexts = {n: s.get("next") for n, s in steps.items() if isinstance(s, dict)}
+        before = [
+            name for name, names in nexts.items() if isinstance(names, list) and step in names
+        ]
+        frames = self._histories.foreach_frames(ids)
+        for name in (PARAMETERS_STEP, *before):
+            for task in self._store.task_ids((*run, name)):
+                shared = zip(frames, self._histories.foreach_frames(task))
+                if task != ids and all(one == other for one, other in shared):
+                    yield task
+
+    def _parameters(self, ids: Ids) -> Iterator[History]:
+        """The histories of the tasks of PARAMETERS_STEP of a run; usually there is one."""
+        return map(self._histories.of_task, self._store.task_ids((*ids, PARAMETERS_STEP)))
 
 
 # -- causes ----------------------------------------------------------------------------------------
+
+CAUSES_IN_MEMORY = 4 * 2**20  # bytes, about
 
 RAISED, KILLED, TIMED_OUT = "raised", "killed", "timed out"
 NEVER_STARTED, SCHEDULER_GONE = "never started", "scheduler gone"
 CAUSE_KINDS = (RAISED, KILLED, TIMED_OUT, NEVER_STARTED, SCHEDULER_GONE)
 
 CAUSE_STDERR_LINES = 20
-CAUSE_STDERR_BYTES = 64 * 2**10  # what is read of a stderr, from its end
 LONGEST_CAUSE_LINE = 1000
 LONGEST_MESSAGE = 4000
 LONGEST_SUMMARY_MESSAGE = 120
@@ -4328,18 +4781,6 @@ class Raised(NamedTuple):
     file: str | None = None
     line: int | None = None
     functions: frozenset[str] = frozenset()  # all those in its traceback
-
-
-class ProcessEnd(NamedTuple):
-    """How the process of an attempt ended, as recorded by its scheduler."""
-
-    return_code: int | None
-    is_by_scheduler: bool  # whether the scheduler killed it, having given the run up
-    is_ok: bool
-    moment: int  # epoch milliseconds
-
-    def is_by_signal(self) -> bool:
-        return self.return_code is not None and self.return_code < 0
 
 
 def parse_traceback(lines: Sequence[str]) -> Raised | None:
@@ -4460,6 +4901,13 @@ def summarize_cause(cause: Cause) -> str:
     return f"{cause['kind']}{where}" + (f": {message}" if message else "")
 
 
+def cause_weight(cause: Cause | None) -> int:
+    """Roughly how many bytes of memory a cause takes."""
+    if cause is None:
+        return 0
+    return 1000 + len(cause["message"] or "") + sum(50 + len(line) for line in cause["stderr"])
+
+
 def was_raised_in(raised: Raised, row: AttemptRow) -> bool:
     """Whether a caught exception was raised in an attempt: later steps inherit the artifact.
 
@@ -4491,456 +4939,27 @@ def first_failure(
     return min(failed, key=blame) if len(failed) > 1 else next(iter(failed), None)
 
 
-# -- the model -------------------------------------------------------------------------------------
-
-ATTEMPTS_IN_MEMORY = 20_000  # of so many tasks
-VERDICTS_IN_MEMORY = 60_000  # versions; see Verdict.weight
-CAUSES_IN_MEMORY = 4 * 2**20  # bytes, about
-GRAPHS_IN_MEMORY = 8 * 2**20  # bytes, about
-LOGS_IN_MEMORY = 32 * 2**20  # bytes, about
-
-
-class Model:
-    """The runs of a store, with what has become of them."""
+class Causes:
+    """Why attempts and runs have failed."""
 
     def __init__(
-        self,
-        store: Store,
-        clock: Callable[[], float] = time.time,
-        search: Search = search_in_place,
+        self, store: Store, artifacts: Artifacts, logs: Logs, histories: Histories
     ) -> None:
-        """`clock`: returns epoch seconds; `search`: is called for patterns that may take long."""
-        self.store = store
-        self.files = FileOpener(store.folder)
-        self.clock = clock
-        self.search = search
-        # By pathspec, with the version of the task that they were read from.
-        self._histories: Cache[tuple[Version, History]] = Cache(ATTEMPTS_IN_MEMORY)
-        self._verdicts: Cache[Verdict] = Cache(VERDICTS_IN_MEMORY, Verdict.weight)
+        self._store = store
+        self._artifacts = artifacts
+        self._logs = logs
+        self._histories = histories
         # By pathspec, attempt and status, with the versions of the task's records and of its files.
-        self._causes: Cache[tuple[Sequence[Version | None], Cause | None]] = Cache(
+        self._known: Cache[tuple[Sequence[Version | None], Cause | None]] = Cache(
             CAUSES_IN_MEMORY, lambda known: 500 + cause_weight(known[1])
         )
-        # By their paths in the datastore; empty if it is not a graph that is stored there.
-        self._graphs: Cache[Graph] = Cache(GRAPHS_IN_MEMORY, graph_weight)
-        self._logs: Cache[list[LogLine]] = Cache(LOGS_IN_MEMORY, log_weight)
-        self._unfinished: dict[Ids, None] = {}  # the runs that were running when last judged
-        self._last_end = 0  # of the others, in epoch milliseconds
 
-    # -- runs --------------------------------------------------------------------------------------
-
-    def runs(self, flow: str | None = None) -> Iterator[RunRow]:
-        """The runs of a flow or of all flows, newest first, not judged yet."""
-        import heapq
-
-        names = [f["flow_id"] for f in self.store.flows()] if flow is None else [flow]
-        flows = [self.store.runs((name,)) for name in names]
-        newest_first = heapq.merge(*flows, key=run_sort_key, reverse=True)
-        return (self._run_row(run) for run in newest_first)
-
-    def run(self, ids: Ids) -> RunRow | None:
-        """A run with its verdict, or None if there is no such run."""
-        run = self.store.run(ids)
-        return None if run is None else self.judge(self._run_row(run))
-
-    def unfinished_runs(self) -> list[RunRow]:
-        """The runs that were running when they were last judged, not judged again."""
-        rows = []
-        for ids in list(self._unfinished):
-            run = self.store.run(ids)
-            if run is None:
-                self._unfinished.pop(ids, None)
-            else:
-                rows.append(self._run_row(run))
-        return rows
-
-    def judge(self, row: RunRow) -> RunRow:
-        """Fill in what has become of a run, unless that is done already, and return the row."""
-        if not row["status"]:
-            now = self.clock()
-            verdict = self._verdict(row, now)
-            row["status"], row["finished_at"] = verdict.status, verdict.finished_at
-            row["duration"] = elapsed_ms(row["ts_epoch"], verdict.finished_at, now)
-            row["cause"] = verdict.cause
-            row["origin_run_id"] = verdict.origin_run_id
-        return row
-
-    def status(self, run: Run) -> str:
-        """The status of a run: running, completed or failed."""
-        ids, heartbeat = (run["flow_id"], str(run["run_number"])), run["last_heartbeat_ts"]
-        known = self._known_verdict(ids, heartbeat)
-        return self.judge(self._run_row(run))["status"] if known is None else known.status
-
-    def is_at_rest(self, seconds: float) -> bool:
-        """Whether no run is running, and the last to end did so longer ago than that.
-
-        Of the runs that have been judged.
-        """
-        return not self._unfinished and self.clock() * 1000 - self._last_end > seconds * 1000
-
-    def runs_version(self) -> object:
-        """What changes when a flow or run comes or goes; None while that could go unnoticed."""
-        flows = [(flow["flow_id"],) for flow in self.store.flows()]
-        found = [self.store.version(ids) for ids in ((), *flows)]
-        return None if None in found else found
-
-    def versions(self, step: Ids) -> object:
-        """An object that is equal as long as the records of a step's tasks are the same.
-
-        None if one of them was changed so recently that another change could go unnoticed.
-        """
-        ids = (step, *self.store.task_ids(step))
-        found = [self.store.version(i) for i in ids]
-        return None if None in found else tuple(found)
-
-    def is_settled(self, row: RunRow) -> bool:
-        """Whether a run has ended and nothing of it has changed for a while."""
-        return self._known_verdict(run_row_ids(row), row["last_heartbeat_ts"]) is not None
-
-    def _run_row(self, run: Run) -> RunRow:
-        return {
-            **run,
-            **shared_columns(run),
-            "run": str(run["run_number"]),
-            "user": run.get("user"),
-            "status": "",
-            "ts_epoch": run_sort_key(run)[0],  # local mode overwrites the record's with new tags
-            "finished_at": None,
-            "duration": None,
-            "cause": None,
-            "origin_run_id": None,
-        }
-
-    def _known_verdict(self, ids: Ids, heartbeat: int | None) -> Verdict | None:
-        """The cached verdict on a run that has ended, if all that it rests on is unchanged."""
-        known = self._verdicts.get("/".join(ids))
-        if known is None or known.heartbeat != heartbeat:
-            return None
-        return known if are_unchanged(known.folders) else None
-
-    def _verdict(self, row: RunRow, now: float) -> Verdict:
-        ids, heartbeat = run_row_ids(row), row["last_heartbeat_ts"]
-        known = self._known_verdict(ids, heartbeat)
-        if known is not None:
-            return known
-        verdict = self._make_verdict(row, RunFolders(self.store, ids), now)
-        if verdict.status == RUNNING:
-            self._unfinished[ids] = None
-        else:
-            self._unfinished.pop(ids, None)
-            self._last_end = max(self._last_end, verdict.finished_at or 0)
-            if all(version is not None for _, version in verdict.folders):
-                self._verdicts.put("/".join(ids), verdict)
-        return verdict
-
-    def _make_verdict(self, row: RunRow, folders: RunFolders, now: float) -> Verdict:
-        first = [self._history_in(folders, task) for task in folders.tasks(PARAMETERS_STEP)]
-        graph = self._graph_of(first) or {}
-        end_step = find_end_step(first, graph)
-        completed, cause = self._completion(folders, end_step), None
-        if completed is not None:
-            (finished_at, sources), status = completed, COMPLETED
-        else:
-            tasks = self._tasks(folders, now)
-            sources = list(folders.versions)
-            status, finished_at = self._judge_incomplete(row, tasks, graph, end_step, now)
-            cause = self._cause_of_run(row, tasks, graph) if status == FAILED else None
-        origin = self._origin_run_id(folders, graph)
-        seen = [] if status == RUNNING else folders.versions_of(sources)
-        return Verdict(status, finished_at, cause, origin, row["last_heartbeat_ts"], seen)
-
-    def _completion(
-        self, folders: RunFolders, end_step: str
-    ) -> tuple[int | None, Sequence[Ids]] | None:
-        """When a run was completed, and the objects that say so; None if it is not completed."""
-        for task in folders.tasks(end_step)[-1:]:
-            attempts = self._history_in(folders, task).attempts
-            if attempts and attempts[-1].is_ok:
-                sources = (task[:-1], task)
-                # Without parameters the run is a teller too: they would say what the end step is.
-                has_parameters = bool(folders.tasks(PARAMETERS_STEP))
-                return attempts[-1].done_at, sources if has_parameters else (folders.ids, *sources)
-        return None
-
-    def _judge_incomplete(
-        self, row: RunRow, tasks: Sequence[AttemptRow], graph: Graph, end_step: str, now: float
-    ) -> tuple[str, int | None]:
-        """The status of a run that is not completed, and when it failed; `tasks`: all attempts."""
-        ids = run_row_ids(row)
-        last_sign = max(
-            itertools.chain(
-                (self._last_sign_of_life(ids, row["last_heartbeat_ts"], row["ts_epoch"]),),
-                (task["finished_at"] or task["started_at"] or task["ts_epoch"] for task in tasks),
-            )
-        )
-        if any(task["status"] == RUNNING for task in tasks):
-            return RUNNING, None
-        if cannot_go_on(tasks, graph, self._ended_with_scheduler):
-            return FAILED, max(task["finished_at"] or 0 for task in tasks)
-        if (not graph and has_failed_end(tasks, end_step)) or ended_without_heartbeats(row, tasks):
-            return FAILED, last_sign
-        if now * 1000 - last_sign > RUN_HEARTBEAT_CUTOFF * 1000:
-            return FAILED, last_sign
-        return RUNNING, None
-
-    def _last_sign_of_life(self, ids: Ids, heartbeat: int | None, created: int) -> int:
-        """When a run or task last gave a sign of life, in epoch milliseconds.
-
-        That is its heartbeat, or if it has none, the last time that its files were written.
-        """
-        if heartbeat is not None:
-            return max(heartbeat * 1000, created)
-        own = "/".join((self.store.folder, *ids))
-        found = [stat_or_none(own), stat_or_none(f"{own}/{META_DIR}")]
-        if len(ids) == TASK_DEPTH:
-            found += (
-                self.files.stat_folder(*place) for place in self._card_folders(ids, "runtime")
-            )
-            found.append(self.files.stat_folder(self.datastore_root(ids, None), *ids))
-        return max([created, *(int(s.st_mtime * 1000) for s in found if s is not None)])
-
-    # -- steps and tasks ---------------------------------------------------------------------------
-
-    def steps(self, ids: Ids, tasks: Sequence[AttemptRow], now: float) -> list[StepRow]:
-        """The steps of a run, oldest first; `tasks`: all attempts of the run's tasks."""
-        rows: list[StepRow] = []
-        for step in list(self.store.steps(ids))[::-1]:
-            ends = [t["finished_at"] for t in tasks if t["step_name"] == step["step_name"]]
-            end = None if None in ends else max(filter(None, ends), default=None)
-            rows.append(
-                {
-                    **step,
-                    **shared_columns(step),
-                    "run_number": wire_id(ids[1]),
-                    "run_id": ids[1],
-                    "duration": elapsed_ms(step["ts_epoch"], end, now),
-                }
-            )
-        return rows
-
-    def tasks(self, ids: Ids, now: float) -> list[AttemptRow]:
-        """The attempts of all tasks of a run, oldest task first, with causes."""
-        rows = self._tasks(RunFolders(self.store, ids), now)
-        return self._add_details(ids, rows, now)
-
-    def _tasks(self, folders: RunFolders, now: float) -> list[AttemptRow]:
-        rows: list[AttemptRow] = []
-        for task in self.store.read_tasks(folders.ids, folders.all_tasks()):
-            ids = (*folders.ids, task["step_name"], str(task["task_id"]))
-            rows += self._attempt_rows(ids, task, self._history_in(folders, ids), now)
-        return rows
-
-    def attempts(self, ids: Ids, now: float) -> list[AttemptRow]:
-        """The attempts of a task, newest first, with causes."""
-        task = self.store.task(ids)
-        rows = [] if task is None else self._attempt_rows(ids, task, self._history(ids), now)
-        return self._add_details(ids[:2], rows, now)[::-1]
-
-    def _attempt_rows(self, ids: Ids, task: Task, history: History, now: float) -> list[AttemptRow]:
-        attempts = self._add_unrecorded(ids, history.attempts or [Attempt()])
-        heartbeat, created = task["last_heartbeat_ts"], task["ts_epoch"]
-        is_alive, last_sign = True, created
-        if attempts[-1].done_at is None:
-            cutoff = TASK_SILENCE_CUTOFF if heartbeat is None else TASK_HEARTBEAT_CUTOFF
-            last_sign = self._last_sign_of_life(ids, heartbeat, created)
-            is_alive = now * 1000 - last_sign <= cutoff * 1000
-        rows: list[AttemptRow] = []
-        for number, attempt in enumerate(attempts):
-            status, end = attempt_status(attempts, number, created, is_alive, last_sign)
-            if status == RUNNING and attempt.started_at is None and heartbeat is None:
-                status = PENDING
-            row: AttemptRow = {
-                **task,
-                **shared_columns(task),
-                "task_name": string_id(task["task_id"]),
-                "attempt_id": number,
-                "status": status,
-                "task_ok": None,
-                "started_at": attempt.started_at,
-                "finished_at": end,
-                "duration": elapsed_ms(attempt.started_at or created, end, now),
-                "cause": None,
-                "foreach_label": history.foreach_label,
-                "origin_pathspec": history.origin_pathspec,
-                "is_log_stored": False,
-            }
-            rows.append(row)
-        return rows
-
-    def _add_unrecorded(self, ids: Ids, attempts: Sequence[Attempt]) -> list[Attempt]:
-        """Attempts, completed by what only their scheduler has recorded, in a file for each.
-
-        A process that is killed cannot record its end, nor its start if it is killed early.
-        """
-        known = list(attempts)
-        while not known[-1].is_ok and len(known) <= LARGEST_SHOWN_ATTEMPT:
-            if known[-1].done_at is None:
-                end = self._process_end(ids, len(known) - 1)
-                if end is None:
-                    break
-                known[-1] = known[-1]._replace(done_at=end.moment, is_ok=end.is_ok)
-            elif self._process_end(ids, len(known)) is None:
-                break
-            else:
-                known.append(Attempt())
-        return known
-
-    def _process_end(self, ids: Ids, number: int) -> ProcessEnd | None:
-        """How the process of an attempt ended, or None if its scheduler has not recorded it."""
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            root = self.datastore_root(ids, number)
-            with self.files.open_file(root, *ids, f"{number}.runtime") as file:
-                moment = int(os.fstat(file.fileno()).st_mtime * 1000)
-                record = read_json(file, LARGEST_VALUE)
-            code = record.get("return_code")
-            return ProcessEnd(
-                code if isinstance(code, int) else None,
-                bool(record.get("killed")),
-                bool(record.get("success")),
-                moment,
-            )
-        return None
-
-    def _history(self, ids: Ids) -> History:
-        return self._history_at(ids, self.store.version(ids))
-
-    def _history_in(self, folders: RunFolders, task: Ids) -> History:
-        """The history of a task of a run, which is looked at once for a verdict."""
-        if task not in folders.histories:
-            folders.versions[task] = self.store.version(task)
-            folders.histories[task] = self._history_at(task, folders.versions[task])
-        return folders.histories[task]
-
-    def _history_at(self, ids: Ids, version: Version | None) -> History:
-        """The history of a task whose records have this version."""
-        key = "/".join(ids)
-        known = self._histories.get(key)
-        if known is not None and known[0] == version:
-            return known[1]
-        metadata = list(self.store.metadata(ids, fields=HISTORY_FIELDS))
-        of_attempts = [m for m in metadata if m["field_name"] in ATTEMPT_FIELDS]
-        attempts = attempts_from_metadata(of_attempts, self.store.attempts_with_artifacts(ids))
-        for number, attempt in enumerate(attempts):
-            if attempt.is_ok is None:
-                attempts[number] = self._completed_by_artifact(ids, number, attempt)
-        values = {m["field_name"]: m["value"] for m in reversed(metadata)}
-        origin_run = str(values.get("origin-run-id") or "None")
-        origin = origin_of_clone(ids, values)
-        frames = self.foreach_frames(ids)
-        history = History(
-            attempts,
-            format_foreach_frames(frames),
-            None if origin_run == "None" else origin_run,
-            "/".join(origin) if origin else None,
-            next((value_text(m) for m in metadata if m["field_name"] == "end_step"), None),
-            self.store.artifact(ids, "_graph_info") if ids[2] == PARAMETERS_STEP else None,
-        )
-        if version is not None:
-            self._histories.put(key, (version, history))
-        return history
-
-    def foreach_frames(self, ids: Ids, hops: int = MOST_ORIGINS) -> list[str]:
-        """The foreach loops around a task, the outermost first, each as NAME=VALUE.
-
-        A clone records none, and is in the same loops as its origin; `hops`: see MOST_ORIGINS.
-        """
-        fields = ("foreach-stack", "origin-run-id", "origin-task-id")
-        values = {m["field_name"]: m["value"] for m in self.store.metadata(ids, fields=fields)}
-        stack, origin = values.get("foreach-stack"), origin_of_clone(ids, values)
-        if stack is None and hops > 0 and origin:
-            return self.foreach_frames(origin, hops - 1)
-        frames = [stack] if isinstance(stack, str) else stack or []
-        return [frame for frame in frames if isinstance(frame, str)]
-
-    def _origin_run_id(self, folders: RunFolders, graph: Graph) -> str | None:
-        """The run that a run was resumed from, according to its first tasks."""
-        step = graph.get("start_step")
-        for name in (PARAMETERS_STEP, step if isinstance(step, str) else DEFAULT_START_STEP):
-            for task in folders.tasks(name)[:1]:
-                origin = self._history_in(folders, task).origin_run_id
-                if origin is not None:
-                    return origin
-        return None
-
-    def resumed(self, flow: str) -> list[tuple[Ids, Ids]]:
-        """The resumed runs of a flow, each with the run that it was resumed from.
-
-        A run that has ended without taking over any task is left out.
-        """
-        found: list[tuple[Ids, Ids]] = []
-        for run in self.store.runs((flow,)):
-            ids = (flow, str(run["run_number"]))
-            origin = self._origin_run_id(RunFolders(self.store, ids), self.graph(ids) or {})
-            if origin is not None and (self._has_clones(ids) or self.status(run) == RUNNING):
-                found.append((ids, (flow, origin)))
-        return found
-
-    def _has_clones(self, ids: Ids) -> bool:
-        """Whether a run has taken over a task from another run."""
-        for step in self.store.steps(ids):
-            for task in self.store.task_ids((*ids, step["step_name"])):
-                if self._history(task).origin_pathspec is not None:
-                    return True
-        return False
-
-    def _is_log_stored(self, ids: Ids, row: AttemptRow, now: float) -> bool:
-        """Whether the log of an attempt is complete, or will never be stored.
-
-        The scheduler stores it some time after the attempt has ended.
-        """
-        if row["finished_at"] is None:
-            return False
-        if now * 1000 - row["finished_at"] > STORING_SECONDS * 1000:
-            return True
-        return not self._awaits_log(ids, row, now) or self.has_log(ids, row["attempt_id"])
-
-    def _awaits_log(self, ids: Ids, row: AttemptRow, now: float) -> bool:
-        """Whether a log is expected in a datastore here, from a scheduler that is alive.
-
-        The tasks of the scheduler have numbers. A task with a name was started by another, as
-        @parallel does, and its output is in the log of that one.
-        """
-        if not isinstance(row["task_id"], int):
-            return False
-        run = self.store.run(ids[:2])
-        heartbeat = None if run is None else run["last_heartbeat_ts"]
-        if heartbeat is not None and now - heartbeat > TASK_HEARTBEAT_CUTOFF:
-            return False
-        kinds = self.store.metadata(ids, fields=("ds-type",))  # clones have no such metadatum
-        return any(value_text(m) == "local" for m in kinds)
-
-    def _completed_by_artifact(self, ids: Ids, number: int, attempt: Attempt) -> Attempt:
-        """An attempt, completed by the artifact _task_ok if no metadatum says how it ended."""
-        artifact = self.store.artifact(ids, "_task_ok", number)
-        if artifact is None:
-            return attempt
-        is_ok: bool | None = None
-        with contextlib.suppress(OSError, ValueError):
-            is_ok = bool(self.value(artifact, LARGEST_VALUE))
-        return attempt._replace(
-            done_at=max(artifact["ts_epoch"], attempt.done_at or 0), is_ok=is_ok
-        )
-
-    # -- causes ------------------------------------------------------------------------------------
-
-    def _add_details(self, ids: Ids, rows: list[AttemptRow], now: float) -> list[AttemptRow]:
-        """Add what no verdict needs to attempts of a run: whether the log is stored, and the cause
-        to those that failed or whose exception was caught."""
-        graph: Graph | None = None
-        for row in rows:
-            row["is_log_stored"] = self._is_log_stored(attempt_row_ids(row), row, now)
-            if row["status"] in (FAILED, COMPLETED):
-                graph = self.graph(ids) or {} if graph is None else graph
-                if row["status"] == FAILED or has_catch(graph, row["step_name"]):
-                    row["cause"] = self._cause_of_attempt(row, graph)
-        return rows
-
-    def _cause_of_run(self, row: RunRow, tasks: Sequence[AttemptRow], graph: Graph) -> Cause:
+    def of_run(self, row: RunRow, tasks: Sequence[AttemptRow], graph: Graph, now: float) -> Cause:
         """Why a run has failed; `tasks`: all attempts of the run's tasks."""
         ids = run_row_ids(row)
-        failure = first_failure(tasks, graph, self._ended_with_scheduler)
-        if failure is not None and not self._is_abandoned(failure):
-            cause = self._cause_of_attempt(failure, graph)
+        failure = first_failure(tasks, graph, self.ended_with_scheduler)
+        if failure is not None and not self._is_abandoned(failure, now):
+            cause = self.of_attempt(failure, graph)
             if cause is not None:
                 return cause
         has_started = any(task["step_name"] != PARAMETERS_STEP for task in tasks)
@@ -4951,45 +4970,45 @@ class Model:
             SCHEDULER_GONE if has_started else NEVER_STARTED, ids, Raised(None, message)
         )
 
-    def _ended_with_scheduler(self, row: AttemptRow) -> bool:
-        """Whether an attempt was still running when its scheduler gave the run up."""
-        return ENDED_BY_SCHEDULER in self._stderr_tail(attempt_row_ids(row), row["attempt_id"])
+    def of_attempt(self, row: AttemptRow, graph: Graph) -> Cause | None:
+        """Why an attempt has failed or would have failed without @catch; None if it succeeded."""
+        ids, number = attempt_row_ids(row), row["attempt_id"]
+        folder = self._logs.stat_folder(ids, number)
+        versions = (self._store.version(ids), None if folder is None else settled_version(folder))
+        key = f"{'/'.join(ids)}/{number}/{row['status']}"
+        known = self._known.get(key)
+        if known is not None and known[0] == versions:
+            return known[1]
+        cause = self._find(row, graph)
+        if None not in versions:
+            self._known.put(key, (versions, cause))
+        return cause
 
-    def _is_abandoned(self, row: AttemptRow) -> bool:
+    def ended_with_scheduler(self, row: AttemptRow) -> bool:
+        """Whether an attempt was still running when its scheduler gave the run up."""
+        return ENDED_BY_SCHEDULER in self._logs.stderr_tail(attempt_row_ids(row), row["attempt_id"])
+
+    def _is_abandoned(self, row: AttemptRow, now: float) -> bool:
         """Whether an attempt fell silent together with its scheduler, which recorded no end of it.
 
         A run whose id a client chose was started by an orchestrator, and has no scheduler.
         """
         ids, number = attempt_row_ids(row), row["attempt_id"]
-        if isinstance(row["run_number"], str) or self._process_end(ids, number) is not None:
+        if isinstance(row["run_number"], str) or self._logs.process_end(ids, number) is not None:
             return False
-        attempts = self._history(ids).attempts
+        attempts = self._histories.of_task(ids).attempts
         if number < len(attempts) and attempts[number].done_at is not None:
             return False
-        heartbeat = (self.store.run(ids[:2]) or row)["last_heartbeat_ts"]
-        return heartbeat is None or self.clock() - heartbeat > TASK_HEARTBEAT_CUTOFF
+        heartbeat = (self._store.run(ids[:2]) or row)["last_heartbeat_ts"]
+        return heartbeat is None or now - heartbeat > TASK_HEARTBEAT_CUTOFF
 
-    def _cause_of_attempt(self, row: AttemptRow, graph: Graph) -> Cause | None:
-        """Why an attempt has failed or would have failed without @catch; None if it succeeded."""
-        ids, number = attempt_row_ids(row), row["attempt_id"]
-        own = self.files.stat_folder(self.datastore_root(ids, number), *ids)
-        versions = (self.store.version(ids), None if own is None else settled_version(own))
-        key = f"{'/'.join(ids)}/{number}/{row['status']}"
-        known = self._causes.get(key)
-        if known is not None and known[0] == versions:
-            return known[1]
-        cause = self._find_cause(row, graph)
-        if None not in versions:
-            self._causes.put(key, (versions, cause))
-        return cause
-
-    def _find_cause(self, row: AttemptRow, graph: Graph) -> Cause | None:
+    def _find(self, row: AttemptRow, graph: Graph) -> Cause | None:
         ids, number = attempt_row_ids(row), row["attempt_id"]
         is_caught = row["status"] == COMPLETED
         raised = self._read_exception(ids, number, CAUGHT if is_caught else UNCAUGHT)
         if is_caught and not (raised and was_raised_in(raised, row)):
             return None
-        stderr, end = self._stderr_tail(ids, number), self._process_end(ids, number)
+        stderr, end = self._logs.stderr_tail(ids, number), self._logs.process_end(ids, number)
         if raised is None and end is not None and end.return_code == UNCAUGHT_EXIT_CODE:
             raised = parse_traceback(stderr) or parse_headline(stderr)
         if raised is None:
@@ -5005,365 +5024,501 @@ class Model:
             kind = RAISED
         return make_cause(kind, ids, raised, row, attempts_allowed(graph, row["step_name"]), stderr)
 
-    def _stderr_tail(self, ids: Ids, number: int) -> list[str]:
-        """The last lines that an attempt has written to stderr."""
-        contents = []
-        with contextlib.suppress(OSError), self._open_logs(ids, number, "stderr") as files:
-            for file in files:
-                contents.append(read_content(file, CAUSE_STDERR_BYTES, from_end=True))
-        return [line["line"] for line in merge_logs(contents)]
-
     def _read_exception(self, ids: Ids, number: int, name: str) -> Raised | None:
-        artifact = self.store.artifact(ids, name, number)
+        artifact = self._store.artifact(ids, name, number)
         if artifact is not None:
             with contextlib.suppress(OSError, ValueError):
-                return parse_exception_wrapper(self.value(artifact, LARGEST_VALUE))
+                return parse_exception_wrapper(self._artifacts.value(artifact, LARGEST_VALUE))
         return None
 
-    # -- comparing runs ----------------------------------------------------------------------------
 
-    def compare(self, runs: Sequence[Ids], has_equal: bool = False) -> Comparison | None:
-        """What differs between runs; None if one does not exist. `has_equal`: add what is equal."""
-        rows = [self.run(ids) for ids in runs]
-        if None in rows:
-            return None
-        found = cast("list[RunRow]", rows)
-        facts = [self._facts(run_row_ids(row), row) for row in found]
-        return {"runs": found, "differences": compare_facts(facts, has_equal)}
+# -- attempts --------------------------------------------------------------------------------------
 
-    def changes(self, ids: Ids) -> Comparison | None:
-        """What differs between a run and the last successful run of its flow before it.
+TASK_SILENCE_CUTOFF = 3600
+"""Seconds without any sign of life after which a task that sends no heartbeats counts as dead. It
+may compute for long without writing anything, which must not be shown as a failure."""
 
-        That run comes first. None if there is none.
-        """
-        run = self.store.run(ids)
-        before = None if run is None else run_sort_key(run)
-        earlier = itertools.islice(self.store.runs(ids[:1], before), MOST_RUNS_LOOKED_BACK)
-        rows = map(self.judge, map(self._run_row, earlier))
-        last = next((row for row in rows if row["status"] == COMPLETED), None)
-        return None if last is None or run is None else self.compare([run_row_ids(last), ids])
 
-    def _facts(self, ids: Ids, row: RunRow) -> Facts:
-        parameters = {name: shown["value"] for name, shown in self.parameters(ids).items()}
-        tasks = self._tasks(RunFolders(self.store, ids), self.clock())
-        steps = self.steps(ids, tasks, self.clock())
-        artifacts = self._last_artifacts(ids, [step["step_name"] for step in steps])
-        return {
-            "parameters": parameters,
-            "artifacts": {n: v for n, v in artifacts.items() if n not in parameters},
-            "durations": {
-                step["step_name"]: step["duration"]
-                for step in steps
-                if not step["step_name"].startswith("_")
-            },
-            "tags": dict.fromkeys(row["tags"] or (), True),
-            "code": self._code_digests(ids),
-        }
+def last_sign_of_life(record: BaseRun | Task, written: Iterable[os.stat_result | None]) -> int:
+    """When a run or task last gave a sign of life, in epoch milliseconds.
 
-    def _last_artifacts(self, ids: Ids, steps: Iterable[str]) -> dict[str, str]:
-        """The last values of the artifacts of a run, by name; large ones by their digests.
+    That is its heartbeat, or if it sends none, the last time that something was `written` to one of
+    its folders.
+    """
+    heartbeat, created = record["last_heartbeat_ts"], record["ts_epoch"]
+    if heartbeat is not None:
+        return max(heartbeat * 1000, created)
+    times = (int(status.st_mtime * 1000) for status in written if status is not None)
+    return max([created, *times])
 
-        Steps with several tasks are left out, since each task has a value of its own.
-        """
-        last: dict[str, ArtifactRow] = {}
-        for step in steps:
-            tasks = self.store.task_ids((*ids, step))
-            if len(tasks) == 1 and not step.startswith("_"):
-                last.update((row["name"], row) for row in self.artifacts(tasks[0], None))
-        shown = {name: row for name, row in last.items() if name[:1] != "_" and name != "name"}
-        return {name: self._compared_text(row) for name, row in shown.items()}
 
-    def _compared_text(self, row: ArtifactRow) -> str:
-        content = self.with_value(row).get("content", "")
-        is_small = 0 < len(content) <= LONGEST_COMPARED
-        return content if is_small else f"sha {row['sha']}"
+def stat_record_folders(store: Store, ids: Ids) -> Iterator[os.stat_result | None]:
+    """The statuses of the folders in which the records of a run or task are."""
+    own = "/".join((store.folder, *ids))
+    return map(stat_or_none, (own, f"{own}/{META_DIR}"))
 
-    def _code_digests(self, ids: Ids) -> dict[str, str]:
-        """The digests of the code of a run: of its `package`, if it has one, and of its `graph`,
-        which has the lines, decorators and docstrings of the steps."""
-        graphs = (artifact["sha"] for artifact in self._stored_graphs(ids))
-        digests = {"graph": next(graphs, None), "package": self._package_digest(ids)}
-        return {name: sha for name, sha in digests.items() if sha is not None}
 
-    def _package_digest(self, ids: Ids) -> str | None:
-        """The digest of the code package of a run, or None if it has none."""
-        for step in self.store.steps(ids):
-            for task in self.store.task_ids((*ids, step["step_name"]))[:1]:
-                for metadatum in self.store.metadata(task, fields=("code-package",)):
-                    with contextlib.suppress(ValueError, LookupError, TypeError):
-                        return str(json.loads(value_text(metadatum))["sha"])
-        return None
+def attempt_status(
+    attempts: Sequence[Attempt], number: int, created: int, silent_since: int | None
+) -> tuple[str, int | None]:
+    """The status of a single attempt, and when it finished.
 
-    # -- the flow's graph and parameters -----------------------------------------------------------
+    `created`: when the task was created; `silent_since`: since when it has given no sign of life,
+    or None if it is alive, which concerns only its newest attempt.
+    """
+    attempt = attempts[number]
+    begin = attempt.started_at or created
+    if attempt.done_at is not None:
+        status = FAILED if attempt.is_ok is False else COMPLETED
+        return status, max(attempt.done_at, begin)
+    if number + 1 < len(attempts):
+        return FAILED, max(attempts[number + 1].started_at or begin, begin)
+    if silent_since is not None:
+        return FAILED, max(silent_since, begin)
+    return RUNNING, None
 
-    def graph(self, ids: Ids) -> Graph | None:
-        """The graph of the flow of a run, or None if the run has not stored it."""
-        return self._graph_of(map(self._history, self.store.task_ids((*ids, PARAMETERS_STEP))))
 
-    def _graph_of(self, parameters: Iterable[History]) -> Graph | None:
-        """The graph of the flow of a run; `parameters`: the histories of its first tasks."""
-        found = (history.graph for history in parameters if history.graph is not None)
-        artifact = next(found, None)
-        return None if artifact is None else self._graph_in(artifact)
+class Attempts:
+    """The rows of attempts: the status of each, its times and its cause."""
 
-    def _stored_graphs(self, ids: Ids) -> Iterator[Artifact]:
-        """The artifacts that hold the graph of the flow of a run; usually one."""
-        for task in self.store.task_ids((*ids, PARAMETERS_STEP)):
-            artifact = self.store.artifact(task, "_graph_info")
-            if artifact is not None:
-                yield artifact
+    def __init__(
+        self,
+        store: Store,
+        logs: Logs,
+        cards: Cards,
+        histories: Histories,
+        graphs: Graphs,
+        causes: Causes,
+    ) -> None:
+        self._store = store
+        self._logs = logs
+        self._cards = cards
+        self._histories = histories
+        self._graphs = graphs
+        self._causes = causes
 
-    def _graph_in(self, artifact: Artifact) -> Graph | None:
-        key = f"{artifact['flow_id']}/{artifact['location']}/{artifact['sha']}"
-        graph = self._graphs.get(key)
-        if graph is None:
-            try:
-                value = to_json(self.value(artifact, LARGEST_GRAPH))
-            except OSError:
-                return None  # it may still be written
-            except ValueError:
-                value = None
-            is_graph = isinstance(value, dict) and isinstance(value.get("steps"), dict)
-            graph = cast(Graph, value) if is_graph else {}
-            self._graphs.put(key, graph)
-        return graph or None
+    def of_run(self, ids: Ids, now: float) -> list[AttemptRow]:
+        """The attempts of all tasks of a run, oldest task first, with causes."""
+        rows = self.without_details(RunFolders(self._store, self._histories, ids), now)
+        return self._add_details(ids, rows, now)
 
-    def parameters(self, ids: Ids) -> dict[str, dict[str, object]]:
-        """The parameters of a run whose values can be shown, each with its `value`."""
-        values: dict[str, dict[str, object]] = {}
-        for task in self.store.task_ids((*ids, PARAMETERS_STEP)):
-            for artifact in self.store.artifacts(task):
-                name = artifact["name"]
-                if not name.startswith("_") and name not in ("name", "script_name"):
-                    with contextlib.suppress(OSError, ValueError):
-                        values[name] = {"value": to_json(self.value(artifact, LARGEST_VALUE))}
-        return dict(sorted(values.items()))
+    def of_task(self, ids: Ids, now: float) -> list[AttemptRow]:
+        """The attempts of a task, newest first, with causes."""
+        task = self._store.task(ids)
+        rows = [] if task is None else self._rows(ids, task, self._histories.of_task(ids), now)
+        return self._add_details(ids[:2], rows, now)[::-1]
 
-    # -- metadata and artifacts --------------------------------------------------------------------
+    def without_details(self, folders: RunFolders, now: float) -> list[AttemptRow]:
+        """The attempts of all tasks of a run, with what a verdict needs: no causes, no logs."""
+        rows: list[AttemptRow] = []
+        for task in self._store.read_tasks(folders.ids, folders.all_tasks()):
+            ids = (*folders.ids, task["step_name"], str(task["task_id"]))
+            rows += self._rows(ids, task, folders.history(ids), now)
+        return rows
 
-    def metadata(self, ids: Ids) -> list[MetadatumRow]:
-        """The metadata of a task, sorted by name, and oldest first for each name."""
-        rows = [metadatum_row(metadatum) for metadatum in self.store.metadata(ids)]
-        return sorted(rows, key=lambda row: (row["field_name"], row["ts_epoch"], row["id"]))
-
-    def artifacts(self, ids: Ids, attempt: int | None) -> list[ArtifactRow]:
-        """The artifacts of an attempt of a task, sorted by name, without values."""
-        return sorted(
-            (artifact_row(artifact) for artifact in self.store.artifacts(ids, attempt)),
-            key=lambda row: row["name"],
-        )
-
-    def mark_inherited(self, ids: Ids, rows: Sequence[ArtifactRow]) -> None:
-        """Say of the artifacts of a task whether a task before it has had the same."""
-        unknown = {row["name"]: row for row in rows}
+    def _add_details(self, ids: Ids, rows: list[AttemptRow], now: float) -> list[AttemptRow]:
+        """Add what no verdict needs to attempts of a run: whether the log is stored, and the cause
+        to those that failed or whose exception was caught."""
+        graph: Graph | None = None
         for row in rows:
-            row["is_inherited"] = False
-        for task in self._tasks_before(ids):
-            for name, row in list(unknown.items()):
-                earlier = self.store.artifact(task, name)
-                if earlier is not None and earlier["sha"] == row["sha"]:
-                    unknown.pop(name)["is_inherited"] = True
-            if not unknown:
-                return
+            row["is_log_stored"] = self._logs.is_stored(row, now)
+            if row["status"] in (FAILED, COMPLETED):
+                graph = self._graphs.of_run(ids) or {} if graph is None else graph
+                if row["status"] == FAILED or has_catch(graph, row["step_name"]):
+                    row["cause"] = self._causes.of_attempt(row, graph)
+        return rows
 
-    def _tasks_before(self, ids: Ids) -> Iterator[Ids]:
-        """The tasks that a task may have followed: of the steps before its own, and where both are
-        in the same loop, of the same turn of it."""
-        run, step = ids[:2], ids[2]
-        steps = (self.graph(run) or {}).get("steps", {})
-        nexts = {n: s.get("next") for n, s in steps.items() if isinstance(s, dict)}
-        before = [
-            name for name, names in nexts.items() if isinstance(names, list) and step in names
-        ]
-        frames = self.foreach_frames(ids)
-        for name in (PARAMETERS_STEP, *before):
-            for task in self.store.task_ids((*run, name)):
-                shared = zip(frames, self.foreach_frames(task))
-                if task != ids and all(one == other for one, other in shared):
-                    yield task
+    def _rows(self, ids: Ids, task: Task, history: History, now: float) -> list[AttemptRow]:
+        attempts = self._add_unrecorded(ids, history.attempts or [Attempt()])
+        silent_since = None
+        if attempts[-1].done_at is None:
+            silent_since = self._silent_since(ids, task, now)
+        created = task["ts_epoch"]
+        rows: list[AttemptRow] = []
+        for number, attempt in enumerate(attempts):
+            status, end = attempt_status(attempts, number, created, silent_since)
+            is_begun = attempt.started_at is not None or task["last_heartbeat_ts"] is not None
+            rows.append(
+                {
+                    **task,
+                    **shared_columns(task),
+                    "task_name": string_id(task["task_id"]),
+                    "attempt_id": number,
+                    "status": status if is_begun or status != RUNNING else PENDING,
+                    "task_ok": None,
+                    "started_at": attempt.started_at,
+                    "finished_at": end,
+                    "duration": elapsed_ms(attempt.started_at or created, end, now),
+                    "cause": None,
+                    "foreach_label": history.foreach_label,
+                    "origin_pathspec": history.origin_pathspec,
+                    "is_log_stored": False,
+                }
+            )
+        return rows
 
-    def value(self, artifact: Artifact | ArtifactRow, limit: int) -> Any:
-        """The value of an artifact, read without unpickling; OSError, TooLarge or ValueError."""
-        with self.open_stored(artifact) as file:
-            content = read_content(file, limit)
-        value = PickleReader().read(decompress(content, limit))
-        if isinstance(value, PickledObject) and value.name == INCLUDED_FILE:
-            return self._included_text(value, limit)
-        return value
+    def _silent_since(self, ids: Ids, task: Task, now: float) -> int | None:
+        """When a task gave its last sign of life, if it counts as dead; None while it is alive."""
+        cutoff = TASK_SILENCE_CUTOFF if task["last_heartbeat_ts"] is None else TASK_HEARTBEAT_CUTOFF
+        last_sign = last_sign_of_life(task, self._stat_folders(ids))
+        return last_sign if now * 1000 - last_sign > cutoff * 1000 else None
 
-    def _included_text(self, included: PickledObject, limit: int) -> Any:
-        """The content of an IncludeFile, which is stored as a blob of its own.
+    def _stat_folders(self, ids: Ids) -> Iterator[os.stat_result | None]:
+        """The statuses of all folders that a task may write to while it runs."""
+        yield from stat_record_folders(self._store, ids)
+        yield from self._cards.stat_data_folders(ids)
+        yield self._logs.stat_folder(ids, None)
 
-        If that is not in a local datastore, the object that describes it is returned.
+    def _add_unrecorded(self, ids: Ids, attempts: Sequence[Attempt]) -> list[Attempt]:
+        """Attempts, completed by what only their scheduler has recorded, in a file for each.
+
+        A process that is killed cannot record its end, nor its start if it is killed early.
         """
-        pairs = included.attributes().get("_descriptor")
-        descriptor = dict(pairs) if isinstance(pairs, PickledDict) else {}
-        url = descriptor.get("url")
-        place = re.fullmatch(LOCAL_URL, url) if isinstance(url, str) else None
-        if place is None:
-            return included
-        with self.files.open_file(place["root"], *place["names"].split("/")) as file:
-            content = decompress(read_content(file, limit), limit)
-        encoding = descriptor.get("encoding")
-        if not descriptor.get("is_text", True):
-            return content
-        try:
-            return content.decode(encoding if isinstance(encoding, str) else "utf-8", "replace")
-        except LookupError:
-            return content
+        known = list(attempts)
+        while not known[-1].is_ok and len(known) <= LARGEST_SHOWN_ATTEMPT:
+            if known[-1].done_at is None:
+                end = self._logs.process_end(ids, len(known) - 1)
+                if end is None:
+                    break
+                known[-1] = known[-1]._replace(done_at=end.moment, is_ok=end.is_ok)
+            elif self._logs.process_end(ids, len(known)) is None:
+                break
+            else:
+                known.append(Attempt())
+        return known
 
-    def open_stored(self, artifact: Artifact | ArtifactRow) -> io.BufferedReader:
-        """Open the file of an artifact; FileNotFoundError, or ValueError if it is not local."""
-        sha, location = artifact["sha"] or "", artifact["location"]
-        if artifact["ds_type"] != "local" or not location.startswith(ROOT_LOCATION):
-            raise ValueError("It is not stored on this machine.")
-        if not re.fullmatch(SHA, sha):
-            raise ValueError("It has no place in the datastore.")
-        root = location.removeprefix(ROOT_LOCATION)
-        try:
-            return self.files.open_file(root, artifact["flow_id"], "data", sha[:2], sha)
-        except FileNotFoundError as error:
-            error.strerror = "It is not in the datastore any more"
-            raise
 
-    def with_value(self, row: ArtifactRow) -> ArtifactRow:
-        """Add to an artifact its value, or the reason why that cannot be shown."""
-        try:
-            value = self.value(row, LARGEST_VALUE)
-            row["content"] = format_value(value)
-            if isinstance(value, (bytes, bytearray)):
-                row["content_kind"] = media_type(value)
-        except (OSError, ValueError) as error:
-            kind, detail = "artifact-handle-failed", str(error)
-            if isinstance(error, TooLarge):
-                kind, detail = "artifact-too-large", f"It is larger than {LARGEST_VALUE} bytes."
-            elif isinstance(error, OSError):
-                detail = error.strerror or ""
-            row["postprocess_error"] = {"id": kind, "detail": detail, "traceback": None}
+# -- runs and verdicts -----------------------------------------------------------------------------
+
+VERDICTS_IN_MEMORY = 60_000  # versions; see Verdict.weight
+
+RUN_HEARTBEAT_CUTOFF = 360
+"""Seconds without a heartbeat after which a run that has not ended counts as failed."""
+
+
+class Verdict(NamedTuple):
+    """What has become of a run, with the versions of all records that this rests on."""
+
+    status: str
+    finished_at: int | None
+    cause: Cause | None
+    origin_run_id: str | None
+    heartbeat: int | None
+    folders: FolderVersions  # none while the run is running
+
+    def weight(self) -> int:
+        """Roughly how much memory it takes, in units of a version."""
+        return len(self.folders) + 1 + cause_weight(self.cause) // 200
+
+
+def sends_heartbeats(system_tags: Sequence[object] | None) -> bool:
+    """Whether a client with these system tags sends heartbeats, by its `metaflow_version:`.
+
+    Missing system tags count as those of one that does.
+    """
+    if system_tags is None:
+        return True
+    prefix = "metaflow_version:"
+    for tag in system_tags:
+        if isinstance(tag, str) and tag.startswith(prefix):
+            return version_has_heartbeats(tag[len(prefix) :])
+    return False
+
+
+@lru_cache(maxsize=64)  # the tasks of a run all have the same, which takes 5 us to parse
+def version_has_heartbeats(text: str) -> bool:
+    """Whether clients of a version of Metaflow send heartbeats; true if it cannot be parsed."""
+    match = re.match(r"(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?", text)
+    if match is None:
+        return True
+    version = tuple(int(part or 0) for part in match.groups())
+    return version >= (2, 2, 12) or (1, 14, 0) <= version < (2, 0, 0)
+
+
+def cannot_go_on(
+    tasks: Iterable[AttemptRow],
+    graph: Graph,
+    ended_with_scheduler: Callable[[AttemptRow], bool] = lambda task: False,
+) -> bool:
+    """Whether a run has failed for good: a task has used up its attempts, and no task is running.
+
+    Like the scheduler, this waits for the siblings of a failed task. `ended_with_scheduler`: tells
+    whether a failed attempt will not be repeated, although it could be.
+    """
+    newest = newest_attempts(tasks)
+    if any(task["finished_at"] is None for task in newest):
+        return False
+    return any(
+        task["attempt_id"] + 1 >= (attempts_allowed(graph, task["step_name"]) or math.inf)
+        or ended_with_scheduler(task)
+        for task in newest
+        if task["status"] == FAILED
+    )
+
+
+def has_failed_end(tasks: Iterable[AttemptRow], end_step: str) -> bool:
+    """Whether the end step has failed, by which a run is judged whose graph is unknown.
+
+    Clients other than Metaflow store no graph. The reference judges all runs like this.
+    """
+    end = [task for task in tasks if task["step_name"] == end_step]
+    return bool(end) and end[-1]["status"] == FAILED
+
+
+def ended_without_heartbeats(run: RunRow, tasks: Iterable[AttemptRow]) -> bool:
+    """Whether no task of a run is running, and its client is one that never sends heartbeats.
+
+    Nothing more is then to be expected. Runs of local mode are not meant: by their system tags,
+    their client sends heartbeats, and so they are judged by when their files were written.
+    """
+    if run["last_heartbeat_ts"] is not None or sends_heartbeats(run["system_tags"]):
+        return False
+    return all(task["finished_at"] is not None for task in tasks)
+
+
+class Runs:
+    """The rows of runs, and the verdict on each."""
+
+    def __init__(
+        self,
+        store: Store,
+        clock: Callable[[], float],
+        histories: Histories,
+        graphs: Graphs,
+        causes: Causes,
+        attempts: Attempts,
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._histories = histories
+        self._graphs = graphs
+        self._causes = causes
+        self._attempts = attempts
+        self._verdicts: Cache[Verdict] = Cache(VERDICTS_IN_MEMORY, Verdict.weight)
+        self._unfinished: dict[Ids, None] = {}  # the runs that were running when last judged
+        self._last_end = 0  # of the others, in epoch milliseconds
+
+    def newest_first(self, flow: str | None = None) -> Iterator[RunRow]:
+        """The runs of a flow or of all flows, newest first, not judged yet."""
+        import heapq
+
+        names = [f["flow_id"] for f in self._store.flows()] if flow is None else [flow]
+        flows = [self._store.runs((name,)) for name in names]
+        merged = heapq.merge(*flows, key=run_sort_key, reverse=True)
+        return map(run_row, merged)
+
+    def get(self, ids: Ids) -> RunRow | None:
+        """A run with its verdict, or None if there is no such run."""
+        run = self._store.run(ids)
+        return None if run is None else self.judge(run_row(run))
+
+    def unfinished(self) -> list[RunRow]:
+        """The runs that were running when they were last judged, not judged again."""
+        rows = []
+        for ids in list(self._unfinished):
+            run = self._store.run(ids)
+            if run is None:
+                self._unfinished.pop(ids, None)
+            else:
+                rows.append(run_row(run))
+        return rows
+
+    def judge(self, row: RunRow) -> RunRow:
+        """Fill in what has become of a run, unless that is done already, and return the row."""
+        if not row["status"]:
+            now = self._clock()
+            verdict = self._verdict(row, now)
+            row["status"], row["finished_at"] = verdict.status, verdict.finished_at
+            row["duration"] = elapsed_ms(row["ts_epoch"], verdict.finished_at, now)
+            row["cause"] = verdict.cause
+            row["origin_run_id"] = verdict.origin_run_id
         return row
 
-    # -- logs and cards ----------------------------------------------------------------------------
+    def status(self, run: Run) -> str:
+        """The status of a run: running, completed or failed."""
+        ids, heartbeat = (run["flow_id"], str(run["run_number"])), run["last_heartbeat_ts"]
+        known = self._known_verdict(ids, heartbeat)
+        return self.judge(run_row(run))["status"] if known is None else known.status
 
-    def datastore_root(self, ids: Ids, attempt: int | None) -> str:
-        """The datastore of an attempt, according to its metadata, by default the store's folder.
+    def is_settled(self, row: RunRow) -> bool:
+        """Whether a run has ended and nothing of it has changed for a while."""
+        return self._known_verdict(run_row_ids(row), row["last_heartbeat_ts"]) is not None
 
-        It is a path that a client sent, and must be used with `files` only.
+    def is_at_rest(self, seconds: float) -> bool:
+        """Whether no run is running, and the last to end did so longer ago than that.
+
+        Of the runs that have been judged.
         """
-        for metadatum in self.store.metadata(ids, fields=("ds-root",)):
-            if attempt is None or metadatum_attempt(metadatum) in (attempt, None):
-                return value_text(metadatum)
-        return self.store.folder
+        return not self._unfinished and self._clock() * 1000 - self._last_end > seconds * 1000
 
-    def log(self, ids: Ids, attempt: int, stream: str) -> list[LogLine]:
-        """The lines that an attempt has written to stdout or stderr, oldest first.
+    def version(self) -> object:
+        """What changes when a flow or run comes or goes; None while that could go unnoticed."""
+        flows = [(flow["flow_id"],) for flow in self._store.flows()]
+        found = [self._store.version(ids) for ids in ((), *flows)]
+        return None if None in found else found
 
-        Metaflow stores them when the attempt has ended. Only the end of a huge log is read.
+    def resumed(self, flow: str) -> list[tuple[Ids, Ids]]:
+        """The resumed runs of a flow, each with the run that it was resumed from.
+
+        A run that has ended without taking over any task is left out.
         """
-        with self._open_logs(ids, attempt, stream) as files:
-            key = repr([file_version(os.fstat(file.fileno())) for file in files])
-            lines = self._logs.get(key)
-            if lines is None:
-                contents = (read_content(file, LARGEST_LOG, from_end=True) for file in files)
-                lines = merge_logs(contents)
-                self._logs.put(key, lines)
-        return lines
+        found: list[tuple[Ids, Ids]] = []
+        for run in self._store.runs((flow,)):
+            ids = (flow, str(run["run_number"]))
+            origin = self._origin_run_id(
+                RunFolders(self._store, self._histories, ids), self._graphs.of_run(ids) or {}
+            )
+            if origin is not None and (self._has_clones(ids) or self.status(run) == RUNNING):
+                found.append((ids, (flow, origin)))
+        return found
 
-    def has_log(self, ids: Ids, attempt: int) -> bool:
-        """Whether the log of an attempt is stored: its files exist even if nothing was written."""
-        for stream in LOG_STREAMS.values():
-            with self._open_logs(ids, attempt, stream) as files:
-                if not files:
-                    return False
-        return True
+    def _has_clones(self, ids: Ids) -> bool:
+        """Whether a run has taken over a task from another run."""
+        for step in self._store.steps(ids):
+            for task in self._store.task_ids((*ids, step["step_name"])):
+                if self._histories.of_task(task).origin_pathspec is not None:
+                    return True
+        return False
 
-    @contextlib.contextmanager
-    def _open_logs(
-        self, ids: Ids, attempt: int, stream: str
-    ) -> Iterator[Sequence[io.BufferedReader]]:
-        """The files that hold a stream of an attempt, as far as they exist."""
-        root = self.datastore_root(ids, attempt)
-        with contextlib.ExitStack() as files:
-            opened = []
-            for source in LOG_SOURCES:
-                with contextlib.suppress(FileNotFoundError):
-                    file = self.files.open_file(root, *ids, f"{attempt}.{source}_{stream}.log")
-                    opened.append(files.enter_context(file))
-            yield opened
+    def _known_verdict(self, ids: Ids, heartbeat: int | None) -> Verdict | None:
+        """The cached verdict on a run that has ended, if all that it rests on is unchanged."""
+        known = self._verdicts.get("/".join(ids))
+        if known is None or known.heartbeat != heartbeat:
+            return None
+        return known if are_unchanged(known.folders) else None
 
-    def cards(self, ids: Ids) -> list[Card]:
-        """The cards of a task."""
-        return [card for card, _ in self.card_files(ids)]
+    def _verdict(self, row: RunRow, now: float) -> Verdict:
+        ids, heartbeat = run_row_ids(row), row["last_heartbeat_ts"]
+        known = self._known_verdict(ids, heartbeat)
+        if known is not None:
+            return known
+        verdict = self._make_verdict(row, RunFolders(self._store, self._histories, ids), now)
+        if verdict.status == RUNNING:
+            self._unfinished[ids] = None
+        else:
+            self._unfinished.pop(ids, None)
+            self._last_end = max(self._last_end, verdict.finished_at or 0)
+            if all(version is not None for _, version in verdict.folders):
+                self._verdicts.put("/".join(ids), verdict)
+        return verdict
 
-    def count_missing_cards(self, ids: Ids) -> int:
-        """How many cards of a task its metadata mention, but no file is found for."""
-        recorded = {m["field_name"] for m in self.store.metadata(ids) if m["type"] == "card-info"}
-        return len(recorded - {card["hash"] for card in self.cards(ids)})
+    def _make_verdict(self, row: RunRow, folders: RunFolders, now: float) -> Verdict:
+        first = [folders.history(task) for task in folders.tasks(PARAMETERS_STEP)]
+        graph = self._graphs.read(first) or {}
+        end_step = find_end_step(first, graph)
+        completion = self._completion(folders, end_step)
+        if completion is not None:
+            finished_at, sources = completion
+            status, cause = COMPLETED, None
+        else:
+            tasks = self._attempts.without_details(folders, now)
+            sources = list(folders.versions)
+            status, finished_at = self._judge_incomplete(row, tasks, graph, end_step, now)
+            cause = self._causes.of_run(row, tasks, graph, now) if status == FAILED else None
+        origin = self._origin_run_id(folders, graph)
+        seen = [] if status == RUNNING else folders.versions_of(sources)
+        return Verdict(status, finished_at, cause, origin, row["last_heartbeat_ts"], seen)
 
-    def card(self, ids: Ids, card_hash: str) -> bytes | None:
-        """The HTML of a card, or None if there is no such card; TooLarge."""
-        for card, place in self.card_files(ids):
-            if card["hash"] == card_hash:
-                with contextlib.suppress(FileNotFoundError), self.files.open_file(*place) as file:
-                    return read_content(file, LARGEST_CARD)
+    def _completion(
+        self, folders: RunFolders, end_step: str
+    ) -> tuple[int | None, Sequence[Ids]] | None:
+        """When a run was completed, and the objects that say so; None if it is not completed."""
+        for task in folders.tasks(end_step)[-1:]:
+            attempts = folders.history(task).attempts
+            if attempts and attempts[-1].is_ok:
+                sources = (task[:-1], task)
+                # Without parameters the run is a teller too: they would say what the end step is.
+                has_parameters = bool(folders.tasks(PARAMETERS_STEP))
+                return attempts[-1].done_at, sources if has_parameters else (folders.ids, *sources)
         return None
 
-    def card_data(self, ids: Ids, card_hash: str) -> tuple[Card, object] | None:
-        """The current data of a card that its task updates, or None; OSError, ValueError."""
-        for card, place in self.card_files(ids, "runtime", ".data.json"):
-            if card["hash"] == card_hash:
-                with self.files.open_file(*place) as file:
-                    return card, read_json(file, LARGEST_CARD)
+    def _judge_incomplete(
+        self, row: RunRow, tasks: Sequence[AttemptRow], graph: Graph, end_step: str, now: float
+    ) -> tuple[str, int | None]:
+        """The status of a run that is not completed, and when it failed; `tasks`: all attempts."""
+        written = stat_record_folders(self._store, run_row_ids(row))
+        signs = [task["finished_at"] or task["started_at"] or task["ts_epoch"] for task in tasks]
+        last_sign = max([last_sign_of_life(row, written), *signs])
+        if any(task["status"] == RUNNING for task in tasks):
+            return RUNNING, None
+        if cannot_go_on(tasks, graph, self._causes.ended_with_scheduler):
+            return FAILED, max(task["finished_at"] or 0 for task in tasks)
+        if (not graph and has_failed_end(tasks, end_step)) or ended_without_heartbeats(row, tasks):
+            return FAILED, last_sign
+        if now * 1000 - last_sign > RUN_HEARTBEAT_CUTOFF * 1000:
+            return FAILED, last_sign
+        return RUNNING, None
+
+    def _origin_run_id(self, folders: RunFolders, graph: Graph) -> str | None:
+        """The run that a run was resumed from, according to its first tasks."""
+        step = graph.get("start_step")
+        for name in (PARAMETERS_STEP, step if isinstance(step, str) else DEFAULT_START_STEP):
+            for task in folders.tasks(name)[:1]:
+                origin = folders.history(task).origin_run_id
+                if origin is not None:
+                    return origin
         return None
 
-    def _card_folders(self, ids: Ids, kind: str) -> list[DatastorePath]:
-        """The folders that may hold a task's cards; Metaflow before 2022 left the step out."""
-        flow, run, step, task = ids
-        own, others = self.store.folder, read_card_roots(self.store.folder)
-        roots = dict.fromkeys((self.datastore_root(ids, None), own, *others))
-        return [
-            (root, CARDS_DIR, flow, "runs", run, *below, kind)
-            for root in roots
-            for below in (("steps", step, "tasks", task), ("tasks", task))
-        ]
 
-    def card_files(
-        self, ids: Ids, kind: str = "cards", suffix: str = ".html"
-    ) -> list[tuple[Card, DatastorePath]]:
-        """The cards of a task and their files, from the first folder that has any.
+# -- the model -------------------------------------------------------------------------------------
 
-        A file is called TYPE-HASH or TYPE-ID-HASH.
-        """
-        for place in self._card_folders(ids, kind):
-            found: list[tuple[Card, DatastorePath]] = []
-            for name in self._list_files(place):
-                parts = name[: -len(suffix)].split("-")
-                if name.endswith(suffix) and len(parts) in (2, 3):
-                    card_id = parts[1] if len(parts) == 3 else None
-                    card: Card = {"id": card_id, "type": parts[0], "hash": parts[-1]}
-                    found.append((card, (*place, name)))
-            if found:
-                return found
-        return []
 
-    def _list_files(self, place: DatastorePath) -> list[str]:
-        """The sorted names of the files in a folder of a datastore; none if it does not exist."""
-        with contextlib.suppress(FileNotFoundError):
-            folder = self.files.open_folder(*place)
-            try:
-                with os.scandir(folder) as entries:
-                    return sorted(e.name for e in entries if e.is_file(follow_symlinks=False))
-            finally:
-                os.close(folder)
-        return []
+class Model:
+    """The runs of a store, with all that is known of them, piece by piece."""
 
+    def __init__(
+        self,
+        store: Store,
+        clock: Callable[[], float] = time.time,
+        search: Search = search_in_place,
+    ) -> None:
+        """`clock`: returns epoch seconds; `search`: is called for patterns that may take long."""
+        self.store = store
+        self.files = FileOpener(store.folder)
+        self.clock = clock
+        self.search = search
+        self.artifacts = Artifacts(store, self.files)
+        self.logs = Logs(store, self.files)
+        self.cards = Cards(store, self.files)
+        self.histories = Histories(store, self.artifacts)
+        self.graphs = Graphs(store, self.artifacts, self.histories)
+        self.causes = Causes(store, self.artifacts, self.logs, self.histories)
+        self.attempts = Attempts(
+            store, self.logs, self.cards, self.histories, self.graphs, self.causes
+        )
+        self.runs = Runs(store, clock, self.histories, self.graphs, self.causes, self.attempts)
+
+
+# -- comparing runs --------------------------------------------------------------------------------
 
 MOST_COMPARED = 5
 COMPARED_SECTIONS = ("parameters", "artifacts", "durations", "tags", "code")
-Facts = Mapping[str, Mapping[str, Any]]
-"""What is compared of a run: for each section, the values by their names."""
+
+MOST_RUNS_LOOKED_BACK = 100
+"""How many earlier runs are searched for the last one that succeeded."""
+
+LONGEST_COMPARED = 2000
+"""The length up to which artifacts are compared by their text, and not by their digest."""
 
 LEAST_DELAY_MS = 1000
 """Durations that differ by less are taken for equal."""
+
+Facts = Mapping[str, Mapping[str, Any]]
+"""What is compared of a run: for each section, the values by their names."""
+
+
+if TYPE_CHECKING:
+
+    class Difference(TypedDict):
+        """One value that differs between the runs that are compared."""
+
+        section: str  # one of COMPARED_SECTIONS
+        name: str
+        values: list[Any]  # one for each run, in their order; None for a run without it
+
+    class Comparison(TypedDict):
+        runs: list[RunRow]
+        differences: list[Difference]
 
 
 def is_different(section: str, values: Sequence[Any]) -> bool:
@@ -5386,62 +5541,77 @@ def compare_facts(facts: Sequence[Facts], has_equal: bool = False) -> list[Diffe
     return differences
 
 
-def run_row_ids(row: RunRow) -> Ids:
-    """The ids of the run."""
-    return (row["flow_id"], row["run"])
+def compare_runs(model: Model, runs: Sequence[Ids], has_equal: bool = False) -> Comparison | None:
+    """What differs between runs; None if one does not exist. `has_equal`: add what is equal."""
+    rows = [model.runs.get(ids) for ids in runs]
+    if None in rows:
+        return None
+    found = cast("list[RunRow]", rows)
+    facts = [run_facts(model, row) for row in found]
+    return {"runs": found, "differences": compare_facts(facts, has_equal)}
 
 
-def attempt_row_ids(row: AttemptRow) -> Ids:
-    """The ids of the attempt's task."""
-    return (row["flow_id"], str(row["run_number"]), row["step_name"], str(row["task_id"]))
+def compare_with_last_success(model: Model, ids: Ids) -> Comparison | None:
+    """What differs between a run and the last successful run of its flow before it.
+
+    That run comes first. None if there is none.
+    """
+    run = model.store.run(ids)
+    if run is None:
+        return None
+    earlier = model.store.runs(ids[:1], run_sort_key(run))
+    rows = map(model.runs.judge, map(run_row, itertools.islice(earlier, MOST_RUNS_LOOKED_BACK)))
+    last = next((row for row in rows if row["status"] == COMPLETED), None)
+    return None if last is None else compare_runs(model, [run_row_ids(last), ids])
 
 
-class SharedColumns(TypedDict):
-    run_id: str | None
-    tags: Tags
-    system_tags: Tags
-
-
-def shared_columns(record: Run | Step | Task | Metadatum | Artifact) -> SharedColumns:
-    """The columns of rows that are alike for all kinds of objects, and differ from the records'."""
+def run_facts(model: Model, row: RunRow) -> Facts:
+    """What is compared of a run."""
+    ids, now = run_row_ids(row), model.clock()
+    parameters = {name: shown["value"] for name, shown in model.artifacts.parameters(ids).items()}
+    folders = RunFolders(model.store, model.histories, ids)
+    steps = step_rows(model.store, ids, model.attempts.without_details(folders, now), now)
+    durations = {step["step_name"]: step["duration"] for step in steps}
+    artifacts = last_artifacts(model, ids, durations)
+    digests = {"graph": model.graphs.digest(ids), "package": package_digest(model.store, ids)}
     return {
-        "run_id": string_id(record["run_number"]),
-        "tags": record["tags"] or [],
-        "system_tags": record["system_tags"] or [],
+        "parameters": parameters,
+        "artifacts": {n: v for n, v in artifacts.items() if n not in parameters},
+        "durations": {n: ms for n, ms in durations.items() if not n.startswith("_")},
+        "tags": dict.fromkeys(row["tags"] or (), True),
+        "code": {name: sha for name, sha in digests.items() if sha is not None},
     }
 
 
-def metadatum_row(metadatum: Metadatum) -> MetadatumRow:
-    """The row of a metadatum."""
-    return {
-        **metadatum,
-        **shared_columns(metadatum),
-        "task_name": string_id(metadatum["task_id"]),
-        "attempt_id": metadatum_attempt(metadatum),
-        "value": value_text(metadatum),
-    }
+def last_artifacts(model: Model, ids: Ids, steps: Iterable[str]) -> dict[str, str]:
+    """The last values of the artifacts of a run, by name; large ones by their digests.
+
+    Steps with several tasks are left out, since each task has a value of its own.
+    """
+    last: dict[str, ArtifactRow] = {}
+    for step in steps:
+        tasks = model.store.task_ids((*ids, step))
+        if len(tasks) == 1 and not step.startswith("_"):
+            last.update((row["name"], row) for row in model.artifacts.rows(tasks[0], None))
+    shown = {name: row for name, row in last.items() if name[:1] != "_" and name != "name"}
+    return {name: compared_text(model.artifacts.with_value(row)) for name, row in shown.items()}
 
 
-def artifact_row(artifact: Artifact) -> ArtifactRow:
-    """The row of an artifact, without its value."""
-    task_name = string_id(artifact["task_id"])
-    row: _ArtifactRow = {**artifact, **shared_columns(artifact), "task_name": task_name}
-    return cast("ArtifactRow", row)
+def compared_text(row: ArtifactRow) -> str:
+    """The text by which an artifact with its value is compared with others."""
+    content = row.get("content", "")
+    is_small = 0 < len(content) <= LONGEST_COMPARED
+    return content if is_small else f"sha {row['sha']}"
 
 
-def find_end_step(parameters: Iterable[History], graph: Graph) -> str:
-    """The name of the end step of a run's flow, as far as the run says which it is."""
-    names = (history.end_step for history in parameters if history.end_step is not None)
-    return end_step_name(next(names, graph.get("end_step")))
-
-
-def end_step_name(name: object) -> str:
-    """The name of the end step as a client gave it, or the usual one if it cannot be a name."""
-    with contextlib.suppress(NotStorable):
-        if isinstance(name, str):
-            check_name(name)
-            return name
-    return DEFAULT_END_STEP
+def package_digest(store: Store, ids: Ids) -> str | None:
+    """The digest of the code package of a run, or None if it has none."""
+    for step in store.steps(ids):
+        for task in store.task_ids((*ids, step["step_name"]))[:1]:
+            for metadatum in store.metadata(task, fields=("code-package",)):
+                with contextlib.suppress(ValueError, LookupError, TypeError):
+                    return str(json.loads(value_text(metadatum))["sha"])
+    return None
 
 
 # ==================================================================================================
@@ -5926,7 +6096,9 @@ class Retention:
         """
         going = dict.fromkeys(runs)
         reasons = {ids: reason for ids in going if (reason := self._reason_to_stay(ids))}
-        resumed = [pair for flow in {i[0] for i in going} for pair in self._model.resumed(flow)]
+        resumed = [
+            pair for flow in {i[0] for i in going} for pair in self._model.runs.resumed(flow)
+        ]
         is_complete = False
         while not is_complete:
             is_complete = True
@@ -5939,7 +6111,7 @@ class Retention:
 
     def _reason_to_stay(self, ids: Ids) -> str | None:
         """Why a run cannot be deleted, whatever else is; None if it can."""
-        row = self._model.run(ids)
+        row = self._model.runs.get(ids)
         reason = None if row is None else self._reason_by_row(row)
         # If another process has deleted it meanwhile, the row may be of a half-deleted run.
         if row is None or not self._has_folder(*ids):
@@ -5974,7 +6146,7 @@ class Retention:
     def choose_runs(self, conditions: Conditions) -> Iterator[RunRow]:
         """The runs that meet the conditions, newest first; none that is running."""
         seen: dict[str, int] = {}
-        for row in self._model.runs(conditions.flow):
+        for row in self._model.runs.newest_first(conditions.flow):
             seen[row["flow_id"]] = seen.get(row["flow_id"], 0) + 1
             tags = {*(row["tags"] or ()), *(row["system_tags"] or ())}
             if (
@@ -5982,7 +6154,7 @@ class Retention:
                 and (conditions.before is None or row["ts_epoch"] < conditions.before * 1000)
                 and tags.issuperset(conditions.tags)
                 and tags.isdisjoint(conditions.not_tags)
-                and self._model.judge(row)["status"] in conditions.statuses
+                and self._model.runs.judge(row)["status"] in conditions.statuses
             ):
                 yield row
 
@@ -6032,7 +6204,7 @@ class Retention:
 
     def _may_be_written_to(self, data: FlowData) -> bool:
         """Whether a run of a flow is running, or may be and is recorded elsewhere."""
-        for row in map(self._model.judge, self._model.runs(data.flow)):
+        for row in map(self._model.runs.judge, self._model.runs.newest_first(data.flow)):
             if row["status"] == RUNNING or self._may_go_on(row):
                 return True
         before = self._model.clock() - UNRECORDED_RUN_SECONDS
@@ -6659,7 +6831,7 @@ def with_status(model: Model, run: Run) -> Run:
     """A run with its status, placed before the owner as the reference does."""
     judged: Run = {**run}
     owner = judged.pop("user", None)
-    judged["status"] = model.status(run)
+    judged["status"] = model.runs.status(run)
     if owner is not None:
         judged["user"] = owner
     return judged
@@ -10597,33 +10769,37 @@ class Snapshot:
     def run(self, ids: Ids) -> RunRow | None:
         """A run, or None if there is no such run."""
         if ids not in self._runs:
-            row = self.model.run(ids)
+            row = self.model.runs.get(ids)
             self._runs[ids] = None if row is None else self._delay_run_end(row)
         return self._runs[ids]
 
     def watched_runs(self) -> list[RunRow]:
         """The newest runs, and those that were running when they were last judged."""
-        newest = itertools.islice(self.model.runs(), NEWEST_RUNS_WATCHED)
-        found = {run_row_ids(row): row for row in (*self.model.unfinished_runs(), *newest)}
-        rows = {ids: self._delay_run_end(self.model.judge(row)) for ids, row in found.items()}
+        newest = itertools.islice(self.model.runs.newest_first(), NEWEST_RUNS_WATCHED)
+        found = {run_row_ids(row): row for row in (*self.model.runs.unfinished(), *newest)}
+        rows = {ids: self._delay_run_end(self.model.runs.judge(row)) for ids, row in found.items()}
         self._runs.update(rows)
         return list(rows.values())
 
     def tasks(self, ids: Ids) -> list[AttemptRow]:
         """The attempts of all tasks of a run, oldest task first."""
         if ids not in self._tasks:
-            self._tasks[ids] = list(map(self._delay_attempt_end, self.model.tasks(ids, self.now)))
+            self._tasks[ids] = list(
+                map(self._delay_attempt_end, self.model.attempts.of_run(ids, self.now))
+            )
         return self._tasks[ids]
 
     def attempts(self, ids: Ids) -> list[AttemptRow]:
         """The attempts of a task, newest first."""
-        return list(map(self._delay_attempt_end, self.model.attempts(ids, self.now)))
+        return list(map(self._delay_attempt_end, self.model.attempts.of_task(ids, self.now)))
 
     def run_version(self, ids: Ids) -> object:
         """An object that is equal as long as nothing in a run changes; None while it may change."""
         row = self.run(ids)
         may_change = row is not None and (
-            row["finished_at"] is None or not self.model.is_settled(row) or self._awaits_logs(row)
+            row["finished_at"] is None
+            or not self.model.runs.is_settled(row)
+            or self._awaits_logs(row)
         )
         return None if may_change else json.dumps(row)
 
@@ -10774,7 +10950,7 @@ def ui_complete_artifacts(model: Model, request: Request, *run: str) -> Response
 @ui_route("GET", "/api/tags/autocomplete")
 def ui_complete_tags(model: Model, request: Request) -> Response:
     """Tags of the newest runs."""
-    runs = itertools.islice(model.runs(), MOST_RUNS_FOR_TAGS)
+    runs = itertools.islice(model.runs.newest_first(), MOST_RUNS_FOR_TAGS)
     tags = ((*(run["tags"] or ()), *(run["system_tags"] or ())) for run in runs)
     return completions_response(request, "tag", itertools.chain.from_iterable(tags))
 
@@ -10852,19 +11028,19 @@ def ui_list_runs(model: Model, request: Request, flow: str | None = None) -> Res
     runs = filter_runs(model, request.query, list_runs_since(model, request.query, flow))
     if order not in ([], [NEWEST_FIRST]):  # they come in this order; for another, all are read
         needs_verdict = any(name in UI_JUDGED_COLUMNS for name, _ in order)
-        runs = [model.judge(run) if needs_verdict else run for run in runs]
+        runs = [model.runs.judge(run) if needs_verdict else run for run in runs]
         sort_rows(runs, order)
     page = paginate_rows(request.query, runs, UI_RUN_GROUPS)
-    return page_response(request, page._replace(rows=[model.judge(run) for run in page.rows]))
+    return page_response(request, page._replace(rows=[model.runs.judge(run) for run in page.rows]))
 
 
 def list_runs_since(model: Model, query: Query, flow: str | None) -> Iterator[RunRow]:
     """The runs of one flow or of all flows, newest first, back to the time `ts_epoch:ge`."""
     oldest = first_value(query, "ts_epoch:ge") or ""
     if not re.fullmatch(INTEGER, oldest):
-        return model.runs(flow)
+        return model.runs.newest_first(flow)
     floor = int(oldest)
-    return itertools.takewhile(lambda run: run["ts_epoch"] >= floor, model.runs(flow))
+    return itertools.takewhile(lambda run: run["ts_epoch"] >= floor, model.runs.newest_first(flow))
 
 
 def filter_runs(model: Model, query: Query, runs: Iterable[RunRow]) -> Iterable[RunRow]:
@@ -10872,7 +11048,7 @@ def filter_runs(model: Model, query: Query, runs: Iterable[RunRow]) -> Iterable[
     plain = [test for _, test in parse_filters(query, UI_RUN_COLUMNS)] + parse_tag_filters(query)
     on_verdict = [test for _, test in parse_filters(query, UI_JUDGED_COLUMNS)]
     found = filter_records(runs, plain)
-    return filter_records(map(model.judge, found), on_verdict) if on_verdict else found
+    return filter_records(map(model.runs.judge, found), on_verdict) if on_verdict else found
 
 
 @ui_resource(
@@ -10912,12 +11088,14 @@ def read_run(snapshot: Snapshot, query: Query, ids: Ids) -> Rows:
 
 @ui_resource(
     RUN + "/parameters",
-    version=lambda snapshot, query, ids: snapshot.model.versions((*ids, PARAMETERS_STEP)),
+    version=lambda snapshot, query, ids: step_version(
+        snapshot.model.store, (*ids, PARAMETERS_STEP)
+    ),
 )
 def read_parameters(snapshot: Snapshot, query: Query, ids: Ids) -> Rows:
     """The parameters of a run."""
     has_parameters = snapshot.model.store.task_ids((*ids, PARAMETERS_STEP))
-    return [snapshot.model.parameters(ids)] if has_parameters else []
+    return [snapshot.model.artifacts.parameters(ids)] if has_parameters else []
 
 
 # -- steps, tasks and what they have recorded ------------------------------------------------------
@@ -10926,13 +11104,13 @@ def read_parameters(snapshot: Snapshot, query: Query, ids: Ids) -> Rows:
 @ui_resource(RUN + "/steps", UI_STEP_COLUMNS, key=("step_name",), version=version_of_run)
 def read_steps(snapshot: Snapshot, query: Query, ids: Ids) -> Rows:
     """The steps of a run."""
-    return snapshot.model.steps(ids, snapshot.tasks(ids), snapshot.now)
+    return step_rows(snapshot.model.store, ids, snapshot.tasks(ids), snapshot.now)
 
 
 @ui_resource(STEP, version=version_of_run)
 def read_step(snapshot: Snapshot, query: Query, ids: Ids) -> Rows:
     """One step."""
-    steps = snapshot.model.steps(ids[:2], snapshot.tasks(ids[:2]), snapshot.now)
+    steps = step_rows(snapshot.model.store, ids[:2], snapshot.tasks(ids[:2]), snapshot.now)
     return [row for row in steps if row["step_name"] == ids[2]]
 
 
@@ -10974,7 +11152,7 @@ def read_attempts(snapshot: Snapshot, query: Query, ids: Ids) -> Rows:
 def version_of_metadata(snapshot: Snapshot, query: Query, ids: Ids) -> object:
     """The version of the metadata of a run, or of the step that a query asks for."""
     step = first_value(query, "step_name")
-    return snapshot.model.versions((*ids, step)) if step else snapshot.run_version(ids)
+    return step_version(snapshot.model.store, (*ids, step)) if step else snapshot.run_version(ids)
 
 
 @ui_resource(
@@ -10985,13 +11163,13 @@ def read_run_metadata(snapshot: Snapshot, query: Query, ids: Ids) -> Rows:
     store, asked = snapshot.model.store, first_value(query, "step_name")
     steps = asked.split(",") if asked else [step["step_name"] for step in store.steps(ids)]
     for task in itertools.chain.from_iterable(store.task_ids((*ids, step)) for step in steps):
-        yield from snapshot.model.metadata(task)
+        yield from metadata_rows(snapshot.model.store, task)
 
 
 @ui_resource(TASK + "/metadata", UI_METADATA_COLUMNS, key=("id",), version=version_of_task)
 def read_metadata(snapshot: Snapshot, query: Query, ids: Ids) -> Rows:
     """The metadata of a task."""
-    return snapshot.model.metadata(ids)
+    return metadata_rows(snapshot.model.store, ids)
 
 
 @ui_resource(
@@ -11014,12 +11192,12 @@ def read_artifacts(snapshot: Snapshot, query: Query, ids: Ids) -> Rows:
     not ask for them then, but shows them. With `inherited=true`, each says whether a task before
     has had the same.
     """
-    model, rows = snapshot.model, snapshot.model.artifacts(ids, parse_attempt(query))
+    model, rows = snapshot.model, snapshot.model.artifacts.rows(ids, parse_attempt(query))
     found = select_rows(rows, query, UI_ARTIFACT_COLUMNS)  # here, as the rest takes long
     if first_value(query, "inherited") == "true":
-        model.mark_inherited(ids, found)
+        model.artifacts.mark_inherited(found, model.graphs.tasks_before(ids))
     has_values = snapshot.is_live or first_value(query, "postprocess") == "true"
-    return map(model.with_value, found) if has_values else found
+    return map(model.artifacts.with_value, found) if has_values else found
 
 
 # -- what can only be fetched: images, comparisons, graphs, logs, cards ----------------------------
@@ -11033,7 +11211,7 @@ def ui_artifact_image(model: Model, request: Request, *names: str) -> Response:
     if artifact is None:
         raise HttpError(404, "There is no such artifact.")
     try:
-        value = model.value(artifact, LARGEST_VALUE)
+        value = model.artifacts.value(artifact, LARGEST_VALUE)
     except ValueError as error:
         raise HttpError(404, f"It cannot be shown: {error}.") from None
     kind = media_type(value) if isinstance(value, (bytes, bytearray)) else ""
@@ -11068,19 +11246,19 @@ def ui_compare(model: Model, request: Request) -> Response:
         if model.store.run(ids) is None:
             raise HttpError(404, f"There is no run {'/'.join(ids)}.")
     has_equal = first_value(request.query, "all") == "true"
-    return object_response(request, model.compare(runs, has_equal))
+    return object_response(request, compare_runs(model, runs, has_equal))
 
 
 @ui_route("GET", UI_RUN + "/changes")
 def ui_changes(model: Model, request: Request, *run: str) -> Response:
     """What differs from the last run of the flow that succeeded, or null if none did."""
-    return envelope_response(request, model.changes(object_ids(*run)))
+    return envelope_response(request, compare_with_last_success(model, object_ids(*run)))
 
 
 @ui_route("GET", UI_RUN + "/dag")
 def ui_dag(model: Model, request: Request, *run: str) -> Response:
     """The graph of the flow of a run."""
-    return object_response(request, model.graph(object_ids(*run)))
+    return object_response(request, model.graphs.of_run(object_ids(*run)))
 
 
 def parse_attempt(query: Query) -> int | None:
@@ -11130,11 +11308,11 @@ def find_log(model: Model, request: Request, *names: str) -> tuple[int, list[Log
     if stream not in LOG_STREAMS:
         raise HttpError(404, "There is nothing at this path.")
     ids, attempt = object_ids(*task), parse_attempt(request.query)
-    attempts = model.attempts(ids, model.clock())
+    attempts = model.attempts.of_task(ids, model.clock())
     if not attempts:
         return None
     number = attempts[0]["attempt_id"] if attempt is None else attempt
-    return number, model.log(ids, number, LOG_STREAMS[stream])
+    return number, model.logs.lines(ids, number, LOG_STREAMS[stream])
 
 
 @ui_route("GET", UI_TASK + "/cards")
@@ -11144,8 +11322,8 @@ def ui_cards(model: Model, request: Request, *task: str) -> Response:
     `missing` is the number of cards that are recorded, but whose files are not found.
     """
     ids = object_ids(*task)
-    rows: list[Mapping[str, object]] = [*model.cards(ids)]
-    missing = {"missing": model.count_missing_cards(ids)}
+    rows: list[Mapping[str, object]] = [*model.cards.of_task(ids)]
+    missing = {"missing": model.cards.count_missing(ids)}
     if first_value(request.query, "data") == "true":
         found = ((card, read_card_data(model, ids, str(card["hash"]))) for card in rows)
         rows = [{**card, "data": None if data is None else data[1]} for card, data in found]
@@ -11155,7 +11333,7 @@ def ui_cards(model: Model, request: Request, *task: str) -> Response:
 def read_card_data(model: Model, ids: Ids, card_hash: str) -> tuple[Card, object] | None:
     """A card and the data that it shows now; None if they cannot be read, or not be sent."""
     with contextlib.suppress(FileNotFoundError, ValueError, RecursionError):
-        found = model.card_data(ids, card_hash)
+        found = model.cards.data(ids, card_hash)
         json.dumps(found)  # what could be parsed may still be nested too deeply to be serialized
         return found
     return None
@@ -11166,7 +11344,7 @@ def ui_card(model: Model, request: Request, *names: str) -> Response:
     """A card, as the flow has written it; with `follow=true`, it can be updated by our page."""
     *task, card_hash = names
     try:
-        content = model.card(object_ids(*task), card_hash)
+        content = model.cards.html(object_ids(*task), card_hash)
     except TooLarge:
         raise HttpError(413, f"The card is larger than {LARGEST_CARD} bytes.") from None
     if content is None:
@@ -11535,8 +11713,8 @@ class Feed:
 
         To poll a hundred runs takes 6 ms, to see that none is new or gone takes 0.1 ms.
         """
-        is_at_rest = self._model.is_at_rest(STORING_SECONDS)
-        runs_version = self._model.runs_version() if is_at_rest else None
+        is_at_rest = self._model.runs.is_at_rest(STORING_SECONDS)
+        runs_version = self._model.runs.version() if is_at_rest else None
         is_unchanged = runs_version is not None and runs_version == self._runs_version
         if is_unchanged and now - self._last_poll < REST_POLL_SECONDS:
             self._next_poll = now + POLL_SECONDS
@@ -11668,13 +11846,13 @@ def has_artifact(model: Model, ids: Ids, name: str, wanted: str) -> bool:
     artifact = model.store.artifact(ids, name)
     if artifact is None or not wanted:
         return artifact is not None
-    content = model.with_value(artifact_row(artifact)).get("content")
+    content = model.artifacts.with_value(artifact_row(artifact)).get("content")
     return content is not None and matches_value(content, wanted)
 
 
 def has_foreach_variable(model: Model, ids: Ids, name: str, wanted: str) -> bool:
     """Whether a task is in a foreach over this variable, and at the wanted value if any."""
-    variables = (frame.partition("=") for frame in model.foreach_frames(ids))
+    variables = (frame.partition("=") for frame in model.histories.foreach_frames(ids))
     return any(n == name and (not wanted or matches_value(v, wanted)) for n, _, v in variables)
 
 
@@ -14956,14 +15134,14 @@ def resolve_run(model: Model, parts: Sequence[str]) -> tuple[Ids, Sequence[str]]
     """The ids of the run that a pathspec is in, and the parts of the pathspec after it."""
     name, below = parts[0], parts[1:]
     if model.store.flow((name,)) is None:
-        return choose_run(model, model.runs(), parts, f"flow, run or step {name!r}")
+        return choose_run(model, model.runs.newest_first(), parts, f"flow, run or step {name!r}")
     if not below:
         return choose_run(model, flow_runs(model, name), (LATEST,), f"run of {name}")
     return choose_run(model, flow_runs(model, name), below, f"run or step {below[0]!r} of {name}")
 
 
 def flow_runs(model: Model, flow: str) -> Iterator[RunRow]:
-    return (row for row in model.runs() if row["flow_id"] == flow)
+    return (row for row in model.runs.newest_first() if row["flow_id"] == flow)
 
 
 def choose_run(
@@ -14973,7 +15151,7 @@ def choose_run(
     newest_first = iter(runs)
     name, below = parts[0], parts[1:]
     if name == LATEST_FAILED:
-        judged = track(map(model.judge, newest_first), "runs read")
+        judged = track(map(model.runs.judge, newest_first), "runs read")
         newest_first = (row for row in judged if row["status"] == FAILED)
     newest = next(newest_first, None)
     if newest is None:
@@ -15102,7 +15280,7 @@ def do_runs(arguments: Arguments) -> None:
 
 def find_runs(model: Model, arguments: Arguments) -> Iterator[RunRow]:
     """The runs that match the options, newest first, with their verdicts."""
-    for row in model.runs():
+    for row in model.runs.newest_first():
         if arguments.since is not None and row["ts_epoch"] < arguments.since * 1000:
             return
         tags = {*(row["tags"] or ()), *(row["system_tags"] or ())}
@@ -15110,9 +15288,9 @@ def find_runs(model: Model, arguments: Arguments) -> Iterator[RunRow]:
             arguments.flow in (None, row["flow_id"])
             and arguments.user in (None, row["user"], row["user_name"])
             and tags.issuperset(arguments.tag)
-            and arguments.status in (None, model.judge(row)["status"])
+            and arguments.status in (None, model.runs.judge(row)["status"])
         ):
-            yield model.judge(row)
+            yield model.runs.judge(row)
 
 
 RUN_TITLES = ("STATUS", "RUN", "STARTED", "DURATION", "USER", "TAGS", "CAUSE")
@@ -15150,13 +15328,15 @@ def do_show(arguments: Arguments) -> None:
 
 
 def show_run(model: Model, ids: Ids, as_json: bool) -> None:
-    run = model.run(ids)
+    run = model.runs.get(ids)
     if run is None:
         raise ServiceError(f"There is no run {'/'.join(ids)}.")
     now = model.clock()
-    tasks = model.tasks(ids, now)
-    steps = [s for s in model.steps(ids, tasks, now) if s["step_name"] != PARAMETERS_STEP]
-    parameters = {name: shown["value"] for name, shown in model.parameters(ids).items()}
+    tasks = model.attempts.of_run(ids, now)
+    steps = [
+        s for s in step_rows(model.store, ids, tasks, now) if s["step_name"] != PARAMETERS_STEP
+    ]
+    parameters = {name: shown["value"] for name, shown in model.artifacts.parameters(ids).items()}
     if as_json:
         counted = [{**s, "tasks": count_statuses(tasks, s["step_name"])} for s in steps]
         print_json({**run, "parameters": parameters, "steps": counted})
@@ -15234,8 +15414,8 @@ def print_cause(cause: Cause) -> None:
 
 def show_step(model: Model, ids: Ids, as_json: bool) -> None:
     now = model.clock()
-    tasks = [t for t in model.tasks(ids[:2], now) if t["step_name"] == ids[2]]
-    (step,) = (s for s in model.steps(ids[:2], tasks, now) if s["step_name"] == ids[2])
+    tasks = [t for t in model.attempts.of_run(ids[:2], now) if t["step_name"] == ids[2]]
+    (step,) = (s for s in step_rows(model.store, ids[:2], tasks, now) if s["step_name"] == ids[2])
     if as_json:
         print_json({**step, "tasks": tasks})
         return
@@ -15266,10 +15446,12 @@ def attempt_cells(row: AttemptRow) -> Sequence[str]:
 
 
 def show_task(model: Model, ids: Ids, as_json: bool) -> None:
-    attempts = model.attempts(ids, model.clock())
-    artifacts = [row for row in model.artifacts(ids, None) if not row["name"].startswith("_")]
-    valued = list(track(map(model.with_value, artifacts), "artifacts read", len(artifacts)))
-    metadata, cards = model.metadata(ids), model.card_files(ids)
+    attempts = model.attempts.of_task(ids, model.clock())
+    artifacts = [row for row in model.artifacts.rows(ids, None) if not row["name"].startswith("_")]
+    valued = list(
+        track(map(model.artifacts.with_value, artifacts), "artifacts read", len(artifacts))
+    )
+    metadata, cards = metadata_rows(model.store, ids), model.cards.with_files(ids)
     if as_json:
         files = [{**card, "path": os.path.join(*place)} for card, place in cards]
         print_json(
@@ -15327,7 +15509,11 @@ def do_compare(arguments: Arguments) -> None:
             raise ServiceError(f"{'/'.join(ids)} is not a run.", exit_code=2)
     if len(runs) > MOST_COMPARED:
         raise ServiceError(f"At most {MOST_COMPARED} runs are compared.", exit_code=2)
-    compared = model.compare(runs, arguments.all) if len(runs) > 1 else model.changes(runs[0])
+    compared = (
+        compare_runs(model, runs, arguments.all)
+        if len(runs) > 1
+        else compare_with_last_success(model, runs[0])
+    )
     if compared is None:
         raise ServiceError(f"No run before {'/'.join(runs[0])} has succeeded.")
     if arguments.json:
@@ -15411,15 +15597,15 @@ def do_logs(arguments: Arguments) -> None:
 
 def require_attempt(model: Model, task: Ids, asked: int) -> None:
     """ServiceError if a task has no such attempt."""
-    count = len(model.attempts(task, model.clock()))
+    count = len(model.attempts.of_task(task, model.clock()))
     if asked >= count:
         raise ServiceError(f"There is no attempt {asked} of {'/'.join(task)}: it has {count}.")
 
 
 def may_log_more(model: Model, ids: Ids) -> bool:
     """Whether more may be added to the logs of a run, or of a step or task of it."""
-    run = model.run(ids[:2])
-    attempts = [model.attempts(task, model.clock())[:1] for task in tasks_below(model, ids)]
+    run = model.runs.get(ids[:2])
+    attempts = [model.attempts.of_task(task, model.clock())[:1] for task in tasks_below(model, ids)]
     newest = list(itertools.chain.from_iterable(attempts))
     if any(awaits_log(row) for row in newest):
         return True
@@ -15448,7 +15634,7 @@ class LogTail:
         """The lines that have been added since the last call, task by task."""
         tasks = tasks_below(self._model, self._ids)
         for task in tasks if is_terminal() else track(tasks, "logs read", len(tasks)):
-            attempts = len(self._model.attempts(task, self._model.clock()))
+            attempts = len(self._model.attempts.of_task(task, self._model.clock()))
             attempt = attempts - 1 if self._attempt is None else self._attempt
             if attempt < attempts:
                 new = (self._new_lines_of(task, attempt, stream) for stream in self._streams)
@@ -15456,7 +15642,7 @@ class LogTail:
 
     def _new_lines_of(self, task: Ids, attempt: int, stream: str) -> Iterator[TaskLine]:
         key = (task, attempt, stream)
-        lines = self._model.log(task, attempt, stream)
+        lines = self._model.logs.lines(task, attempt, stream)
         read, self._lines_read[key] = self._lines_read.get(key, 0), len(lines)
         return (TaskLine(task, attempt, stream, line) for line in lines[read:])
 
@@ -15503,7 +15689,7 @@ def do_artifact(arguments: Arguments) -> None:
     ids = resolve_task(model, arguments.pathspec)
     if arguments.attempt is not None:
         require_attempt(model, ids[:TASK_DEPTH], arguments.attempt)
-    rows = model.artifacts(ids[:TASK_DEPTH], arguments.attempt)
+    rows = model.artifacts.rows(ids[:TASK_DEPTH], arguments.attempt)
     if len(ids) == TASK_DEPTH:
         print_artifacts(model, [r for r in rows if not r["name"].startswith("_")], arguments)
         return
@@ -15515,7 +15701,7 @@ def do_artifact(arguments: Arguments) -> None:
     elif arguments.json:
         print_json(valued_artifact(model, row))
     else:
-        shown = model.with_value(row)
+        shown = model.artifacts.with_value(row)
         if "content" not in shown:
             raise ServiceError(f"{'/'.join(ids)}: {shown['postprocess_error']['detail']}")
         for line in shown["content"].split("\n"):
@@ -15530,21 +15716,23 @@ def print_artifacts(model: Model, rows: Sequence[ArtifactRow], arguments: Argume
         for row in tracked:
             print_json(valued_artifact(model, row))
     else:
-        print_facts([(row["name"], content_line(model.with_value(row))) for row in tracked])
+        print_facts(
+            [(row["name"], content_line(model.artifacts.with_value(row))) for row in tracked]
+        )
 
 
 def valued_artifact(model: Model, row: ArtifactRow) -> dict[str, object]:
     """An artifact with its value as text (`content`) and, if possible, as JSON (`value`)."""
     value: object = None
     with contextlib.suppress(OSError, ValueError):
-        value = to_json(model.value(row, LARGEST_VALUE))
-    return {**model.with_value(row), "value": value}
+        value = to_json(model.artifacts.value(row, LARGEST_VALUE))
+    return {**model.artifacts.with_value(row), "value": value}
 
 
 def write_stored(model: Model, row: ArtifactRow) -> None:
     """Write the file of an artifact to stdout."""
     try:
-        with model.open_stored(row) as f, open(1, "wb", closefd=False) as stdout:
+        with model.artifacts.open_stored(row) as f, open(1, "wb", closefd=False) as stdout:
             shutil.copyfileobj(f, stdout)
     except BrokenPipeError:
         raise
@@ -15570,11 +15758,11 @@ def do_card(arguments: Arguments) -> None:
     found = [
         (task, card, os.path.join(*place))
         for task in tasks_below(model, ids)
-        for card, place in model.card_files(task)
+        for card, place in model.cards.with_files(task)
         if arguments.id in (None, card["id"])
     ]
     if not found:
-        missing = sum(map(model.count_missing_cards, tasks_below(model, ids)))
+        missing = sum(map(model.cards.count_missing, tasks_below(model, ids)))
         reason = f": {missing} recorded, but their files are not found" if missing else ""
         raise ServiceError(f"There is no such card in {'/'.join(ids)}{reason}.")
     if arguments.open and len(found) > 1:
@@ -15869,7 +16057,7 @@ def print_plan(plan: Deletion, model: Model) -> None:
     listed = list(itertools.islice(plan.runs.items(), MOST_RUNS_LISTED))
     rows = []
     for ids, usage in listed:
-        row = model.run(ids)
+        row = model.runs.get(ids)
         started = "-" if row is None else format_time(row["ts_epoch"])
         rows.append(
             ("" if row is None else row["status"], "/".join(ids), started, *usage_cells(usage))

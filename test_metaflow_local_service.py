@@ -1840,7 +1840,7 @@ def test_a_run_after_one_of_a_wrong_clock_shows_its_own_time(
     assert [run["ts_epoch"] // 10**6 for run in (wrong, *right)] == [
         moment // 10**12 for moment in (future, now, now, now)
     ]
-    rows = list(mls.Model(own_store).runs())
+    rows = list(mls.Model(own_store).runs.newest_first())
     assert [row["ts_epoch"] for row in rows] == sorted((r["ts_epoch"] for r in rows), reverse=True)
     assert {r["run_number"]: r["ts_epoch"] for r in rows if r["flow_id"] == "Flow"} == {
         run["run_number"]: run["ts_epoch"] for run in (wrong, *right)
@@ -2893,12 +2893,12 @@ def seen(recorded: Path) -> mls.Model:
 
 def runs_of(model: mls.Model, flow: str) -> list[Any]:
     """The runs of a flow, oldest first."""
-    rows = [model.judge(row) for row in model.runs() if row["flow_id"] == flow]
+    rows = [model.runs.judge(row) for row in model.runs.newest_first() if row["flow_id"] == flow]
     return rows[::-1]
 
 
 def attempts_of(model: mls.Model, run: Any, step: str) -> list[Any]:
-    tasks = model.tasks(mls.run_row_ids(run), model.clock())
+    tasks = model.attempts.of_run(mls.run_row_ids(run), model.clock())
     return [task for task in tasks if task["step_name"] == step]
 
 
@@ -2911,7 +2911,7 @@ def task_in(model: mls.Model, flow: str, step: str, which: int = 0) -> mls.Ids:
 def artifact_text(model: mls.Model, ids: mls.Ids, name: str) -> Any:
     row = model.store.artifact(ids, name)
     assert row is not None
-    return model.with_value(mls.artifact_row(row)).get("content")
+    return model.artifacts.with_value(mls.artifact_row(row)).get("content")
 
 
 def test_a_run_that_reached_its_end_is_completed_when_its_last_task_was(seen: mls.Model) -> None:
@@ -3164,8 +3164,8 @@ def model_much_later(folder: Path) -> mls.Model:
 
 
 def run_tagged(model: mls.Model, how: str) -> Any:
-    (run,) = (row for row in model.runs() if how in (row["tags"] or ()))
-    return model.judge(run)
+    (run,) = (row for row in model.runs.newest_first() if how in (row["tags"] or ()))
+    return model.runs.judge(run)
 
 
 @pytest.mark.parametrize(("recorder", "how"), EVERY_FAILURE)
@@ -3206,7 +3206,7 @@ def test_a_retried_or_caught_failure_is_the_cause_of_its_attempt_only(
     assert (run["status"], run["cause"]) == ("completed", None)
     causes = {
         (t["step_name"], t["attempt_id"], t["status"]): t["cause"]["summary"]
-        for t in model.tasks(mls.run_row_ids(run), model.clock())
+        for t in model.attempts.of_run(mls.run_row_ids(run), model.clock())
         if t["cause"]
     }
     assert sorted(causes) == [("caught", 0, "completed"), ("retried", 0, "failed")]
@@ -3220,7 +3220,7 @@ def test_the_cause_of_a_run_is_that_of_the_attempt(failures: Callable[[str], Pat
         if expected.step:
             run = run_tagged(model, how)
             ids = (*mls.run_row_ids(run), expected.step, str(run["cause"]["task_id"]))
-            assert model.attempts(ids, model.clock())[0]["cause"] == run["cause"]
+            assert model.attempts.of_task(ids, model.clock())[0]["cause"] == run["cause"]
 
 
 @pytest.mark.parametrize("recorder", RECORDED)
@@ -3235,7 +3235,7 @@ def test_a_run_has_failed_at_once_unless_it_fell_silent(
 
 def test_a_run_without_tasks_never_started(store: mls.Store) -> None:
     ids = new_run(store)
-    run = mls.Model(store, lambda: time.time() + 400).run(ids)
+    run = mls.Model(store, lambda: time.time() + 400).runs.get(ids)
     assert run and run["cause"]
     assert (run["status"], run["cause"]["kind"]) == ("failed", "never started")
     assert run["cause"]["pathspec"] == "/".join(ids)
@@ -3264,8 +3264,8 @@ def test_the_cause_is_judged_once(
     failures: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = model_much_later(failures("local"))
-    assert eventually(lambda: model.is_settled(run_tagged(model, "foreach")))
-    monkeypatch.setattr(mls.Model, "_find_cause", None)
+    assert eventually(lambda: model.runs.is_settled(run_tagged(model, "foreach")))
+    monkeypatch.setattr(mls.Causes, "_find", None)
     assert run_tagged(model, "foreach")["cause"]["kind"] == "raised"
 
 
@@ -3445,7 +3445,7 @@ def test_a_log_is_awaited_until_the_scheduler_has_stored_it_or_for_minutes(
 
     def stored_logs(delay: float = 0) -> list[bool]:
         model = mls.Model(store)
-        return [t["is_log_stored"] for t in model.tasks(ids, time.time() + delay)]
+        return [t["is_log_stored"] for t in model.attempts.of_run(ids, time.time() + delay)]
 
     assert stored_logs() == [False, True, True]
     assert stored_logs(mls.STORING_SECONDS - 10) == [False, True, True]
@@ -3461,7 +3461,7 @@ def test_a_log_is_not_awaited_from_a_scheduler_that_is_gone(store: mls.Store, ui
     model = mls.Model(store)
     ids = tuple(task.split("/")[2::2])
     for delay, expected in ((0, False), (mls.TASK_HEARTBEAT_CUTOFF + 10, True)):
-        (row,) = model.attempts(ids, time.time() + delay)
+        (row,) = model.attempts.of_task(ids, time.time() + delay)
         assert row["is_log_stored"] is expected
 
 
@@ -3475,7 +3475,7 @@ def test_a_run_is_completed_by_its_own_last_step_whatever_that_is_called(
     assert (run["status"], run["finished_at"]) == ("completed", finish["finished_at"])
     assert run["last_heartbeat_ts"] is None, "it ran in local mode"
     assert attempts_of(seen, run, "slow") == []
-    graph = seen.graph(mls.run_row_ids(run))
+    graph = seen.graphs.of_run(mls.run_row_ids(run))
     assert graph is not None and graph["steps"]["begin"]["type"] == "split-switch"
 
 
@@ -3483,7 +3483,9 @@ def test_a_run_that_was_killed_is_running_until_its_heartbeats_are_old(
     failures: Callable[[str], Path],
 ) -> None:
     own_store = mls.Store(str(failures("service")))
-    (silent_run,) = (row for row in mls.Model(own_store).runs() if "both" in (row["tags"] or ()))
+    (silent_run,) = (
+        row for row in mls.Model(own_store).runs.newest_first() if "both" in (row["tags"] or ())
+    )
 
     def seen_after(delay: float) -> tuple[Any, Any]:
         model = mls.Model(own_store, lambda: silent_run["last_heartbeat_ts"] + delay)
@@ -3509,16 +3511,16 @@ def test_a_task_without_heartbeats_lives_as_long_as_its_files_are_written(
     ids = tuple(task.split("/")[2::2])
     late = time.time() + 2 * mls.TASK_SILENCE_CUTOFF
     model = mls.Model(store, lambda: late)
-    assert [t["status"] for t in model.attempts(ids, late)] == ["failed"]
-    assert model.judge(next(model.runs()))["status"] == "failed"
+    assert [t["status"] for t in model.attempts.of_task(ids, late)] == ["failed"]
+    assert model.runs.judge(next(model.runs.newest_first()))["status"] == "failed"
     os.utime("/".join((store.folder, *ids)), (late, late))
-    assert [t["status"] for t in model.attempts(ids, late)] == ["running"]
-    assert model.judge(next(model.runs()))["status"] == "running"
+    assert [t["status"] for t in model.attempts.of_task(ids, late)] == ["running"]
+    assert model.runs.judge(next(model.runs.newest_first()))["status"] == "running"
 
 
 def test_a_task_that_nobody_has_begun_is_pending(store: mls.Store, api: Api) -> None:
     ids = tuple(api.new_task_of_its_own().split("/")[2::2])
-    (attempt,) = mls.Model(store).attempts(ids, time.time())
+    (attempt,) = mls.Model(store).attempts.of_task(ids, time.time())
     assert (attempt["status"], attempt["attempt_id"]) == ("pending", 0)
     assert attempt["started_at"] is None and attempt["finished_at"] is None
 
@@ -3531,7 +3533,7 @@ def test_an_attempt_whose_process_was_killed_is_failed_when_its_scheduler_notice
     ids = tuple(task.split("/")[2::2])
     told = json.dumps({"return_code": -9, "killed": False, "success": False})
     Path(store.folder, *ids, "0.runtime").write_text(told)
-    (attempt,) = mls.Model(store).attempts(ids, time.time())
+    (attempt,) = mls.Model(store).attempts.of_task(ids, time.time())
     assert attempt["status"] == "failed"
 
 
@@ -3582,14 +3584,14 @@ def test_a_finished_run_is_judged_once_until_its_files_change(
     task = api.new_task(api.new_step(api.new_run(api.new_flow()), "end"))
     api.post(f"{task}/metadata", [metadatum("attempt", "0"), metadatum("attempt_ok", "True")])
     model = mls.Model(store)
-    assert model.judge(next(model.runs()))["status"] == "completed"
+    assert model.runs.judge(next(model.runs.newest_first()))["status"] == "completed"
     judged: list[object] = []
-    completion = model._completion
-    monkeypatch.setattr(model, "_completion", lambda *a: judged.append(a) or completion(*a))
-    assert model.judge(next(model.runs()))["status"] == "completed"
+    completion = model.runs._completion
+    monkeypatch.setattr(model.runs, "_completion", lambda *a: judged.append(a) or completion(*a))
+    assert model.runs.judge(next(model.runs.newest_first()))["status"] == "completed"
     assert judged == []
     api.post(f"{task}/metadata", [metadatum("attempt_ok", "False", attempt=1)])
-    assert model.judge(next(model.runs()))["status"] != "completed"
+    assert model.runs.judge(next(model.runs.newest_first()))["status"] != "completed"
     assert judged != []
 
 
@@ -3602,15 +3604,15 @@ def test_a_verdict_on_a_running_run_looks_at_each_folder_and_record_once(
     api.post(f"{task}/metadata", [metadatum("attempt", "0"), metadatum("attempt_ok", "True")])
     api.post(f"{task}/heartbeat")
     model = mls.Model(store)
-    assert model.judge(next(model.runs()))["status"] == "running"
-    row, looked_at, stat = next(model.runs()), [], os.stat
+    assert model.runs.judge(next(model.runs.newest_first()))["status"] == "running"
+    row, looked_at, stat = next(model.runs.newest_first()), [], os.stat
 
     def noted(path: str, **options: Any) -> os.stat_result:
         looked_at.append(os.path.relpath(path, store.folder))
         return stat(path, **options)
 
     monkeypatch.setattr(os, "stat", noted)
-    assert model.judge(row)["status"] == "running"
+    assert model.runs.judge(row)["status"] == "running"
     folder = "/".join(mls.run_row_ids(row))
     below = ("", "/_meta/_self.json", "/start", "/start/1/_meta", "/start/1/_meta/_self.json")
     assert sorted(looked_at) == [folder + path for path in below]
@@ -3870,13 +3872,15 @@ class Replica:
     def facts(self, run: mls.Ids) -> object:
         """All that is told of a run, its attempts, artifacts, logs and cards."""
         model = mls.Model(mls.Store(str(self.project)), lambda: 2e9)
-        told: list[object] = [model.run(run)]
-        for row in model.tasks(run, 2e9):
+        told: list[object] = [model.runs.get(run)]
+        for row in model.attempts.of_run(run, 2e9):
             task, attempt = mls.attempt_row_ids(row), row["attempt_id"]
-            values = [model.with_value(each) for each in model.artifacts(task, attempt)]
-            logs = [model.log(task, attempt, stream) for stream in ("stdout", "stderr")]
-            cards = [model.card(task, card["hash"]) for card in model.cards(task)]
-            told.append((row, values, logs, cards, model.metadata(task)))
+            values = [
+                model.artifacts.with_value(each) for each in model.artifacts.rows(task, attempt)
+            ]
+            logs = [model.logs.lines(task, attempt, stream) for stream in ("stdout", "stderr")]
+            cards = [model.cards.html(task, card["hash"]) for card in model.cards.of_task(task)]
+            told.append((row, values, logs, cards, mls.metadata_rows(model.store, task)))
         return told
 
 
@@ -6735,8 +6739,8 @@ def test_an_invalid_query_of_the_ui_is_refused(five: Api, query: str) -> None:
 
 def test_only_runs_that_are_shown_are_judged(five: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     judged = []
-    judge = mls.Model._verdict
-    monkeypatch.setattr(mls.Model, "_verdict", lambda *a: judged.append(a[1]["run"]) or judge(*a))
+    judge = mls.Runs._verdict
+    monkeypatch.setattr(mls.Runs, "_verdict", lambda *a: judged.append(a[1]["run"]) or judge(*a))
     five.get("/api/runs?_limit=2&_order=-ts_epoch")
     assert judged == ["e", "d"]
 
@@ -7513,16 +7517,16 @@ def test_changes_are_sent_after_a_read_error(
     ui.post(f"{task}/metadata", [metadatum("attempt", "0")])
     model = mls.Model(store)
     subscription = mls.Subscription("u", f"{task}/metadata", 0)
-    read = model.metadata
+    read = mls.metadata_rows
 
-    def fail(ids: Any) -> Any:
-        yield from read(ids)
+    def fail(*which: Any) -> Any:
+        yield from read(*which)
         raise OSError(errno.EMFILE, "too many")
 
-    monkeypatch.setattr(model, "metadata", fail)
+    monkeypatch.setattr(mls, "metadata_rows", fail)
     with pytest.raises(OSError):
         subscription.poll(mls.Snapshot(model))
-    monkeypatch.setattr(model, "metadata", read)
+    monkeypatch.setattr(mls, "metadata_rows", read)
     assert len(subscription.poll(mls.Snapshot(model))) == 1
     assert len(subscription.poll(mls.Snapshot(model))) == 0
 
@@ -9621,12 +9625,12 @@ def test_a_run_a_step_and_a_task_are_shown(failures: Callable[[str], Path]) -> N
 
 def test_a_part_of_a_pathspec_is_enough(failures: Callable[[str], Path]) -> None:
     model = mls.Model(mls.Store(str(failures("local"))))
-    runs = [mls.run_row_ids(row) for row in model.runs()]
+    runs = [mls.run_row_ids(row) for row in model.runs.newest_first()]
     newest, fine = runs[0], mls.run_row_ids(run_tagged(model, "fine"))
     unique = next(n for n in range(1, 17) if sum(r[1][:n] == fine[1][:n] for r in runs) == 1)
     beginning = fine[1][:unique]
     task = model.store.task_ids((*fine, "start"))[0]
-    failed = next(r for r in runs if (model.run(r) or {})["status"] == "failed")
+    failed = next(r for r in runs if (model.runs.get(r) or {})["status"] == "failed")
     for pathspec, ids in {
         None: newest,
         "CausesFlow": newest,
@@ -10721,9 +10725,9 @@ def test_parallel_tasks_know_their_places(history: History) -> None:
 def test_a_resumed_run_shows_the_tasks_that_it_took_over_as_completed(history: History) -> None:
     model = mls.Model(mls.Store(str(history.folder)))
     ids = tuple(history.recorded["resumed_service"].run.split("/"))
-    run = model.run(ids)
+    run = model.runs.get(ids)
     assert run and run["status"] == "completed"
-    assert {(t["step_name"], t["status"]) for t in model.tasks(ids, model.clock())} == {
+    assert {(t["step_name"], t["status"]) for t in model.attempts.of_run(ids, model.clock())} == {
         (name, "completed") for name in ("_parameters", "start", "middle", "end")
     }
 
