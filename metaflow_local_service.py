@@ -4943,12 +4943,13 @@ class Causes:
     """Why attempts and runs have failed."""
 
     def __init__(
-        self, store: Store, artifacts: Artifacts, logs: Logs, histories: Histories
+        self, store: Store, artifacts: Artifacts, logs: Logs, histories: Histories, graphs: Graphs
     ) -> None:
         self._store = store
         self._artifacts = artifacts
         self._logs = logs
         self._histories = histories
+        self._graphs = graphs
         # By pathspec, attempt and status, with the versions of the task's records and of its files.
         self._known: Cache[tuple[Sequence[Version | None], Cause | None]] = Cache(
             CAUSES_IN_MEMORY, lambda known: 500 + cause_weight(known[1])
@@ -4983,6 +4984,15 @@ class Causes:
         if None not in versions:
             self._known.put(key, (versions, cause))
         return cause
+
+    def add_to(self, ids: Ids, rows: Iterable[AttemptRow]) -> None:
+        """Add the causes to those attempts of a run that failed or whose exception was caught."""
+        graph: Graph | None = None
+        for row in rows:
+            if row["status"] in (FAILED, COMPLETED):
+                graph = self._graphs.of_run(ids) or {} if graph is None else graph
+                if row["status"] == FAILED or has_catch(graph, row["step_name"]):
+                    row["cause"] = self.of_attempt(row, graph)
 
     def ended_with_scheduler(self, row: AttemptRow) -> bool:
         """Whether an attempt was still running when its scheduler gave the run up."""
@@ -5082,19 +5092,12 @@ class Attempts:
     """The rows of attempts: the status of each, its times and its cause."""
 
     def __init__(
-        self,
-        store: Store,
-        logs: Logs,
-        cards: Cards,
-        histories: Histories,
-        graphs: Graphs,
-        causes: Causes,
+        self, store: Store, logs: Logs, cards: Cards, histories: Histories, causes: Causes
     ) -> None:
         self._store = store
         self._logs = logs
         self._cards = cards
         self._histories = histories
-        self._graphs = graphs
         self._causes = causes
 
     def of_run(self, ids: Ids, now: float) -> list[AttemptRow]:
@@ -5117,15 +5120,10 @@ class Attempts:
         return rows
 
     def _add_details(self, ids: Ids, rows: list[AttemptRow], now: float) -> list[AttemptRow]:
-        """Add what no verdict needs to attempts of a run: whether the log is stored, and the cause
-        to those that failed or whose exception was caught."""
-        graph: Graph | None = None
+        """Add what no verdict needs to attempts of a run: whether logs are stored, and causes."""
         for row in rows:
             row["is_log_stored"] = self._logs.is_stored(row, now)
-            if row["status"] in (FAILED, COMPLETED):
-                graph = self._graphs.of_run(ids) or {} if graph is None else graph
-                if row["status"] == FAILED or has_catch(graph, row["step_name"]):
-                    row["cause"] = self._causes.of_attempt(row, graph)
+        self._causes.add_to(ids, rows)
         return rows
 
     def _rows(self, ids: Ids, task: Task, history: History, now: float) -> list[AttemptRow]:
@@ -5482,10 +5480,8 @@ class Model:
         self.cards = Cards(store, self.files)
         self.histories = Histories(store, self.artifacts)
         self.graphs = Graphs(store, self.artifacts, self.histories)
-        self.causes = Causes(store, self.artifacts, self.logs, self.histories)
-        self.attempts = Attempts(
-            store, self.logs, self.cards, self.histories, self.graphs, self.causes
-        )
+        self.causes = Causes(store, self.artifacts, self.logs, self.histories, self.graphs)
+        self.attempts = Attempts(store, self.logs, self.cards, self.histories, self.causes)
         self.runs = Runs(store, clock, self.histories, self.graphs, self.causes, self.attempts)
 
 
