@@ -2759,9 +2759,10 @@ def test_a_page_of_another_size_is_refused(text: str) -> None:
 # Model
 # ==================================================================================================
 
-# What has become of runs, tasks and attempts, and why. Most tests write records through a service
-# in this process; causes are read from runs of real flows, once recorded (`recorded` and
-# `failures`), which is what takes long: 10 and 20 seconds for the first test that needs them.
+# What has become of runs, tasks and attempts, and why, piece by piece; values and cards are tested
+# through the UI API, which shows them. Most tests write records through a service in this process.
+# Causes are read from runs of real flows, once recorded (`recorded` and `failures`), which is what
+# takes long: 10 and 20 seconds for the first test that needs them.
 
 FLOWS_TO_SEE = {
     "zoo.py": '''
@@ -2914,55 +2915,218 @@ def artifact_text(model: mls.Model, ids: mls.Ids, name: str) -> Any:
     return model.artifacts.with_value(mls.artifact_row(row)).get("content")
 
 
-def test_a_run_that_reached_its_end_is_completed_when_its_last_task_was(seen: mls.Model) -> None:
-    (run,) = runs_of(seen, "ZooFlow")
-    (end,) = attempts_of(seen, run, "end")
-    assert (run["status"], end["status"]) == ("completed", "completed")
-    assert run["finished_at"] == end["finished_at"]
-    assert run["duration"] == run["finished_at"] - run["ts_epoch"]
-    assert (run["user"], run["tags"]) == ("tester", ["demo"])
+def end_task(ui: Api, task: str, kind: str = "local", is_ok: str = "True") -> None:
+    """Record the only attempt of a task as Metaflow does, with its datastore."""
+    told = [("attempt", "0"), ("ds-type", kind), ("attempt_ok", is_ok)]
+    ui.post(f"{task}/metadata", [metadatum(name, value) for name, value in told])
 
 
-def test_every_attempt_has_a_row_with_its_own_status_and_times(seen: mls.Model) -> None:
-    (run,) = runs_of(seen, "ZooFlow")
-    retried = [t for t in attempts_of(seen, run, "work") if t["task_id"] == max_retried(seen, run)]
-    assert [(t["attempt_id"], t["status"]) for t in retried] == [(0, "failed"), (1, "completed")]
-    begun, ended = retried[0]["started_at"], retried[0]["finished_at"]
-    assert begun <= ended <= retried[1]["started_at"] <= retried[1]["finished_at"]
-    assert all(t["duration"] == t["finished_at"] - t["started_at"] for t in retried)
+def store_value(store: mls.Store, value: object) -> dict[str, str]:
+    """Put a value into the datastore, and say where it is."""
+    content = gzip.compress(pickle.dumps(value), mtime=0)  # the same at every time
+    sha = hashlib.sha1(content).hexdigest()
+    path = Path(store.folder, "Flow", "data", sha[:2], sha)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return {"location": f":root:{store.folder}", "sha": sha}
 
 
-def max_retried(model: mls.Model, run: Any) -> Any:
-    attempts = attempts_of(model, run, "work")
-    return max(attempts, key=lambda task: task["attempt_id"])["task_id"]
+def make_running_task(ui: Api, ds_root: str) -> tuple[str, tuple[str, ...]]:
+    task = ui.new_task_of_its_own()
+    ui.post(f"{task}/metadata", [metadatum("attempt", "0"), metadatum("ds-root", ds_root)])
+    return task, tuple(task.split("/")[2::2])
 
 
-def test_a_caught_failure_is_a_completed_task_that_shows_the_exception(seen: mls.Model) -> None:
-    (run,) = runs_of(seen, "ZooFlow")
-    assert [t["status"] for t in attempts_of(seen, run, "right")] == ["completed"]
-    problem = artifact_text(seen, task_in(seen, "ZooFlow", "right"), "problem")
-    assert "MetaflowExceptionWrapper" in problem and "'caught'" in problem
+# -- logs ------------------------------------------------------------------------------------------
+
+
+def store_log(datastore: str | Path, task: str) -> None:
+    """Leave the files that the scheduler leaves when the process of an attempt has exited."""
+    folder = Path(datastore, *task.split("/")[2::2])
+    for name in ("runtime_stdout.log", "runtime_stderr.log"):
+        (folder / f"0.{name}").write_bytes(b"")
+
+
+def test_a_log_is_awaited_until_the_scheduler_has_stored_it_or_for_minutes(
+    store: mls.Store, ui: Api
+) -> None:
+    run = ui.new_run(ui.new_flow())
+    step = ui.new_step(run)
+    awaited, remote, named = (
+        ui.new_task(step),
+        ui.new_task(step),
+        ui.new_task(step, task_id="1_node_1"),
+    )
+    for task, kind in ((awaited, "local"), (remote, "s3"), (named, "local")):
+        end_task(ui, task, kind)
+    ids = tuple(run.split("/")[2::2])
+
+    def stored_logs(delay: float = 0) -> list[bool]:
+        model = mls.Model(store)
+        return [t["is_log_stored"] for t in model.attempts.of_run(ids, time.time() + delay)]
+
+    assert stored_logs() == [False, True, True]
+    assert stored_logs(mls.STORING_SECONDS - 10) == [False, True, True]
+    assert stored_logs(mls.STORING_SECONDS + 10) == [True, True, True]
+    store_log(store.folder, awaited)
+    assert stored_logs() == [True, True, True]
+
+
+def test_a_log_is_not_awaited_from_a_scheduler_that_is_gone(store: mls.Store, ui: Api) -> None:
+    run = ui.new_run(ui.new_flow(), system_tags=["metaflow_version:2.19.0"])
+    task = ui.new_task(ui.new_step(run))
+    end_task(ui, task)
+    model = mls.Model(store)
+    ids = tuple(task.split("/")[2::2])
+    for delay, expected in ((0, False), (mls.TASK_HEARTBEAT_CUTOFF + 10, True)):
+        (row,) = model.attempts.of_task(ids, time.time() + delay)
+        assert row["is_log_stored"] is expected
+
+
+# -- histories -------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["attempt", "attempt-done", "attempt_ok"]),
+            st.integers(0, 4),
+            st.booleans(),
+            st.integers(0, 100),
+        )
+    )
+)
+@settings(deadline=None, max_examples=50)
+def test_attempts_are_numbered_without_gaps_and_the_order_of_records_means_nothing(
+    told: Any,
+) -> None:
+    rows: Any = [
+        {
+            "id": index,
+            "field_name": field,
+            "value": str(is_ok) if field == "attempt_ok" else str(number),
+            "ts_epoch": at,
+            "tags": [f"attempt_id:{number}"],
+        }
+        for index, (field, number, is_ok, at) in enumerate(told)
+    ]
+    attempts = mls.attempts_from_metadata(rows, [])
+    assert len(attempts) == max((number for _, number, _, _ in told), default=-1) + 1
+    assert mls.attempts_from_metadata(rows[::-1], []) == attempts
+    for number, attempt in enumerate(attempts):
+        oks = [
+            r for r in rows if r["field_name"] == "attempt_ok" and r["tags"][0][11:] == str(number)
+        ]
+        newest = max(oks, key=lambda row: (row["ts_epoch"], row["id"]), default=None)
+        assert attempt.is_ok == (None if newest is None else newest["value"] == "True")
+
+
+def test_a_huge_attempt_number_makes_no_rows() -> None:
+    rows: Any = [{"id": 1, "field_name": "attempt", "value": "99999", "ts_epoch": 1, "tags": None}]
+    assert mls.attempts_from_metadata(rows, [3]) == [mls.Attempt()] * 4
 
 
 @pytest.mark.parametrize(
-    ("tags", "expected"),
+    ("stack", "label"),
     [
-        (None, True),
-        ([], False),
-        (["user:x", "version:2.19"], False),
-        (["metaflow_version:2.2.12"], True),
-        (["metaflow_version:2.2.11"], False),
-        (["metaflow_version:2.19.38+local"], True),
-        (["metaflow_version:2.3"], True),
-        (["metaflow_version:1.14.0"], True),
-        (["metaflow_version:1.13.9"], False),
-        (["metaflow_version:2.0.0"], False),
-        (["metaflow_version:unknown"], True),
-        (["metaflow_version:"], True),
+        (["names=alpha"], "alpha"),
+        (["names=a=b, c"], "a=b, c"),
+        (["outer=a", "inner=3"], "outer=a, inner=3"),
+        ([], None),
+        ([1], None),
+        (None, None),
+        ("xs=b=c", "b=c"),  # as text, from older clients
     ],
 )
-def test_newer_clients_send_heartbeats(tags: list[str] | None, expected: bool) -> None:
-    assert mls.sends_heartbeats(tags) is expected
+def test_a_foreach_label_is_the_path_of_values_also_for_a_clone(
+    store: mls.Store, ui: Api, stack: Any, label: str | None
+) -> None:
+    origin = ui.new_task_of_its_own()
+    ui.post(f"{origin}/metadata", [metadatum("foreach-stack", stack)])
+    flow, run, step, task = origin.split("/")[2::2]
+    clone = ui.new_task(ui.new_step(ui.new_run(f"/flows/{flow}")))
+    named = [metadatum("origin-run-id", run), metadatum("origin-task-id", task)]
+    ui.post(f"{clone}/metadata", named)
+    rows = [ui.get(f"/api{path}/attempts").json["data"][0] for path in (origin, clone)]
+    assert [row["foreach_label"] for row in rows] == [label, label]
+    assert rows[1]["origin_pathspec"] == "/".join((flow, run, step, task))
+
+
+@pytest.mark.parametrize("name", ["..", "a/b", "None", ""])
+def test_a_clone_of_an_invalid_task_has_no_label(ui: Api, name: str) -> None:
+    task = ui.new_task_of_its_own()
+    named = [metadatum("origin-run-id", name), metadatum("origin-task-id", name)]
+    ui.post(f"{task}/metadata", named)
+    (row,) = ui.get(f"/api{task}/attempts").json["data"]
+    assert (row["foreach_label"], row["origin_pathspec"]) == (None, None)
+
+
+def test_a_cloned_task_and_a_resumed_run_name_their_origins(ui: Api) -> None:
+    task = ui.new_task_of_its_own()
+    origin = [metadatum("origin-run-id", "1234"), metadatum("origin-task-id", "7")]
+    ended = [metadatum("attempt", "0"), metadatum("attempt_ok", "True")]
+    ui.post(f"{task}/metadata", [*ended, *origin])
+    (row,) = ui.get(f"/api{task}/attempts").json["data"]  # 7 is no number of an attempt
+    assert row["origin_pathspec"] == "Flow/1234/start/7"
+    assert (row["attempt_id"], row["is_log_stored"]) == (0, True)
+    run = task.split("/steps/")[0]
+    assert ui.get(f"/api{run}").json["data"]["origin_run_id"] == "1234"
+
+
+def test_a_run_that_was_not_resumed_has_no_origin(ui: Api) -> None:
+    task = ui.new_task_of_its_own()
+    ui.post(f"{task}/metadata", [metadatum("origin-run-id", "None")])
+    assert ui.get(f"/api{task.split('/steps/')[0]}").json["data"]["origin_run_id"] is None
+
+
+# -- graphs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("decorators", "attempts"),
+    [
+        ([], 1),
+        ([{"name": "retry", "attributes": {"times": 2}}], 3),
+        ([{"name": "catch", "attributes": {}}], 4),
+        ([{"name": "retry", "attributes": {"times": 9}}], 6),
+        ([{"name": "retry"}, {"name": "card"}, "nonsense", None], 1),
+    ],
+)
+def test_the_decorators_of_a_step_say_how_many_attempts_it_has(
+    decorators: Any, attempts: int
+) -> None:
+    assert mls.attempts_allowed({"steps": {"s": {"decorators": decorators}}}, "s") == attempts
+
+
+def test_an_invalid_graph_is_not_found(store: mls.Store, ui: Api) -> None:
+    run = ui.new_run(ui.new_flow())
+    task = ui.new_task(ui.new_step(run, "_parameters"))
+    sha = "a" * 40
+    folder = Path(store.folder, "Flow", "data", "aa")
+    folder.mkdir(parents=True)
+    (folder / sha).write_bytes(gzip.compress(pickle.dumps({"steps": ["nonsense"]})))
+    row = artifact("_graph_info", location=f":root:{store.folder}", sha=sha)
+    assert ui.post(f"{task}/artifact", [row]).status == 200
+    assert ui.get(f"/api{run}/dag").status == 404
+    assert ui.get(f"/api{run}").json["data"]["status"] == "running"
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [
+        {"steps": {"start": {"decorators": 5}}},
+        {"steps": {"start": {"decorators": [{"name": "retry", "attributes": {"times": "x"}}]}}},
+        {"steps": {}, "end_step": ["end"]},
+        {"steps": {}, "end_step": "../.."},
+    ],
+)
+def test_an_invalid_graph_hides_no_run(store: mls.Store, ui: Api, graph: Any) -> None:
+    task, _ = make_running_task(ui, store.folder)
+    ui.post(f"{task}/metadata", [metadatum("attempt_ok", "False")])
+    parameters = ui.new_task(ui.new_step(task[: task.index("/steps")], "_parameters"))
+    ui.post(f"{parameters}/artifact", [artifact("_graph_info", **store_value(store, graph))])
+    ui.post(f"{parameters}/metadata", [metadatum("attempt-done", "0")])
+    assert len(ui.get("/api/runs").json["data"]) == 1
 
 
 # -- causes: runs that failed, each in a way of its own, by either recorder ------------------------
@@ -3223,16 +3387,6 @@ def test_the_cause_of_a_run_is_that_of_the_attempt(failures: Callable[[str], Pat
             assert model.attempts.of_task(ids, model.clock())[0]["cause"] == run["cause"]
 
 
-@pytest.mark.parametrize("recorder", RECORDED)
-def test_a_run_has_failed_at_once_unless_it_fell_silent(
-    failures: Callable[[str], Path], recorder: str
-) -> None:
-    now = mls.Model(mls.Store(str(failures(recorder))))
-    for how in RECORDED[recorder]:
-        if CAUSES[how].kind != "scheduler gone":
-            assert run_tagged(now, how)["status"] == "failed", how
-
-
 def test_a_run_without_tasks_never_started(store: mls.Store) -> None:
     ids = new_run(store)
     run = mls.Model(store, lambda: time.time() + 400).runs.get(ids)
@@ -3331,138 +3485,111 @@ def test_the_end_of_a_process_is_described_by_signal_or_exit_code(
     assert mls.describe_process_end(mls.ProcessEnd(code, False, False, 0)) == text
 
 
-def test_a_failed_task_with_attempts_left_does_not_end_its_run() -> None:
-    graph: Any = {"steps": {"s": {"decorators": [{"name": "retry", "attributes": {"times": 1}}]}}}
-    failed: Any = {
-        "step_name": "s",
-        "task_id": 1,
-        "status": "failed",
-        "finished_at": 1,
-        "attempt_id": 0,
-    }
-    assert not mls.cannot_go_on([failed], graph)
-    assert mls.cannot_go_on([failed, {**failed, "attempt_id": 1}], graph)
-    assert not mls.cannot_go_on([failed], {}), "without a graph nobody knows"
-    other: Any = {**failed, "task_id": 2, "status": "running", "finished_at": None}
-    assert not mls.cannot_go_on([{**failed, "attempt_id": 1}, other], graph)
+# -- attempts --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("decorators", "attempts"),
-    [
-        ([], 1),
-        ([{"name": "retry", "attributes": {"times": 2}}], 3),
-        ([{"name": "catch", "attributes": {}}], 4),
-        ([{"name": "retry", "attributes": {"times": 9}}], 6),
-        ([{"name": "retry"}, {"name": "card"}, "nonsense", None], 1),
-    ],
-)
-def test_the_decorators_of_a_step_say_how_many_attempts_it_has(
-    decorators: Any, attempts: int
+def test_every_attempt_has_a_row_with_its_own_status_and_times(seen: mls.Model) -> None:
+    (run,) = runs_of(seen, "ZooFlow")
+    retried = [t for t in attempts_of(seen, run, "work") if t["task_id"] == max_retried(seen, run)]
+    assert [(t["attempt_id"], t["status"]) for t in retried] == [(0, "failed"), (1, "completed")]
+    begun, ended = retried[0]["started_at"], retried[0]["finished_at"]
+    assert begun <= ended <= retried[1]["started_at"] <= retried[1]["finished_at"]
+    assert all(t["duration"] == t["finished_at"] - t["started_at"] for t in retried)
+
+
+def max_retried(model: mls.Model, run: Any) -> Any:
+    attempts = attempts_of(model, run, "work")
+    return max(attempts, key=lambda task: task["attempt_id"])["task_id"]
+
+
+def test_a_caught_failure_is_a_completed_task_that_shows_the_exception(seen: mls.Model) -> None:
+    (run,) = runs_of(seen, "ZooFlow")
+    assert [t["status"] for t in attempts_of(seen, run, "right")] == ["completed"]
+    problem = artifact_text(seen, task_in(seen, "ZooFlow", "right"), "problem")
+    assert "MetaflowExceptionWrapper" in problem and "'caught'" in problem
+
+
+def test_a_task_without_heartbeats_lives_as_long_as_its_files_are_written(
+    store: mls.Store, api: Api
 ) -> None:
-    assert mls.attempts_allowed({"steps": {"s": {"decorators": decorators}}}, "s") == attempts
-
-
-@pytest.mark.parametrize(
-    ("stack", "label"),
-    [
-        (["names=alpha"], "alpha"),
-        (["names=a=b, c"], "a=b, c"),
-        (["outer=a", "inner=3"], "outer=a, inner=3"),
-        ([], None),
-        ([1], None),
-        (None, None),
-        ("xs=b=c", "b=c"),  # as text, from older clients
-    ],
-)
-def test_a_foreach_label_is_the_path_of_values_also_for_a_clone(
-    store: mls.Store, ui: Api, stack: Any, label: str | None
-) -> None:
-    origin = ui.new_task_of_its_own()
-    ui.post(f"{origin}/metadata", [metadatum("foreach-stack", stack)])
-    flow, run, step, task = origin.split("/")[2::2]
-    clone = ui.new_task(ui.new_step(ui.new_run(f"/flows/{flow}")))
-    named = [metadatum("origin-run-id", run), metadatum("origin-task-id", task)]
-    ui.post(f"{clone}/metadata", named)
-    rows = [ui.get(f"/api{path}/attempts").json["data"][0] for path in (origin, clone)]
-    assert [row["foreach_label"] for row in rows] == [label, label]
-    assert rows[1]["origin_pathspec"] == "/".join((flow, run, step, task))
-
-
-@pytest.mark.parametrize("name", ["..", "a/b", "None", ""])
-def test_a_clone_of_an_invalid_task_has_no_label(ui: Api, name: str) -> None:
-    task = ui.new_task_of_its_own()
-    named = [metadatum("origin-run-id", name), metadatum("origin-task-id", name)]
-    ui.post(f"{task}/metadata", named)
-    (row,) = ui.get(f"/api{task}/attempts").json["data"]
-    assert (row["foreach_label"], row["origin_pathspec"]) == (None, None)
-
-
-def test_a_cloned_task_and_a_resumed_run_name_their_origins(ui: Api) -> None:
-    task = ui.new_task_of_its_own()
-    origin = [metadatum("origin-run-id", "1234"), metadatum("origin-task-id", "7")]
-    ended = [metadatum("attempt", "0"), metadatum("attempt_ok", "True")]
-    ui.post(f"{task}/metadata", [*ended, *origin])
-    (row,) = ui.get(f"/api{task}/attempts").json["data"]  # 7 is no number of an attempt
-    assert row["origin_pathspec"] == "Flow/1234/start/7"
-    assert (row["attempt_id"], row["is_log_stored"]) == (0, True)
-    run = task.split("/steps/")[0]
-    assert ui.get(f"/api{run}").json["data"]["origin_run_id"] == "1234"
-
-
-def test_a_run_that_was_not_resumed_has_no_origin(ui: Api) -> None:
-    task = ui.new_task_of_its_own()
-    ui.post(f"{task}/metadata", [metadatum("origin-run-id", "None")])
-    assert ui.get(f"/api{task.split('/steps/')[0]}").json["data"]["origin_run_id"] is None
-
-
-def end_task(ui: Api, task: str, kind: str = "local", is_ok: str = "True") -> None:
-    """Record the only attempt of a task as Metaflow does, with its datastore."""
-    told = [("attempt", "0"), ("ds-type", kind), ("attempt_ok", is_ok)]
-    ui.post(f"{task}/metadata", [metadatum(name, value) for name, value in told])
-
-
-def store_log(datastore: str | Path, task: str) -> None:
-    """Leave the files that the scheduler leaves when the process of an attempt has exited."""
-    folder = Path(datastore, *task.split("/")[2::2])
-    for name in ("runtime_stdout.log", "runtime_stderr.log"):
-        (folder / f"0.{name}").write_bytes(b"")
-
-
-def test_a_log_is_awaited_until_the_scheduler_has_stored_it_or_for_minutes(
-    store: mls.Store, ui: Api
-) -> None:
-    run = ui.new_run(ui.new_flow())
-    step = ui.new_step(run)
-    awaited, remote, named = (
-        ui.new_task(step),
-        ui.new_task(step),
-        ui.new_task(step, task_id="1_node_1"),
-    )
-    for task, kind in ((awaited, "local"), (remote, "s3"), (named, "local")):
-        end_task(ui, task, kind)
-    ids = tuple(run.split("/")[2::2])
-
-    def stored_logs(delay: float = 0) -> list[bool]:
-        model = mls.Model(store)
-        return [t["is_log_stored"] for t in model.attempts.of_run(ids, time.time() + delay)]
-
-    assert stored_logs() == [False, True, True]
-    assert stored_logs(mls.STORING_SECONDS - 10) == [False, True, True]
-    assert stored_logs(mls.STORING_SECONDS + 10) == [True, True, True]
-    store_log(store.folder, awaited)
-    assert stored_logs() == [True, True, True]
-
-
-def test_a_log_is_not_awaited_from_a_scheduler_that_is_gone(store: mls.Store, ui: Api) -> None:
-    run = ui.new_run(ui.new_flow(), system_tags=["metaflow_version:2.19.0"])
-    task = ui.new_task(ui.new_step(run))
-    end_task(ui, task)
-    model = mls.Model(store)
+    task = api.new_task_of_its_own()
+    api.post(f"{task}/metadata", [metadatum("attempt", "0"), metadatum("ds-root", store.folder)])
     ids = tuple(task.split("/")[2::2])
-    for delay, expected in ((0, False), (mls.TASK_HEARTBEAT_CUTOFF + 10, True)):
-        (row,) = model.attempts.of_task(ids, time.time() + delay)
-        assert row["is_log_stored"] is expected
+    late = time.time() + 2 * mls.TASK_SILENCE_CUTOFF
+    model = mls.Model(store, lambda: late)
+    assert [t["status"] for t in model.attempts.of_task(ids, late)] == ["failed"]
+    assert model.runs.judge(next(model.runs.newest_first()))["status"] == "failed"
+    os.utime("/".join((store.folder, *ids)), (late, late))
+    assert [t["status"] for t in model.attempts.of_task(ids, late)] == ["running"]
+    assert model.runs.judge(next(model.runs.newest_first()))["status"] == "running"
+
+
+def test_a_task_that_nobody_has_begun_is_pending(store: mls.Store, api: Api) -> None:
+    ids = tuple(api.new_task_of_its_own().split("/")[2::2])
+    (attempt,) = mls.Model(store).attempts.of_task(ids, time.time())
+    assert (attempt["status"], attempt["attempt_id"]) == ("pending", 0)
+    assert attempt["started_at"] is None and attempt["finished_at"] is None
+
+
+def test_an_attempt_whose_process_was_killed_is_failed_when_its_scheduler_noticed(
+    store: mls.Store, api: Api
+) -> None:
+    task = api.new_task_of_its_own()
+    api.post(f"{task}/metadata", [metadatum("attempt", "0"), metadatum("ds-root", store.folder)])
+    ids = tuple(task.split("/")[2::2])
+    told = json.dumps({"return_code": -9, "killed": False, "success": False})
+    Path(store.folder, *ids, "0.runtime").write_text(told)
+    (attempt,) = mls.Model(store).attempts.of_task(ids, time.time())
+    assert attempt["status"] == "failed"
+
+
+@pytest.mark.parametrize("told", ["[" * 100_000, "5", '{"success": '])
+def test_an_invalid_file_of_the_scheduler_is_ignored(store: mls.Store, ui: Api, told: str) -> None:
+    _, ids = make_running_task(ui, store.folder)
+    Path(store.folder, *ids, "0.runtime").write_text(told)
+    (run,) = ui.get("/api/runs").json["data"]
+    assert run["status"] == "running"
+
+
+def test_an_invalid_datastore_name_hides_no_run(ui: Api) -> None:
+    task, _ = make_running_task(ui, "/\ud800/.metaflow")
+    (run,) = ui.get("/api/runs").json["data"]
+    assert run["status"] == "running"
+    assert ui.get(f"/api{task}/logs/out?attempt_id=0").json["data"] == []
+    assert ui.get(f"/api{task}/cards").json["data"] == []
+
+
+# -- runs and verdicts -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        (None, True),
+        ([], False),
+        (["user:x", "version:2.19"], False),
+        (["metaflow_version:2.2.12"], True),
+        (["metaflow_version:2.2.11"], False),
+        (["metaflow_version:2.19.38+local"], True),
+        (["metaflow_version:2.3"], True),
+        (["metaflow_version:1.14.0"], True),
+        (["metaflow_version:1.13.9"], False),
+        (["metaflow_version:2.0.0"], False),
+        (["metaflow_version:unknown"], True),
+        (["metaflow_version:"], True),
+    ],
+)
+def test_newer_clients_send_heartbeats(tags: list[str] | None, expected: bool) -> None:
+    assert mls.sends_heartbeats(tags) is expected
+
+
+def test_a_run_that_reached_its_end_is_completed_when_its_last_task_was(seen: mls.Model) -> None:
+    (run,) = runs_of(seen, "ZooFlow")
+    (end,) = attempts_of(seen, run, "end")
+    assert (run["status"], end["status"]) == ("completed", "completed")
+    assert run["finished_at"] == end["finished_at"]
+    assert run["duration"] == run["finished_at"] - run["ts_epoch"]
+    assert (run["user"], run["tags"]) == ("tester", ["demo"])
 
 
 def test_a_run_is_completed_by_its_own_last_step_whatever_that_is_called(
@@ -3503,78 +3630,30 @@ def test_a_run_that_was_killed_is_running_until_its_heartbeats_are_old(
     assert attempt["finished_at"] >= attempt["started_at"]
 
 
-def test_a_task_without_heartbeats_lives_as_long_as_its_files_are_written(
-    store: mls.Store, api: Api
+@pytest.mark.parametrize("recorder", RECORDED)
+def test_a_run_has_failed_at_once_unless_it_fell_silent(
+    failures: Callable[[str], Path], recorder: str
 ) -> None:
-    task = api.new_task_of_its_own()
-    api.post(f"{task}/metadata", [metadatum("attempt", "0"), metadatum("ds-root", store.folder)])
-    ids = tuple(task.split("/")[2::2])
-    late = time.time() + 2 * mls.TASK_SILENCE_CUTOFF
-    model = mls.Model(store, lambda: late)
-    assert [t["status"] for t in model.attempts.of_task(ids, late)] == ["failed"]
-    assert model.runs.judge(next(model.runs.newest_first()))["status"] == "failed"
-    os.utime("/".join((store.folder, *ids)), (late, late))
-    assert [t["status"] for t in model.attempts.of_task(ids, late)] == ["running"]
-    assert model.runs.judge(next(model.runs.newest_first()))["status"] == "running"
+    now = mls.Model(mls.Store(str(failures(recorder))))
+    for how in RECORDED[recorder]:
+        if CAUSES[how].kind != "scheduler gone":
+            assert run_tagged(now, how)["status"] == "failed", how
 
 
-def test_a_task_that_nobody_has_begun_is_pending(store: mls.Store, api: Api) -> None:
-    ids = tuple(api.new_task_of_its_own().split("/")[2::2])
-    (attempt,) = mls.Model(store).attempts.of_task(ids, time.time())
-    assert (attempt["status"], attempt["attempt_id"]) == ("pending", 0)
-    assert attempt["started_at"] is None and attempt["finished_at"] is None
-
-
-def test_an_attempt_whose_process_was_killed_is_failed_when_its_scheduler_noticed(
-    store: mls.Store, api: Api
-) -> None:
-    task = api.new_task_of_its_own()
-    api.post(f"{task}/metadata", [metadatum("attempt", "0"), metadatum("ds-root", store.folder)])
-    ids = tuple(task.split("/")[2::2])
-    told = json.dumps({"return_code": -9, "killed": False, "success": False})
-    Path(store.folder, *ids, "0.runtime").write_text(told)
-    (attempt,) = mls.Model(store).attempts.of_task(ids, time.time())
-    assert attempt["status"] == "failed"
-
-
-@given(
-    st.lists(
-        st.tuples(
-            st.sampled_from(["attempt", "attempt-done", "attempt_ok"]),
-            st.integers(0, 4),
-            st.booleans(),
-            st.integers(0, 100),
-        )
-    )
-)
-@settings(deadline=None, max_examples=50)
-def test_attempts_are_numbered_without_gaps_and_the_order_of_records_means_nothing(
-    told: Any,
-) -> None:
-    rows: Any = [
-        {
-            "id": index,
-            "field_name": field,
-            "value": str(is_ok) if field == "attempt_ok" else str(number),
-            "ts_epoch": at,
-            "tags": [f"attempt_id:{number}"],
-        }
-        for index, (field, number, is_ok, at) in enumerate(told)
-    ]
-    attempts = mls.attempts_from_metadata(rows, [])
-    assert len(attempts) == max((number for _, number, _, _ in told), default=-1) + 1
-    assert mls.attempts_from_metadata(rows[::-1], []) == attempts
-    for number, attempt in enumerate(attempts):
-        oks = [
-            r for r in rows if r["field_name"] == "attempt_ok" and r["tags"][0][11:] == str(number)
-        ]
-        newest = max(oks, key=lambda row: (row["ts_epoch"], row["id"]), default=None)
-        assert attempt.is_ok == (None if newest is None else newest["value"] == "True")
-
-
-def test_a_huge_attempt_number_makes_no_rows() -> None:
-    rows: Any = [{"id": 1, "field_name": "attempt", "value": "99999", "ts_epoch": 1, "tags": None}]
-    assert mls.attempts_from_metadata(rows, [3]) == [mls.Attempt()] * 4
+def test_a_failed_task_with_attempts_left_does_not_end_its_run() -> None:
+    graph: Any = {"steps": {"s": {"decorators": [{"name": "retry", "attributes": {"times": 1}}]}}}
+    failed: Any = {
+        "step_name": "s",
+        "task_id": 1,
+        "status": "failed",
+        "finished_at": 1,
+        "attempt_id": 0,
+    }
+    assert not mls.cannot_go_on([failed], graph)
+    assert mls.cannot_go_on([failed, {**failed, "attempt_id": 1}], graph)
+    assert not mls.cannot_go_on([failed], {}), "without a graph nobody knows"
+    other: Any = {**failed, "task_id": 2, "status": "running", "finished_at": None}
+    assert not mls.cannot_go_on([{**failed, "attempt_id": 1}, other], graph)
 
 
 def test_a_finished_run_is_judged_once_until_its_files_change(
@@ -3618,70 +3697,7 @@ def test_a_verdict_on_a_running_run_looks_at_each_folder_and_record_once(
     assert sorted(looked_at) == [folder + path for path in below]
 
 
-# -- graphs and traces that make no sense ----------------------------------------------------------
-
-
-def test_an_invalid_graph_is_not_found(store: mls.Store, ui: Api) -> None:
-    run = ui.new_run(ui.new_flow())
-    task = ui.new_task(ui.new_step(run, "_parameters"))
-    sha = "a" * 40
-    folder = Path(store.folder, "Flow", "data", "aa")
-    folder.mkdir(parents=True)
-    (folder / sha).write_bytes(gzip.compress(pickle.dumps({"steps": ["nonsense"]})))
-    row = artifact("_graph_info", location=f":root:{store.folder}", sha=sha)
-    assert ui.post(f"{task}/artifact", [row]).status == 200
-    assert ui.get(f"/api{run}/dag").status == 404
-    assert ui.get(f"/api{run}").json["data"]["status"] == "running"
-
-
-def store_value(store: mls.Store, value: object) -> dict[str, str]:
-    """Put a value into the datastore, and say where it is."""
-    content = gzip.compress(pickle.dumps(value), mtime=0)  # the same at every time
-    sha = hashlib.sha1(content).hexdigest()
-    path = Path(store.folder, "Flow", "data", sha[:2], sha)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    return {"location": f":root:{store.folder}", "sha": sha}
-
-
-def make_running_task(ui: Api, ds_root: str) -> tuple[str, tuple[str, ...]]:
-    task = ui.new_task_of_its_own()
-    ui.post(f"{task}/metadata", [metadatum("attempt", "0"), metadatum("ds-root", ds_root)])
-    return task, tuple(task.split("/")[2::2])
-
-
-@pytest.mark.parametrize(
-    "graph",
-    [
-        {"steps": {"start": {"decorators": 5}}},
-        {"steps": {"start": {"decorators": [{"name": "retry", "attributes": {"times": "x"}}]}}},
-        {"steps": {}, "end_step": ["end"]},
-        {"steps": {}, "end_step": "../.."},
-    ],
-)
-def test_an_invalid_graph_hides_no_run(store: mls.Store, ui: Api, graph: Any) -> None:
-    task, _ = make_running_task(ui, store.folder)
-    ui.post(f"{task}/metadata", [metadatum("attempt_ok", "False")])
-    parameters = ui.new_task(ui.new_step(task[: task.index("/steps")], "_parameters"))
-    ui.post(f"{parameters}/artifact", [artifact("_graph_info", **store_value(store, graph))])
-    ui.post(f"{parameters}/metadata", [metadatum("attempt-done", "0")])
-    assert len(ui.get("/api/runs").json["data"]) == 1
-
-
-def test_an_invalid_datastore_name_hides_no_run(ui: Api) -> None:
-    task, _ = make_running_task(ui, "/\ud800/.metaflow")
-    (run,) = ui.get("/api/runs").json["data"]
-    assert run["status"] == "running"
-    assert ui.get(f"/api{task}/logs/out?attempt_id=0").json["data"] == []
-    assert ui.get(f"/api{task}/cards").json["data"] == []
-
-
-@pytest.mark.parametrize("told", ["[" * 100_000, "5", '{"success": '])
-def test_an_invalid_file_of_the_scheduler_is_ignored(store: mls.Store, ui: Api, told: str) -> None:
-    _, ids = make_running_task(ui, store.folder)
-    Path(store.folder, *ids, "0.runtime").write_text(told)
-    (run,) = ui.get("/api/runs").json["data"]
-    assert run["status"] == "running"
+# -- comparing runs --------------------------------------------------------------------------------
 
 
 def test_facts_of_runs_differ_by_section_and_name() -> None:
