@@ -5391,14 +5391,18 @@ class Runs:
         if known is not None:
             return known
         verdict = self._make_verdict(row, RunFolders(self._store, self._histories, ids), now)
+        self._remember(ids, verdict)
+        return verdict
+
+    def _remember(self, ids: Ids, verdict: Verdict) -> None:
+        """Note whether a run has ended, and cache the verdict if it has, and may be relied on."""
         if verdict.status == RUNNING:
             self._unfinished[ids] = None
-        else:
-            self._unfinished.pop(ids, None)
-            self._last_end = max(self._last_end, verdict.finished_at or 0)
-            if all(version is not None for _, version in verdict.folders):
-                self._verdicts.put("/".join(ids), verdict)
-        return verdict
+            return
+        self._unfinished.pop(ids, None)
+        self._last_end = max(self._last_end, verdict.finished_at or 0)
+        if all(version is not None for _, version in verdict.folders):
+            self._verdicts.put("/".join(ids), verdict)
 
     def _make_verdict(self, row: RunRow, folders: RunFolders, now: float) -> Verdict:
         first = [folders.history(task) for task in folders.tasks(PARAMETERS_STEP)]
@@ -5434,16 +5438,17 @@ class Runs:
         self, row: RunRow, tasks: Sequence[AttemptRow], graph: Graph, end_step: str, now: float
     ) -> tuple[str, int | None]:
         """The status of a run that is not completed, and when it failed; `tasks`: all attempts."""
-        written = stat_record_folders(self._store, run_row_ids(row))
-        signs = [task["finished_at"] or task["started_at"] or task["ts_epoch"] for task in tasks]
-        last_sign = max([last_sign_of_life(row, written), *signs])
         if any(task["status"] == RUNNING for task in tasks):
             return RUNNING, None
         if cannot_go_on(tasks, graph, self._causes.ended_with_scheduler):
             return FAILED, max(task["finished_at"] or 0 for task in tasks)
-        if (not graph and has_failed_end(tasks, end_step)) or ended_without_heartbeats(row, tasks):
-            return FAILED, last_sign
-        if now * 1000 - last_sign > RUN_HEARTBEAT_CUTOFF * 1000:
+        written = stat_record_folders(self._store, run_row_ids(row))
+        signs = [task["finished_at"] or task["started_at"] or task["ts_epoch"] for task in tasks]
+        last_sign = max([last_sign_of_life(row, written), *signs])
+        is_over = ended_without_heartbeats(row, tasks) or (
+            not graph and has_failed_end(tasks, end_step)
+        )
+        if is_over or now * 1000 - last_sign > RUN_HEARTBEAT_CUTOFF * 1000:
             return FAILED, last_sign
         return RUNNING, None
 
