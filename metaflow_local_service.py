@@ -4077,6 +4077,16 @@ def elapsed_ms(begin: int, end: int | None, now: float) -> int:
 # -- artifacts and their values --------------------------------------------------------------------
 
 
+def display_error(error: OSError | ValueError) -> DisplayError:
+    """Why a value cannot be shown that could not be read."""
+    kind, detail = "artifact-handle-failed", str(error)
+    if isinstance(error, TooLarge):
+        kind, detail = "artifact-too-large", f"It is larger than {LARGEST_VALUE} bytes."
+    elif isinstance(error, OSError):
+        detail = error.strerror or ""
+    return {"id": kind, "detail": detail, "traceback": None}
+
+
 class Artifacts:
     """The artifacts of tasks, with their values, and the parameters of runs."""
 
@@ -4099,12 +4109,7 @@ class Artifacts:
             if isinstance(value, (bytes, bytearray)):
                 row["content_kind"] = media_type(value)
         except (OSError, ValueError) as error:
-            kind, detail = "artifact-handle-failed", str(error)
-            if isinstance(error, TooLarge):
-                kind, detail = "artifact-too-large", f"It is larger than {LARGEST_VALUE} bytes."
-            elif isinstance(error, OSError):
-                detail = error.strerror or ""
-            row["postprocess_error"] = {"id": kind, "detail": detail, "traceback": None}
+            row["postprocess_error"] = display_error(error)
         return row
 
     def value(self, artifact: Artifact | ArtifactRow, limit: int) -> Any:
@@ -4344,7 +4349,8 @@ class Cards:
     ) -> list[tuple[Card, DatastorePath]]:
         """The cards of a task and their files, from the first folder that has any.
 
-        A file is called TYPE-HASH or TYPE-ID-HASH.
+        A file is called TYPE-HASH or TYPE-ID-HASH. The `kind` "cards" is what a card shows in the
+        end, and "runtime" what its task updates before.
         """
         for place in self._folders(ids, kind):
             found: list[tuple[Card, DatastorePath]] = []
@@ -4856,12 +4862,13 @@ def make_cause(
     ids: Ids,
     raised: Raised,
     attempt: AttemptRow | None = None,
-    attempts: int | None = None,
+    allowed: int | None = None,
     stderr: Sequence[str] = (),
 ) -> Cause:
     """A cause with its summary.
 
-    `ids`: of the task, or of the run if no task is to blame; `attempts`: how many it may have.
+    `ids`: of the task, or of the run if no task is to blame; `allowed`: how many attempts the task
+    may have.
     """
     type_name = (raised.type or "").removeprefix("builtins.")
     cause: Cause = {
@@ -4870,7 +4877,7 @@ def make_cause(
         "step_name": attempt["step_name"] if attempt else None,
         "task_id": attempt["task_id"] if attempt else None,
         "attempt_id": attempt["attempt_id"] if attempt else None,
-        "attempts": attempts,
+        "attempts": allowed,
         "type": type_name.removeprefix("__main__.") or None,
         "message": raised.message[:LONGEST_MESSAGE] if raised.message else None,
         "file": raised.file,
