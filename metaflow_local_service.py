@@ -4402,7 +4402,8 @@ MOST_ORIGINS = 20
 """Over how many resumed runs the foreach loops of a clone are traced back."""
 
 ATTEMPT_FIELDS = ("attempt", "attempt-done", "attempt_ok")
-HISTORY_FIELDS = (*ATTEMPT_FIELDS, "foreach-stack", "origin-run-id", "origin-task-id", "end_step")
+FOREACH_FIELDS = ("foreach-stack", "origin-run-id", "origin-task-id")
+HISTORY_FIELDS = (*ATTEMPT_FIELDS, *FOREACH_FIELDS, "end_step")
 
 BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
@@ -4454,6 +4455,11 @@ def attempt_from_metadata(metadata: Sequence[Metadatum]) -> Attempt:
     ]
     is_ok = max(outcomes)[1] if outcomes else None
     return Attempt(min(started, default=None), max(done, default=None), is_ok)
+
+
+def newest_values(metadata: Sequence[Metadatum]) -> dict[str, object]:
+    """The values of metadata, by their fields; `metadata`: newest first."""
+    return {metadatum["field_name"]: metadatum["value"] for metadatum in reversed(metadata)}
 
 
 def origin_of_clone(ids: Ids, metadata: Mapping[str, object]) -> Ids | None:
@@ -4510,12 +4516,12 @@ class Histories:
         for number, attempt in enumerate(attempts):
             if attempt.is_ok is None:
                 attempts[number] = self._completed_by_artifact(ids, number, attempt)
-        values = {m["field_name"]: m["value"] for m in reversed(metadata)}
+        values = newest_values(metadata)
         origin_run = str(values.get("origin-run-id") or "None")
         origin = origin_of_clone(ids, values)
         return History(
             attempts,
-            format_foreach_frames(self.foreach_frames(ids)),
+            format_foreach_frames(self._foreach_frames(ids, values, MOST_ORIGINS)),
             None if origin_run == "None" else origin_run,
             "/".join(origin) if origin else None,
             next((value_text(m) for m in metadata if m["field_name"] == "end_step"), None),
@@ -4539,12 +4545,15 @@ class Histories:
 
         A clone records none, and is in the same loops as its origin; `hops`: see MOST_ORIGINS.
         """
-        fields = ("foreach-stack", "origin-run-id", "origin-task-id")
-        values = {m["field_name"]: m["value"] for m in self._store.metadata(ids, fields=fields)}
+        metadata = self._store.metadata(ids, fields=FOREACH_FIELDS)
+        return self._foreach_frames(ids, newest_values(list(metadata)), hops)
+
+    def _foreach_frames(self, ids: Ids, values: Mapping[str, object], hops: int) -> list[str]:
+        """The same, by the values of the task's metadata."""
         stack, origin = values.get("foreach-stack"), origin_of_clone(ids, values)
         if stack is None and hops > 0 and origin:
             return self.foreach_frames(origin, hops - 1)
-        frames = [stack] if isinstance(stack, str) else stack or []
+        frames = stack if isinstance(stack, list) else [stack]
         return [frame for frame in frames if isinstance(frame, str)]
 
 
