@@ -3837,7 +3837,7 @@ def is_cheap(reading: Regex, texts: Iterable[str]) -> bool:
 #     Runs       the rows of runs, and the verdict on each
 #
 # Above them stand the rows, which all of them share, and below them what compares whole runs: a few
-# functions of a Model.
+# functions of a Model. A RunFolders is made anew for each look at a run, and reads it only once.
 #
 # What a verdict rests on. Nobody records the end of a run, so it is inferred, in this order:
 #
@@ -4156,15 +4156,15 @@ class Artifacts:
             error.strerror = "It is not in the datastore any more"
             raise
 
-    def parameters(self, ids: Ids) -> dict[str, dict[str, object]]:
-        """The parameters of a run whose values can be shown, each with its `value`."""
-        values: dict[str, dict[str, object]] = {}
+    def parameters(self, ids: Ids) -> dict[str, object]:
+        """The values of the parameters of a run, as far as they can be shown, sorted by name."""
+        values: dict[str, object] = {}
         for task in self._store.task_ids((*ids, PARAMETERS_STEP)):
             for artifact in self._store.artifacts(task):
                 name = artifact["name"]
                 if not name.startswith("_") and name not in ("name", "script_name"):
                     with contextlib.suppress(OSError, ValueError):
-                        values[name] = {"value": to_json(self.value(artifact, LARGEST_VALUE))}
+                        values[name] = to_json(self.value(artifact, LARGEST_VALUE))
         return dict(sorted(values.items()))
 
     def mark_inherited(self, rows: Sequence[ArtifactRow], tasks_before: Iterable[Ids]) -> None:
@@ -5585,7 +5585,7 @@ def compare_with_last_success(model: Model, ids: Ids) -> Comparison | None:
 def run_facts(model: Model, row: RunRow) -> Facts:
     """What is compared of a run."""
     ids, now = run_row_ids(row), model.clock()
-    parameters = {name: shown["value"] for name, shown in model.artifacts.parameters(ids).items()}
+    parameters = model.artifacts.parameters(ids)
     folders = RunFolders(model.store, model.histories, ids)
     steps = step_rows(model.store, ids, model.attempts.without_details(folders, now), now)
     durations = {step["step_name"]: step["duration"] for step in steps}
@@ -11111,8 +11111,10 @@ def read_run(snapshot: Snapshot, query: Query, ids: Ids) -> Rows:
 )
 def read_parameters(snapshot: Snapshot, query: Query, ids: Ids) -> Rows:
     """The parameters of a run."""
-    has_parameters = snapshot.model.store.task_ids((*ids, PARAMETERS_STEP))
-    return [snapshot.model.artifacts.parameters(ids)] if has_parameters else []
+    if not snapshot.model.store.task_ids((*ids, PARAMETERS_STEP)):
+        return []
+    values = snapshot.model.artifacts.parameters(ids)
+    return [{name: {"value": value} for name, value in values.items()}]
 
 
 # -- steps, tasks and what they have recorded ------------------------------------------------------
@@ -15353,7 +15355,7 @@ def show_run(model: Model, ids: Ids, as_json: bool) -> None:
     steps = [
         s for s in step_rows(model.store, ids, tasks, now) if s["step_name"] != PARAMETERS_STEP
     ]
-    parameters = {name: shown["value"] for name, shown in model.artifacts.parameters(ids).items()}
+    parameters = model.artifacts.parameters(ids)
     if as_json:
         counted = [{**s, "tasks": count_statuses(tasks, s["step_name"])} for s in steps]
         print_json({**run, "parameters": parameters, "steps": counted})
