@@ -8219,7 +8219,8 @@ def test_a_folder_that_is_back_soon_is_served_again(daemon: Api, cli: Cli) -> No
 
 
 def test_a_folder_that_is_deleted_ends_its_service_and_frees_its_port(cli: Cli) -> None:
-    port = cli("url", "--idle-timeout", 0).stdout.strip().rpartition(":")[2]
+    assert cli("start", "--idle-timeout", 0).returncode == 0
+    port = str(service_of(cli.folder).port)
     shutil.rmtree(cli.folder / ".metaflow")
     again = cli("start", "--port", port)
     assert again.stdout.startswith("Started"), again.stderr
