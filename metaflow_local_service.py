@@ -12975,6 +12975,19 @@ def make_datastore_folder(root: str) -> None:
         raise ServiceError(f"{folder} cannot be made: {error.strerror}.") from None
 
 
+def has_datastore_folder(root: str) -> bool:
+    """Whether a root has a .metaflow; ServiceError if this user may not look into it."""
+    folder = datastore_folder(root)
+    try:
+        # Its "." is found by those who may search it, which takes more than to list it.
+        os.close(os.open(os.path.join(folder, os.curdir), os.O_RDONLY | os.O_DIRECTORY))
+    except PermissionError as error:
+        raise ServiceError(f"{folder} cannot be opened: {error.strerror}.") from None
+    except OSError:
+        return False
+    return True
+
+
 def open_datastore_folder(root: str) -> int:
     """Open the .metaflow of a root; ServiceError if that is impossible."""
     folder = datastore_folder(root)
@@ -13081,9 +13094,11 @@ def lock_descriptor(descriptor: int, path: str, how: int) -> None:
 
 
 def is_hard_link(path: str) -> bool:
-    """Whether a file has other names, perhaps in other folders."""
-    status = stat_or_none(path)
-    return status is not None and status.st_nlink > 1
+    """Whether a file has other names, perhaps in other folders. False if it cannot be reached."""
+    try:
+        return os.stat(path).st_nlink > 1
+    except OSError:
+        return False
 
 
 # -- finding the service of a root -----------------------------------------------------------------
@@ -13112,7 +13127,7 @@ def registry_lock(root: str, how: int) -> Iterator[None]:
 
 def find_service(root: str) -> Service | None:
     """The service of a root; None if none runs. Creates nothing if none has ever run."""
-    if not os.path.lexists(root_file(root, PIDFILE)):
+    if not (has_datastore_folder(root) and os.path.lexists(root_file(root, PIDFILE))):
         return None
     with registry_lock(root, fcntl.LOCK_SH):
         return running_service(root)
@@ -13853,11 +13868,15 @@ def log_to(stream: TextIO | None, layout: str) -> None:
 
 
 def escape_message(record: logging.LogRecord) -> bool:
-    """Escape the characters in a message that a terminal takes for a command, or a reader for the
-    beginning of another message. Tracebacks, which are our own, keep their lines."""
-    controls = r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
-    record.msg, record.args = re.sub(controls, escape_character, record.getMessage()), ()
+    """Escape a message that is logged. Tracebacks, which are our own, keep their lines."""
+    record.msg, record.args = escape_controls(record.getMessage()), ()
     return True
+
+
+def escape_controls(message: str) -> str:
+    """Escape the characters in a message that a terminal takes for a command, or a reader for the
+    beginning of another message."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", escape_character, message)
 
 
 def escape_character(match: Match[str]) -> str:
@@ -14396,9 +14415,10 @@ def current_folder() -> str:
 
 
 def print_notice(sentence: str) -> None:
-    """Print a line to stderr, which a process may lack."""
+    """Print a line to stderr, which a process may lack, or be unable to write to."""
     if sys.stderr is not None:
-        print(f"{PROGRAM}: {sentence}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(f"{PROGRAM}: {escape_controls(sentence)}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -14984,7 +15004,7 @@ LONGEST_SHOWN_VALUE = 200
 
 def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
     """The items as they come; if that takes long, how many are done is shown on the terminal."""
-    if sys.stderr is None or not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         yield from items
         return
     due = time.monotonic() + PROGRESS_SECONDS
@@ -15037,16 +15057,17 @@ def shorten(text: str, width: int) -> str:
 
 def terminal_width() -> int | None:
     """The columns of the terminal; None if stdout is not one, and so nothing is to be cut."""
-    return shutil.get_terminal_size().columns if is_terminal() else None
+    return shutil.get_terminal_size().columns if is_terminal(sys.stdout) else None
 
 
-def is_terminal() -> bool:
-    return sys.stdout is not None and sys.stdout.isatty()
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a standard stream, which may be closed, is a terminal."""
+    return stream is not None and stream.isatty()
 
 
 def colored(text: str, status: str) -> str:
     """Text in the colour of a status, if stdout is a terminal that should have colours."""
-    if status not in STATUS_COLORS or not is_terminal():
+    if status not in STATUS_COLORS or not is_terminal(sys.stdout):
         return text
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return text
@@ -15125,7 +15146,7 @@ MOST_CANDIDATES = 5
 def open_model(arguments: Arguments) -> Model:
     """The model of the root, which reads its files: without a service, without Metaflow."""
     root = resolve_root(arguments)
-    if not os.path.isdir(datastore_folder(root)):
+    if not has_datastore_folder(root):
         raise ServiceError(f"Nothing is recorded in {root}: it has no {DATASTORE_DIR} folder.")
     log_to(sys.stderr, f"{PROGRAM}: %(message)s")  # such as a record that cannot be read
     return Model(Store(root))
@@ -15652,7 +15673,7 @@ class LogTail:
     def new_lines(self) -> Iterator[TaskLine]:
         """The lines that have been added since the last call, task by task."""
         tasks = tasks_below(self._model, self._ids)
-        for task in tasks if is_terminal() else track(tasks, "logs read", len(tasks)):
+        for task in tasks if is_terminal(sys.stdout) else track(tasks, "logs read", len(tasks)):
             attempts = len(self._model.attempts.of_task(task, self._model.clock()))
             attempt = attempts - 1 if self._attempt is None else self._attempt
             if attempt < attempts:
@@ -15790,7 +15811,7 @@ def do_card(arguments: Arguments) -> None:
         if arguments.json:
             print_json({"pathspec": "/".join(task), **card, "path": path})
         else:
-            print(printable(path) if is_terminal() else path)
+            print(printable(path) if is_terminal(sys.stdout) else path)
     if arguments.open:
         import webbrowser
 
@@ -15817,7 +15838,9 @@ class Deletion(NamedTuple):
         return total_usage((*self.runs.values(), self.unreferenced))
 
 
-UNWRITABLE_OUTPUT = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF, errno.EFBIG))
+UNWRITABLE_OUTPUT = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF, errno.EFBIG, errno.EPIPE)
+)
 """Errors of writing to stdout that are due to where it leads, and not to this program."""
 
 
@@ -16063,7 +16086,7 @@ def agree(arguments: Arguments, plan: Deletion, model: Model) -> bool:
     if arguments.yes or not is_anything:
         return True
     print(end="", flush=True)
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+    if not (is_terminal(sys.stdin) and is_terminal(sys.stderr)):
         raise ServiceError("Nothing was deleted: without a terminal it takes --yes.", exit_code=2)
     print(f"Delete {describe_usage(plan.total())}? [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):

@@ -9528,6 +9528,39 @@ def test_output_that_cannot_be_written_is_reported_in_one_sentence(cli: Cli, wor
         assert ran.stderr.count(b"\n") == 1 and b"cannot be written" in ran.stderr
 
 
+@pytest.mark.parametrize("words", ["status", "du"])
+def test_a_command_whose_reader_has_gone_says_nothing(cli: Cli, words: str) -> None:
+    (cli.folder / ".metaflow").mkdir()
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as pipe:
+        ran = subprocess.run(
+            cli.command(words),
+            cwd=cli.folder,
+            env=cli.environment,
+            stdout=pipe,
+            stderr=subprocess.PIPE,
+        )
+    assert (ran.returncode, ran.stderr) == (1, b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full device here")
+def test_what_is_said_of_a_command_may_be_unwritable(cli: Cli) -> None:
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(
+            cli.command("run", "echo", "done"),
+            cwd=cli.folder,
+            env=cli.environment,
+            stdout=subprocess.PIPE,
+            stderr=full,
+        )
+    assert (run.returncode, run.stdout) == (0, b"done\n")
+
+
+def test_an_error_is_one_line_whatever_it_names(cli: Cli) -> None:
+    assert is_refused(cli("runs", "--root", "/no\nfolder\x1b[31m"), r"/no\nfolder\x1b[31m")
+
+
 def look_as_json(folder: Path, *words: object) -> list[Any]:
     """The JSON that a command prints, line by line."""
     told = look(folder, *words, "--json")
@@ -9701,6 +9734,31 @@ def test_a_missing_or_ambiguous_pathspec_is_reported(
 def test_a_folder_without_records_is_reported_in_one_sentence(cli: Cli, command: str) -> None:
     assert is_refused(cli(command), "Nothing is recorded", cli.folder)
     assert all_paths(cli.folder) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("runs", 1),
+        ("show", 1),
+        ("du", 1),
+        ("rm a/1", 1),
+        ("run true", 1),
+        ("url", 1),
+        ("stop", 1),
+        ("status", 4),
+    ],
+)
+def test_a_folder_that_may_not_be_read_is_reported_in_one_sentence(
+    cli: Cli, words: str, code: int
+) -> None:
+    (cli.folder / ".metaflow").mkdir(mode=0)
+    unprivileged = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    if os.geteuid() == 0 and not shutil.which(unprivileged[0]):
+        pytest.skip("root may read everything, and there is no setpriv")
+    prefix = unprivileged if os.geteuid() == 0 else []
+    told = cli.execute([*prefix, *cli.command(*words.split())])
+    assert is_refused(told, "Permission denied", cli.folder, code=code)
 
 
 @pytest.mark.parametrize("command", READING_COMMANDS)
@@ -9987,6 +10045,8 @@ def test_gc_deletes_what_its_dry_run_lists(cli: Cli, runs_to_delete: list[mls.Id
     refused = cli("gc", "--keep-last", "1")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert "takes --yes" in refused.stderr and "2 runs" in refused.stdout
+    closed = in_shell(cli, "PROGRAM <&-", "gc", "--keep-last", "1")
+    assert (closed.returncode, closed.stderr) == (2, refused.stderr)
     told = json.loads(cli("gc", "--keep-last", "1", "--dry-run", "--json").stdout)
     assert all_paths(cli.folder) == before
     done = json.loads(cli("gc", "--keep-last", "1", "--yes", "--json").stdout)
