@@ -13406,6 +13406,7 @@ def ensure_service(options: Options) -> tuple[Service, bool]:
             if service is None:
                 return launch_daemon(options.with_generated_key()), True
     conflicts = {
+        f"on {service.host}": options.host not in (DEFAULT_HOST, service.host),
         f"on port {service.port}": options.port not in (0, service.port),
         "with another key": options.key not in (None, service.key),
         "with another UI": options.ui_folder not in (None, service.ui_folder),

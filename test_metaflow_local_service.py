@@ -9013,6 +9013,8 @@ def test_a_service_is_started_found_and_stopped_from_python(library: Cli, tmp_pa
     assert mls.ensure() == mls.ensure(library.folder, port=service.port) == mls.find() == service
     with pytest.raises(mls.ServiceError, match="runs already, on port"):
         mls.ensure(port=1)
+    with pytest.raises(mls.ServiceError, match=r"runs already, on 127\.0\.0\.1"):
+        mls.ensure(host="127.0.0.2")
     mls.stop()
     assert mls.find() is None
     mls.stop()
