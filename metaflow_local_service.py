@@ -15100,14 +15100,19 @@ def print_table(
         print((indent + "  ".join(padded)).rstrip())
 
 
-def print_facts(facts: Iterable[tuple[str, str]], indent: str = "") -> None:
-    """Print names and values, one per line; on a terminal a value is cut at the end of its line."""
+def print_facts(
+    facts: Iterable[tuple[str, str]], indent: str = "", whole: Container[str] = ()
+) -> None:
+    """Print names and values, one per line.
+
+    On a terminal a value is cut at the end of its line, unless its name is in `whole`.
+    """
     pairs = [(printable(name), printable(value)) for name, value in facts]
     longest = max((text_width(name) for name, _ in pairs), default=0)
     room = terminal_width()
     for name, value in pairs:
         start = f"{indent}{name}{' ' * (longest - text_width(name))}  "
-        if room is not None:
+        if room is not None and name not in whole:
             value = shorten(value, max(SHORTEST_CELL, room - text_width(start)))
         print((start + value).rstrip())
 
@@ -15446,7 +15451,7 @@ def print_cause(cause: Cause) -> None:
         facts.append(("attempt", f"{cause['attempt_id']} (from 0){of_all}"))
     if cause["file"]:
         facts.append(("line", f"{cause['file']}:{cause['line']}"))
-    print_facts(facts, indent="  ")
+    print_facts(facts, indent="  ", whole=("task", "line"))
     if cause["stderr"]:
         print("  the end of its stderr:")
         for line in cause["stderr"]:
@@ -15515,8 +15520,8 @@ def show_task(model: Model, ids: Ids, as_json: bool) -> None:
     print_facts(((row["field_name"], value_line(row["value"])) for row in metadata), indent="  ")
     if cards:
         print("\ncards")
-        paths = ((card["id"] or card["type"], os.path.join(*place)) for card, place in cards)
-        print_facts(paths, indent="  ")
+        paths = [(card["id"] or card["type"], os.path.join(*place)) for card, place in cards]
+        print_facts(paths, indent="  ", whole=dict(paths))
     if attempts[0]["cause"]:
         print_cause(attempts[0]["cause"])
 

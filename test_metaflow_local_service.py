@@ -9930,6 +9930,18 @@ def test_a_table_fits_the_terminal_and_cuts_no_id(
     assert any(re.search(r"\S\.\.\S", line) for line in lines)
 
 
+def test_a_terminal_of_20_columns_cuts_values_but_no_pathspec(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(mls, "terminal_width", lambda: 20)
+    facts = {"message": "it has failed for good", "task": "Flow/1795448419531000/train/7"}
+    mls.print_facts(facts.items(), whole=("task",))
+    assert capsys.readouterr().out.splitlines() == [
+        "message  it ha..good",
+        "task     Flow/1795448419531000/train/7",
+    ]
+
+
 def test_output_of_a_flow_sends_no_escape_sequence(failures: Callable[[str], Path]) -> None:
     folder = failures("local")
     for how in ("foreach", "kill"):
