@@ -1579,7 +1579,7 @@ class Store:
         version = settled_version(status)
         try:
             names = list_folders(folder)
-        except FileNotFoundError:  # it has been deleted since
+        except (FileNotFoundError, NotADirectoryError):  # it was deleted, or is a file of others
             self._require_root()
             return NO_CHILDREN
         sort_keys, unrecorded = [], []
