@@ -15176,6 +15176,20 @@ def resolve_pathspec(model: Model, pathspec: str | None) -> Ids:
         raise ServiceError(str(error)) from None
 
 
+def resolve_flow(model: Model, name: str | None) -> str | None:
+    """The flow that an argument names; None without an argument. ServiceError if there is none."""
+    if name is not None and not is_flow(model, name):
+        raise ServiceError(f"There is no flow {name!r}.")
+    return name and name.strip("/")
+
+
+def is_flow(model: Model, pathspec: str) -> bool:
+    """Whether a pathspec is the name of a flow."""
+    with contextlib.suppress(NotStorable):  # a name that no flow can have
+        return model.store.flow((pathspec.strip("/"),)) is not None
+    return False
+
+
 def resolve_run(model: Model, parts: Sequence[str]) -> tuple[Ids, Sequence[str]]:
     """The ids of the run that a pathspec is in, and the parts of the pathspec after it."""
     name, below = parts[0], parts[1:]
@@ -15309,8 +15323,7 @@ def do_runs(arguments: Arguments) -> None:
     as the UI API has it: flow_id, run, status, ts_epoch, duration, tags, cause and others.
     """
     model = open_model(arguments)
-    if arguments.flow is not None and model.store.flow((arguments.flow,)) is None:
-        raise ServiceError(f"There is no flow {arguments.flow!r}.")
+    arguments.flow = resolve_flow(model, arguments.flow)
     found = track(find_runs(model, arguments), "runs found")
     limit = arguments.limit or None
     rows = list(itertools.islice(found, limit))
@@ -15890,12 +15903,6 @@ def do_du(arguments: Arguments) -> None:
             show_run_usages(retention, run[0], run, arguments.json)
 
 
-def is_flow(model: Model, pathspec: str) -> bool:
-    """Whether a pathspec is the name of a flow."""
-    name = pathspec.strip("/")
-    return bool(name) and "/" not in name and model.store.flow((name,)) is not None
-
-
 def resolve_only_run(model: Model, pathspec: str) -> Ids:
     """The ids of the run that a pathspec means; nothing, such as an unset variable, means none."""
     ids = resolve_pathspec(model, pathspec) if pathspec else ()
@@ -16034,8 +16041,7 @@ def do_gc(arguments: Arguments) -> None:
     """
     model = open_model(arguments)
     retention = Retention(model)
-    if arguments.flow is not None and not is_flow(model, arguments.flow):
-        raise ServiceError(f"There is no flow {arguments.flow!r}.")
+    arguments.flow = resolve_flow(model, arguments.flow)
     with explained_failures():
         if not arguments.dry_run:
             retention.finish_deletions()
