@@ -14769,11 +14769,12 @@ def exec_command(command: Sequence[str], environment: Environment) -> NoReturn:
         signal.signal(number, signal.SIG_DFL)  # Python ignores them, which a command would inherit
     try:
         os.execvpe(command[0], list(command), environment)
-    except FileNotFoundError:
-        raise ServiceError(f"{command[0]}: command not found", exit_code=127) from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ServiceError(f"{command[0]} cannot be executed: {reason}", exit_code=126) from None
+    except (FileNotFoundError, ValueError):  # ValueError if it is an empty word
+        name = command[0] or "''"
+        raise ServiceError(f"{name}: command not found", exit_code=127) from None
+    except OSError as error:
+        sentence = f"{command[0]} cannot be executed: {error.strerror}"
+        raise ServiceError(sentence, exit_code=126) from None
 
 
 @subcommand(f"{PROGRAM} start --port 8123 --idle-timeout 0", takes_service=True)
@@ -15296,6 +15297,16 @@ def parse_age(text: str) -> float:
         raise argparse.ArgumentTypeError(f"an age (90m, 12h, 7d) or a date, not {text!r}") from None
 
 
+def parse_tag(text: str) -> str:
+    """A tag. An empty one, such as an unset variable, would be a condition that all runs meet."""
+    if not text:
+        raise argparse.ArgumentTypeError("a tag is not empty")
+    return text
+
+
+TAG: Mapping[str, Any] = {"action": "append", "default": [], "type": parse_tag, "metavar": "TAG"}
+
+
 def parse_lines(text: str) -> int:
     """A number of lines or rows, 0 or more."""
     if not re.fullmatch("[0-9]{1,9}", text):
@@ -15307,7 +15318,7 @@ def parse_lines(text: str) -> int:
     f"{PROGRAM} runs TrainFlow --status failed --since 7d",
     ("flow", {"nargs": "?", "metavar": "FLOW"}),
     ("--status", {"choices": STATUSES, "help": "only runs of this status"}),
-    ("--tag", {"action": "append", "default": [], "help": "only runs with this tag"}),
+    ("--tag", {**TAG, "help": "only runs with this tag"}),
     ("--user", {"help": "only runs of this user"}),
     ("--since", {"type": parse_age, "metavar": "AGE", "help": "only runs since 7d, 12h or a date"}),
     (
@@ -16026,8 +16037,8 @@ def do_rm(arguments: Arguments) -> None:
     ),
     ("--status", {"choices": ENDED, "help": "runs of this status"}),
     ("--flow", {"metavar": "FLOW", "help": "nothing of other flows"}),
-    ("--tag", {"action": "append", "default": [], "help": "runs with this tag"}),
-    ("--not-tag", {"action": "append", "default": [], "help": "runs without this tag"}),
+    ("--tag", {**TAG, "help": "runs with this tag"}),
+    ("--not-tag", {**TAG, "help": "runs without this tag"}),
     DRY_RUN_OPTION,
     YES_OPTION,
     JSON_OPTION,

@@ -9272,6 +9272,7 @@ def test_run_reports_a_command_that_is_missing_or_not_executable(daemon: Api, cl
     (cli.folder / "data").touch(mode=0o644)
     for missing in ("no-such-command", "./no-such-file"):
         assert is_refused(cli("run", missing, "-x"), missing, code=127)
+    assert is_refused(cli("run", "", "-x"), "'': command not found", code=127)
     for not_executable in ("./data", "."):
         assert is_refused(cli("run", not_executable), not_executable, code=126)
 
@@ -9460,6 +9461,8 @@ def test_another_port_is_refused_and_the_current_one_named(daemon: Api, cli: Cli
         ("run", "command"),
         ("start --port 65536", "65536"),
         ("start --idle-timeout nan", "nan"),
+        ("runs --tag=", "not empty"),
+        ("gc --yes --not-tag=", "not empty"),
     ],
 )
 def test_a_bad_command_line_is_reported_in_one_sentence(cli: Cli, words: str, said: str) -> None:
