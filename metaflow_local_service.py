@@ -833,20 +833,78 @@ data of the wrong shape; `Store._load_record` takes that as the sign that the fi
 record."""
 
 
+LARGEST_ATTEMPT = 32767
+"""The reference keeps attempts in a smallint of PostgreSQL's."""
+
+LATEST_TS_EPOCH = 2**53
+"""In milliseconds. Times beyond that cannot be told exactly in JSON, nor be written as a date."""
+
+
 def parse_ts_epoch(raw: RawRecord) -> int:
-    """The ts_epoch of a record. ValueError if it is not a number, and so cannot be sorted by."""
-    if not isinstance(raw["ts_epoch"], int):
+    """The ts_epoch of a record. ValueError if it is no time that can be shown."""
+    value = raw["ts_epoch"]
+    if not isinstance(value, int) or abs(value) > LATEST_TS_EPOCH:
         raise ValueError("its ts_epoch is not a number of milliseconds")
-    return raw["ts_epoch"]
+    return value
+
+
+def read_optional_text(raw: RawRecord, field: str) -> str | None:
+    """A text or null of a record. ValueError if the field is neither."""
+    value = raw.get(field)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"its {field} is not text")
+    return value
+
+
+def read_text(raw: RawRecord, field: str) -> str:
+    """A text of a record. ValueError if the field is none."""
+    value = raw[field]
+    if not isinstance(value, str):
+        raise ValueError(f"its {field} is not text")
+    return value
+
+
+def read_tags(raw: RawRecord, field: str) -> Tags:
+    """The tags of a record. ValueError if they are not a list of text."""
+    value = raw.get(field)
+    if value is not None and not is_text_list(value):
+        raise ValueError(f"its {field} are not a list of text")
+    return cast(Tags, value)
+
+
+def is_text_list(value: object) -> bool:
+    return isinstance(value, list) and {*map(type, value)} <= {str}
+
+
+def read_heartbeat(raw: RawRecord) -> int | None:
+    """The epoch seconds of the last heartbeat, if a record has them."""
+    value = raw.get("last_heartbeat_ts")
+    return value if isinstance(value, int) else None
+
+
+def read_value(raw: RawRecord) -> MetadatumValue:
+    """The value of a metadatum; what is neither text, a list of text nor null, as JSON."""
+    value = raw["value"]
+    if value is None or isinstance(value, str) or is_text_list(value):
+        return cast(MetadatumValue, value)
+    return json.dumps(value)
+
+
+def read_attempt(raw: RawRecord) -> int:
+    """The number of an attempt, which some clients send as text. ValueError if it is none."""
+    attempt = int(raw["attempt_id"])
+    if not 0 <= attempt <= LARGEST_ATTEMPT:
+        raise ValueError("its attempt_id is not that of an attempt")
+    return attempt
 
 
 def parse_flow_record(ids: Ids, raw: RawRecord) -> Flow:
     return {
         "flow_id": ids[0],
-        "user_name": raw.get("user_name"),
+        "user_name": read_optional_text(raw, "user_name"),
         "ts_epoch": parse_ts_epoch(raw),
-        "tags": raw.get("tags"),
-        "system_tags": raw.get("system_tags"),
+        "tags": read_tags(raw, "tags"),
+        "system_tags": read_tags(raw, "system_tags"),
     }
 
 
@@ -854,11 +912,11 @@ def parse_run_record(ids: Ids, raw: RawRecord) -> Run:
     run: Run = {
         "flow_id": sys.intern(ids[0]),
         "run_number": wire_id(ids[1]),
-        "user_name": raw.get("user_name"),
+        "user_name": read_optional_text(raw, "user_name"),
         "ts_epoch": parse_ts_epoch(raw),
-        "tags": raw.get("tags"),
-        "system_tags": raw.get("system_tags"),
-        "last_heartbeat_ts": raw.get("last_heartbeat_ts"),
+        "tags": read_tags(raw, "tags"),
+        "system_tags": read_tags(raw, "system_tags"),
+        "last_heartbeat_ts": read_heartbeat(raw),
     }
     if run["user_name"] and f"user:{run['user_name']}" in (run["system_tags"] or ()):
         run["user"] = run["user_name"]
@@ -870,7 +928,7 @@ def parse_step_record(ids: Ids, raw: RawRecord) -> Step:
         "flow_id": ids[0],
         "run_number": ids[1],
         "step_name": ids[2],
-        "user_name": raw.get("user_name"),
+        "user_name": read_optional_text(raw, "user_name"),
         "ts_epoch": parse_ts_epoch(raw),
         "tags": None,
         "system_tags": None,
@@ -883,11 +941,11 @@ def parse_task_record(ids: Ids, raw: RawRecord) -> Task:
         "run_number": wire_id(ids[1]),
         "step_name": sys.intern(ids[2]),
         "task_id": wire_id(ids[3]),
-        "user_name": raw.get("user_name"),
+        "user_name": read_optional_text(raw, "user_name"),
         "ts_epoch": parse_ts_epoch(raw),
         "tags": None,
         "system_tags": None,
-        "last_heartbeat_ts": raw.get("last_heartbeat_ts"),
+        "last_heartbeat_ts": read_heartbeat(raw),
     }
 
 
@@ -898,13 +956,13 @@ def parse_metadatum_record(ids: Ids, raw: RawRecord) -> Metadatum:
         "run_number": wire_id(ids[1]),
         "step_name": ids[2],
         "task_id": wire_id(ids[3]),
-        "field_name": raw["field_name"],
-        "value": raw["value"],
-        "type": raw["type"],
-        "user_name": raw.get("user_name"),
+        "field_name": read_text(raw, "field_name"),
+        "value": read_value(raw),
+        "type": read_text(raw, "type"),
+        "user_name": read_optional_text(raw, "user_name"),
         "ts_epoch": parse_ts_epoch(raw),
-        "tags": raw.get("tags"),
-        "system_tags": raw.get("system_tags"),
+        "tags": read_tags(raw, "tags"),
+        "system_tags": read_tags(raw, "system_tags"),
     }
 
 
@@ -914,14 +972,14 @@ def parse_artifact_record(ids: Ids, raw: RawRecord) -> Artifact:
         "run_number": wire_id(ids[1]),
         "step_name": ids[2],
         "task_id": wire_id(ids[3]),
-        "name": raw["name"],
-        "location": raw["location"],
-        "ds_type": raw["ds_type"],
-        "sha": raw.get("sha"),
-        "type": raw.get("type"),
-        "content_type": raw.get("content_type"),
-        "user_name": raw.get("user_name"),
-        "attempt_id": int(raw["attempt_id"]),
+        "name": read_text(raw, "name"),
+        "location": read_text(raw, "location"),
+        "ds_type": read_text(raw, "ds_type"),
+        "sha": read_optional_text(raw, "sha"),
+        "type": read_optional_text(raw, "type"),
+        "content_type": read_optional_text(raw, "content_type"),
+        "user_name": read_optional_text(raw, "user_name"),
+        "attempt_id": read_attempt(raw),
         "ts_epoch": parse_ts_epoch(raw),
         "tags": None,
         "system_tags": None,
@@ -6676,10 +6734,6 @@ def parse_tags(item: Mapping[str, object], key: str) -> Tags:
     return cast(Tags, value)
 
 
-def is_text_list(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
 def parse_labels(item: Mapping[str, object], default_user: str | None = None) -> Labels:
     return Labels(
         optional_text(item, "user_name", default_user),
@@ -6714,10 +6768,6 @@ def parse_artifact(item: Mapping[str, object]) -> NewArtifact:
         attempt_number(str(attempt) if not isinstance(attempt, bool) else ""),
         parse_labels(item, " "),
     )
-
-
-LARGEST_ATTEMPT = 32767
-"""The reference keeps attempts in a smallint of PostgreSQL's."""
 
 
 def attempt_number(text: str) -> int:

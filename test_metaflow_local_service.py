@@ -49,6 +49,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import os
 import pickle
 import pty
@@ -1445,6 +1446,42 @@ def test_an_unreadable_record_is_skipped_logged_and_kept(
     for path in bad:
         assert str(path) in caplog.text
         assert os.path.lexists(path)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "field", "value"),
+    [
+        ("sysmeta_*", "field_name", None),
+        ("sysmeta_*", "type", 5),
+        ("sysmeta_*", "tags", [None]),
+        ("sysmeta_*", "ts_epoch", 10**30),
+        ("0_artifact_*", "name", []),
+        ("0_artifact_*", "sha", math.nan),
+        ("0_artifact_*", "ds_type", {}),
+        ("0_artifact_*", "attempt_id", 10**30),
+    ],
+)
+def test_a_record_with_a_field_of_another_type_is_skipped(
+    store: mls.Store, pattern: str, field: str, value: Any
+) -> None:
+    task = new_task(store, new_run(store))
+    store.create_metadata(task, [metadatum_to_store("f"), metadatum_to_store("g")])
+    store.create_artifacts(task, [artifact_to_store("x"), artifact_to_store("y")])
+    path = min((folder_of(store, task) / "_meta").glob(pattern))
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), field: value}))
+    fresh = mls.Store(str(Path(store.folder).parent))
+    counts = len(list(fresh.metadata(task))), len(fresh.artifacts(task))
+    assert counts == ((1, 2) if pattern.startswith("sysmeta") else (2, 1))
+
+
+def test_a_value_of_a_metadatum_that_is_no_text_is_read_as_json(store: mls.Store) -> None:
+    task = new_task(store, new_run(store))
+    store.create_metadata(task, [metadatum_to_store("f")])
+    (path,) = (folder_of(store, task) / "_meta").glob("sysmeta_*")
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), "value": {"a": 1}}))
+    assert [row["value"] for row in mls.Store(str(Path(store.folder).parent)).metadata(task)] == [
+        '{"a": 1}'
+    ]
 
 
 LISTS_OF_FILES: dict[str, Callable[[mls.Store, Ids], Iterable[Any]]] = {
