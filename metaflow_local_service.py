@@ -522,19 +522,20 @@ class Record(dict[str, Any]):
     """
 
     __slots__ = ("_json",)
-    _json: str  # set by the first call of json()
+    _json: bytes  # set by the first call of json()
 
-    def json(self) -> str:
+    def json(self) -> bytes:
         try:
             return self._json
         except AttributeError:
-            self._json = json.dumps(self)
+            self._json = json.dumps(self).encode()
             return self._json
 
 
-def serialize(row: Mapping[str, Any]) -> str:
-    """A record or another row as JSON."""
-    return row.json() if isinstance(row, Record) else json.dumps(row)
+def serialize(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """A list of records or of other rows as JSON."""
+    texts = [row.json() if isinstance(row, Record) else json.dumps(row).encode() for row in rows]
+    return b"[%b]" % b", ".join(texts)
 
 
 class Labels(NamedTuple):
@@ -1046,6 +1047,15 @@ def are_unchanged(folders: FolderVersions) -> bool:
     return True
 
 
+def is_version(version: Version, path: str, folder: int) -> bool:
+    """Whether a file has a version. Its path is relative to `folder`, a descriptor."""
+    try:
+        status = os.stat(path, dir_fd=folder)
+    except OSError:
+        return False
+    return (status.st_mtime_ns, status.st_ino, status.st_size) == version
+
+
 def stat_or_none(path: str, folder: int | None = None) -> os.stat_result | None:
     """The status of a file or folder, or None if there is none.
 
@@ -1274,6 +1284,9 @@ NAMES_IN_MEMORY = 200_000
 TASK_FILES_IN_MEMORY = 50_000
 VALUES_IN_MEMORY = 8 * 2**20  # bytes, about; see values_weight
 INDEX_ENTRIES_IN_MEMORY = 200_000
+
+LARGEST_BATCH = 1024
+"""How many records of a list are read at a time."""
 
 PAGING_SECONDS = 30.0
 """For this long, the pages after the first are taken from the same index without a look at the
@@ -1613,14 +1626,45 @@ class Store:
         before: SortKey | None = None,
         tags: RunTags | None = None,
     ) -> Iterator[T]:
-        """The records of the children of an object, newest first; with the tags, if given."""
-        folder = self._folder_path(ids)
-        for key in entries_before(self._list_children(ids, parse).sort_keys, before):
-            name = name_in_key(key)
-            path = f"{folder}/{name}/{META_DIR}/{SELF_FILE}"
-            record = self._read_record(path, (*ids, name), parse)
-            if record is not None:
-                yield record if tags is None else self._with_tags(path, record, tags)
+        """The records of the children of an object, newest first; with the tags, if given.
+
+        They are read in batches, each twice as long as the one before, so that whoever wants the
+        newest alone does not wait for the others, and no descriptor is open in between.
+        """
+        keys = entries_before(self._list_children(ids, parse).sort_keys, before)
+        size = 1
+        while names := list(map(name_in_key, itertools.islice(keys, size))):
+            yield from self._read_batch(ids, names, parse, tags)
+            size = min(2 * size, LARGEST_BATCH)
+
+    def _read_batch(
+        self, ids: Ids, names: Iterable[str], parse: RecordParser[T], tags: RunTags | None
+    ) -> list[T]:
+        """The records of those children of an object that exist, in the order of their names.
+
+        A record that is cached takes 3.2 us, of which stat(2) takes 2.3; it took 4.5 with a call of
+        _read_record, and stat(2) 3 with the whole path.
+        """
+        folder, records = self._folder_path(ids), []
+        start = len(folder) + 1
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:  # it has been deleted since
+            self._require_root()
+            return []
+        try:
+            for name in names:
+                path = f"{folder}/{name}/{META_DIR}/{SELF_FILE}"
+                cached = self._records.get(path)
+                if cached is not None and is_version(cached.version, path[start:], descriptor):
+                    record = cached.record
+                else:
+                    record = self._read_record(path, (*ids, name), parse)
+                if record is not None:
+                    records.append(record if tags is None else self._with_tags(path, record, tags))
+        finally:
+            os.close(descriptor)
+        return records
 
     def _list_children(self, ids: Ids, parse: RecordParser[Any]) -> Listing:
         """The children of an object, as they are now."""
@@ -6647,7 +6691,7 @@ def json_response(
 def list_response(
     records: Iterable[Mapping[str, Any]], headers: Sequence[tuple[str, str]] = ()
 ) -> Response:
-    return Response(f"[{', '.join(map(serialize, records))}]".encode(), headers=headers)
+    return Response(serialize(records), headers=headers)
 
 
 def text_response(text: str) -> Response:
