@@ -1304,8 +1304,8 @@ STEP_FOLDERS_IN_MEMORY = 2**19
 """Of a run of 10,000 tasks, or of as many runs, all is remembered that one kind of request needs.
 With limits of 30,000 records, 50,000 files and so on, the caches took 90 MB."""
 
-LARGEST_BATCH = 1024
-"""How many records of a list are read at a time."""
+BATCH_SIZE = 100
+"""How many records of a list are read at a time: a page, as clients ask for it as a rule."""
 
 PAGING_SECONDS = 30.0
 """For this long, the pages after the first are taken from the same index without a look at the
@@ -1657,14 +1657,14 @@ class Store:
     ) -> Iterator[T]:
         """The records of the children of an object, newest first; with the tags, if given.
 
-        They are read in batches, each twice as long as the one before, so that whoever wants the
-        newest alone does not wait for the others, and no descriptor is open in between.
+        They are read in batches: the newest alone, which is often all that is wanted, and then so
+        many at a time as a page has. No descriptor is open in between.
         """
         keys = entries_before(self._list_children(ids, parse).sort_keys, before)
         size = 1
         while names := list(map(name_in_key, itertools.islice(keys, size))):
             yield from self._read_batch(ids, names, parse, tags)
-            size = min(2 * size, LARGEST_BATCH)
+            size = BATCH_SIZE
 
     def _read_batch(
         self, ids: Ids, names: Iterable[str], parse: RecordParser[T], tags: RunTags | None
