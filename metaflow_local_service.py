@@ -1671,8 +1671,8 @@ class Store:
     ) -> list[T]:
         """The records of those children of an object that exist, in the order of their names.
 
-        A record that is cached takes 3.2 us, of which stat(2) takes 2.3; it took 4.5 with a call of
-        _read_record, and stat(2) 3 with the whole path.
+        1,000 that are cached take 4.2 ms, of which stat(2) takes 2.3. They took 5.6 with a call of
+        _read_record for each, and stat(2) 2.9 with whole paths.
         """
         folder, records = self._folder_path(ids), []
         start = len(folder) + 1
