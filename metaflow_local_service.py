@@ -2236,7 +2236,7 @@ class Store:
 
     def heartbeat(self, ids: Ids) -> bool:
         """Record a heartbeat of a run, or of a task and its run; return whether there is one."""
-        if len(ids) == TASK_DEPTH:
+        if len(ids) == TASK_DEPTH and not self._has_beaten(ids[:2]):
             self.heartbeat(ids[:2])
         is_run = len(ids) == RUN_DEPTH
         record = self._read_object(ids, parse_run_record if is_run else parse_task_record)
@@ -2244,6 +2244,15 @@ class Store:
             return False
         self._record_heartbeat(ids, record)
         return True
+
+    def _has_beaten(self, run: Ids) -> bool:
+        """Whether a run has a heartbeat of this second, of its own or of one of its tasks.
+
+        There may be many in a second, and a look at the run would be a tenth of what each takes.
+        """
+        known = self._records.get(self._self_path(run))
+        record = None if known is None else known.record
+        return record is not None and record["last_heartbeat_ts"] == int(time.time())
 
     def change_tags(self, ids: Ids, add: Iterable[str], remove: Iterable[str]) -> list[str]:
         """Remove tags from a run, then add others, and return the tags that it has then.
