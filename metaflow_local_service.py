@@ -1062,8 +1062,8 @@ def are_unchanged(folders: FolderVersions) -> bool:
     return True
 
 
-def is_version(version: Version, path: str, folder: int) -> bool:
-    """Whether a file has a version. Its path is relative to `folder`, a descriptor."""
+def is_version(version: Version | None, path: str, folder: int) -> bool:
+    """Whether a file or folder has a version. Its path is relative to `folder`, a descriptor."""
     try:
         status = os.stat(path, dir_fd=folder)
     except OSError:
@@ -1071,13 +1071,10 @@ def is_version(version: Version, path: str, folder: int) -> bool:
     return (status.st_mtime_ns << 64 | status.st_ino) << 64 | status.st_size == version
 
 
-def stat_or_none(path: str, folder: int | None = None) -> os.stat_result | None:
-    """The status of a file or folder, or None if there is none.
-
-    A path may be relative to `folder`, a descriptor.
-    """
+def stat_or_none(path: str) -> os.stat_result | None:
+    """The status of a file or folder, or None if there is none."""
     try:
-        return os.stat(path, dir_fd=folder)
+        return os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
 
@@ -1810,8 +1807,8 @@ class Store:
         try:
             for name in map(name_in_key, tasks):
                 of_task = cached.get(name)
-                status = stat_or_none(f"{name}/{META_DIR}", descriptor)
-                if status is None or of_task is None or of_task.version != file_version(status):
+                meta = f"{name}/{META_DIR}"
+                if of_task is None or not is_version(of_task.version, meta, descriptor):
                     of_task = self._read_values((*step, name), field, convert)
                 values[name] = of_task
         finally:
