@@ -1570,6 +1570,19 @@ def test_a_list_shows_new_heartbeats_and_tags(store: mls.Store, api: Api, local:
         local.mutate_user_tags_for_run(*task[:2], tags_to_add=[f"tag{count}"])
 
 
+def test_a_list_longer_than_a_batch_is_whole_and_ends_where_its_folder_is_deleted(
+    store: mls.Store,
+) -> None:
+    run = new_run(store)
+    made = [int(new_task(store, run)[3]) for _ in range(2 * mls.BATCH_SIZE + 5)]
+    step = (*run, "start")
+    assert [task["task_id"] for task in store.tasks(step)] == made[::-1]
+    tasks = store.tasks(step)
+    begun = [next(tasks)["task_id"], next(tasks)["task_id"]]
+    shutil.rmtree(f"{store.folder}/{'/'.join(step)}")
+    assert begun + [task["task_id"] for task in tasks] == made[: -mls.BATCH_SIZE - 2 : -1]
+
+
 def test_links_that_lead_nowhere_are_left_out(store: mls.Store) -> None:
     new_run(store)
     folder_of(store, ("Flow", "broken")).symlink_to("nothing")
