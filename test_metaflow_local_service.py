@@ -1623,6 +1623,53 @@ def test_what_the_caches_have_dropped_is_read_again(
     assert new_task(own_store, run)[3] == "11"
 
 
+# -- long lists ------------------------------------------------------------------------------------
+
+
+def test_those_who_wait_for_the_same_long_list_share_a_read_that_began_after_they_asked() -> None:
+    reads, began = mls.LongReads(), [0]
+
+    def read() -> int:
+        began[0] += 1
+        number = began[0]
+        time.sleep(0.001)
+        return number
+
+    def ask(_: int) -> None:
+        before = began[0]
+        assert reads.read("tasks", read) > before
+
+    with ThreadPoolExecutor(8) as threads:
+        assert len(list(threads.map(ask, range(200)))) == 200
+    assert began[0] < 200, "some have shared a read"
+    assert reads._awaited == {}, "nothing is kept"
+
+
+def test_long_lists_are_read_in_turn_and_one_that_fails_fails_alone() -> None:
+    reads, reading = mls.LongReads(), threading.Lock()
+
+    def read(number: int) -> int:
+        assert reading.acquire(blocking=False), "two at a time"
+        try:
+            time.sleep(0.001)
+            if number % 2:
+                raise OSError(number)
+            return number
+        finally:
+            reading.release()
+
+    def ask(number: int) -> int:
+        try:
+            return reads.read(number % 5, lambda: read(number))
+        except OSError as error:
+            return error.args[0]
+
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(ask, range(100)))
+    assert [number % 5 for number in found] == [number % 5 for number in range(100)]
+    assert reads._awaited == {}
+
+
 # -- on the disk -----------------------------------------------------------------------------------
 
 WRITES: dict[str, Callable[[mls.Store, Ids], object]] = {
@@ -3733,19 +3780,58 @@ def test_a_verdict_on_a_running_run_looks_at_each_folder_and_record_once(
     task = api.new_task(api.new_step(run, "start"))
     api.post(f"{task}/metadata", [metadatum("attempt", "0"), metadatum("attempt_ok", "True")])
     api.post(f"{task}/heartbeat")
-    model = mls.Model(store)
+    now = time.time()
+    model = mls.Model(store, clock=lambda: now)
     assert model.runs.judge(next(model.runs.newest_first()))["status"] == "running"
-    row, looked_at, stat = next(model.runs.newest_first()), [], os.stat
+    looked_at, stat = [], os.stat
 
     def noted(path: str, **options: Any) -> os.stat_result:
         looked_at.append(os.path.relpath(path, store.folder))
         return stat(path, **options)
 
-    monkeypatch.setattr(os, "stat", noted)
-    assert model.runs.judge(row)["status"] == "running"
-    folder = "/".join(mls.run_row_ids(row))
-    below = ("", "/_meta/_self.json", "/start", "/start/1/_meta", "/start/1/_meta/_self.json")
-    assert sorted(looked_at) == [folder + path for path in below]
+    folders, records = ["", "/start", "/start/1/_meta"], ["", "/start/1"]
+    below = {
+        1.5 * mls.RUNNING_SECONDS: [
+            *folders,
+            *(f"{record}/_meta/_self.json" for record in records),
+        ],
+        0.5
+        * mls.RUNNING_SECONDS: folders,  # the verdict before counts as long as these are the same
+    }
+    for elapsed, paths in below.items():
+        now += elapsed
+        row = next(model.runs.newest_first())
+        with monkeypatch.context() as noting:
+            noting.setattr(os, "stat", noted)
+            assert model.runs.judge(row)["status"] == "running"
+        folder = "/".join(mls.run_row_ids(row))
+        assert sorted(looked_at) == sorted(folder + path for path in paths)
+        looked_at.clear()
+
+
+def test_a_running_run_ends_at_once_if_its_records_say_so_and_soon_if_its_heartbeats_stop(
+    store: mls.Store, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mls, "SETTLED_NS", -(10**12))
+    flow = api.new_flow()
+    runs = [api.new_run(flow) for _ in range(2)]
+    tasks = [api.new_task(api.new_step(run, step)) for run, step in zip(runs, ("end", "start"))]
+    now = time.time()
+    model = mls.Model(store, clock=lambda: now)
+
+    def statuses() -> list[str]:
+        return [model.runs.judge(row)["status"] for row in model.runs.newest_first()][::-1]
+
+    for task in tasks:
+        api.post(f"{task}/metadata", [metadatum("attempt", "0")])
+        api.post(f"{task}/heartbeat")
+    assert statuses() == ["running", "running"]
+    api.post(f"{tasks[0]}/metadata", [metadatum("attempt_ok", "True")])
+    assert statuses() == ["completed", "running"]
+    now += mls.RUN_HEARTBEAT_CUTOFF - 10
+    assert statuses() == ["completed", "running"]
+    now += 20
+    assert statuses() == ["completed", "failed"]
 
 
 # -- comparing runs --------------------------------------------------------------------------------
