@@ -332,6 +332,16 @@ def compiled_program(tmp_path_factory: pytest.TempPathFactory) -> None:
     Cli.program = Path(py_compile.compile(str(MODULE), str(bytecode), str(MODULE), doraise=True))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """Let Ctrl-C end what the tests start, even if they run in the background of a script.
+
+    A shell has such commands ignore it, and what they start inherits that.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @contextlib.contextmanager
 def command_line(folder: Path) -> Iterator[Cli]:
     """A command line below a folder; all services that it starts are stopped afterwards."""
