@@ -49,6 +49,7 @@ if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False):
 import argparse
 import base64
 import bisect
+import codecs
 import contextlib
 import email.utils
 import errno
@@ -212,8 +213,12 @@ def is_debug(environment: Environment) -> bool:
 
 
 def home_folder(environment: Environment) -> str:
-    """Where the index of running services is kept."""
-    return os.path.expanduser(environment.get(ENV_HOME) or f"~/.{PROGRAM}")
+    """Where the index of running services is kept.
+
+    A user whom the system does not know, as in containers, has / for a home, as Docker has it.
+    """
+    folder = environment.get(ENV_HOME) or f"~/.{PROGRAM}"
+    return re.sub("^~(?=/)", "", os.path.expanduser(folder))
 
 
 def describe_exports(settings: Mapping[str, str], user: Environment) -> str:
@@ -12392,7 +12397,8 @@ class Server(http.server.ThreadingHTTPServer):
             self._lock.wait_for(lambda: not self._busy, timeout=SHUTDOWN_SECONDS)
 
     def stop(self, *_: object) -> None:
-        """Make `serve` return. May be called from any thread, and as a signal handler."""
+        """Make `serve` return. May be called as a signal handler, and by another thread if that
+        waits for `serve` before it calls `finish`."""
         if not self.is_closing:
             os.write(self._wake_writer, b"!")
 
@@ -13006,6 +13012,7 @@ class Service(NamedTuple):
     device: int = 0  # of the .metaflow that it serves
     inode: int = 0
     network: str = ""  # the id of the network namespace in which it listens
+    idle_timeout: float | None = None  # None in versions that do not tell it
 
     @property
     def client_host(self) -> str:
@@ -13130,13 +13137,27 @@ def root_file(root: str, name: str) -> str:
     return os.path.join(datastore_folder(root), name)
 
 
-def make_datastore_folder(root: str) -> None:
-    """Make the .metaflow of a root if there is none; ServiceError if that is impossible."""
+@contextlib.contextmanager
+def made_datastore_folder(root: str) -> Iterator[None]:
+    """Have a .metaflow in a root; one that was made for the block is removed if that fails.
+
+    It stays if there is anything in it but a lease that nobody holds. ServiceError if it cannot be
+    made.
+    """
     folder = datastore_folder(root)
+    is_new = not os.path.lexists(folder)
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
     except OSError as error:
         raise ServiceError(f"{folder} cannot be made: {error.strerror}.") from None
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            remove_unheld_lease(root)
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+        raise
 
 
 def has_datastore_folder(root: str) -> bool:
@@ -13235,6 +13256,12 @@ class LockedFile:
 
     def release(self) -> None:
         os.close(self.descriptor)
+
+    def __enter__(self) -> LockedFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
 
 def lock_descriptor(descriptor: int, path: str, how: int) -> None:
@@ -13347,15 +13374,23 @@ def wait_until_unlocked(pidfile: str, seconds: float) -> bool:
 def acquire_lease(root: str) -> LockedFile:
     """A shared lock on the LEASE of a root, which keeps its service from ending when it is idle.
 
-    If the service is stopping, this waits until it is gone.
+    If the service is stopping, this waits until it is gone. The caller makes the .metaflow.
     """
-    make_datastore_folder(root)
     path = root_file(root, LEASE)
     if is_hard_link(path):
         with registry_lock(root, fcntl.LOCK_EX):
             if is_hard_link(path) and running_service(root) is None:
                 remove_file(path)  # it is the lease of another root, of which this is a copy
     return LockedFile.acquire(path, fcntl.LOCK_SH)
+
+
+def remove_unheld_lease(root: str) -> None:
+    """Remove the LEASE of a root, if there is one and no process holds it."""
+    with contextlib.suppress(OSError, ServiceError):
+        lease = LockedFile.try_acquire(root_file(root, LEASE), fcntl.LOCK_EX, os.O_RDWR)
+        if lease is not None:
+            remove_file(lease.path)
+            lease.release()
 
 
 # -- what a service is told ------------------------------------------------------------------------
@@ -13376,7 +13411,7 @@ def stop_service(service: Service) -> None:
     try:
         service.order("stop")
     except OSError:
-        if os.path.exists(pidfile):
+        if not wait_until_unlocked(pidfile, LEAVING_SECONDS):
             stop_process(service, pidfile)
     if not wait_until_unlocked(pidfile, STOP_SECONDS):
         raise ServiceError(f"Process {service.pid} was told to stop, but still runs.")
@@ -13537,7 +13572,7 @@ class Options(NamedTuple):
     """What a service is started with."""
 
     root: str
-    host: str
+    host: str  # empty: DEFAULT_HOST
     port: int  # 0: any free one
     idle_timeout: float  # seconds; 0: it never ends
     key: str | None
@@ -13546,11 +13581,12 @@ class Options(NamedTuple):
     is_debug: bool  # whether every request is logged
     service_index: ServiceIndex
 
-    def with_generated_key(self) -> Options:
-        """The same options, with the key that a new service gets if one is to be generated."""
-        if self.key is not None or not self.generates_key:
-            return self
-        return self._replace(key=base64.urlsafe_b64encode(os.urandom(24)).decode())
+    def for_new_service(self) -> Options:
+        """The same options, with what a new service gets where they leave that open."""
+        key = self.key
+        if key is None and self.generates_key:
+            key = base64.urlsafe_b64encode(os.urandom(24)).decode()
+        return self._replace(host=self.host or DEFAULT_HOST, key=key)
 
 
 # -- starting a service ----------------------------------------------------------------------------
@@ -13564,13 +13600,12 @@ def ensure_service(options: Options) -> tuple[Service, bool]:
     """
     service = find_service(options.root)
     if service is None:
-        make_datastore_folder(options.root)
-        with registry_lock(options.root, fcntl.LOCK_EX):
+        with made_datastore_folder(options.root), registry_lock(options.root, fcntl.LOCK_EX):
             service = running_service(options.root)
             if service is None:
-                return launch_daemon(options.with_generated_key()), True
+                return launch_daemon(options.for_new_service()), True
     conflicts = {
-        f"on {service.host}": options.host not in (DEFAULT_HOST, service.host),
+        f"on {service.host}": options.host not in ("", service.host),
         f"on port {service.port}": options.port not in (0, service.port),
         "with another key": options.key not in (None, service.key),
         "with another UI": options.ui_folder not in (None, service.ui_folder),
@@ -13619,9 +13654,8 @@ def is_needed(service: Service) -> bool:
 
 def serve_in_foreground(options: Options) -> None:
     """Be the service of the root until it is stopped."""
-    options = options.with_generated_key()
-    make_datastore_folder(options.root)
-    with registry_lock(options.root, fcntl.LOCK_EX):
+    options = options.for_new_service()
+    with made_datastore_folder(options.root), registry_lock(options.root, fcntl.LOCK_EX):
         service = running_service(options.root)
         if service is not None:
             raise ServiceError(f"The service of {service.root} runs already, at {service.url}.")
@@ -13733,6 +13767,7 @@ def register_service(options: Options, claim: Claim, log_file: str | None) -> No
         device=status.st_dev,
         inode=status.st_ino,
         network=namespace_id("net"),
+        idle_timeout=options.idle_timeout,
     )
     claim.pidfile.write(json.dumps(service._asdict()))
     save_port(options.root, server.server_port)
@@ -13891,7 +13926,7 @@ def exec_interpreter(options: Options, claim: Claim) -> None:
         state = DaemonState.capture(options, claim)
         state.set_inheritable(True)
         program = RESUMING_PROGRAM.format(
-            path=[folder for folder in sys.path if os.path.isabs(folder)],
+            path=module_folders(),
             name=PROGRAM.replace("-", "_"),
             file=__file__,
             code=code.fileno(),
@@ -13915,6 +13950,11 @@ def interpreter_command() -> list[str]:
     """The command line of an interpreter that finds the modules that this one finds."""
     flags = [option for flag, option in INTERPRETER_OPTIONS.items() if getattr(sys.flags, flag)]
     return [sys.executable, *flags]
+
+
+def module_folders() -> list[str]:
+    """Where another interpreter, which has another current folder, finds this one's modules."""
+    return [path for path in sys.path if isinstance(path, str) and os.path.isabs(path)]
 
 
 def run_daemon(options: Options, claim: Claim) -> NoReturn:
@@ -14233,7 +14273,9 @@ class Daemon:
         """End if the folder goes before Metaflow is imported, which can take a minute."""
         while not self._is_open.wait(IMPORT_TICK_SECONDS):
             if self._is_gone():
-                self._stop()
+                # Only the main thread stops the server, which it may have begun to close.
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
 
     def _list_services(self) -> list[ServiceRow]:
         """All running services of this user, sorted by root.
@@ -14305,7 +14347,12 @@ class Daemon:
             pidfile = LockedFile.try_acquire(self._pidfile.path, fcntl.LOCK_EX)
             if pidfile is None:
                 return  # another service has been faster
-            pidfile.write(self._pidfile.read())
+            try:
+                pidfile.write(self._pidfile.read())
+            except OSError:  # the disk is full: no pidfile will do until the next tick
+                remove_file(pidfile.path)
+                pidfile.release()
+                raise
             self._pidfile.release()
             self._pidfile = pidfile
             self._options.service_index.add(self._options.root)
@@ -14446,13 +14493,15 @@ START_SECONDS = 60.0
 
 COMMAND_PROGRAM = """
 import importlib.util, sys
+sys.path += {path!a}
 spec = importlib.util.spec_from_file_location({name!a}, {file!a})
 module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 module.main()
 """
 """The command line as a program. Unlike a module that is run as a file, one that is imported has
-its bytecode cached."""
+its bytecode cached. `path`: where Metaflow may be; after the usual folders, lest a queue.py beside
+a script be taken for the standard library's."""
 
 ORPHAN_IDLE_TIMEOUT = 10.0
 """After so many idle seconds the service of a temporary root ends if its process was killed."""
@@ -14478,12 +14527,11 @@ def ensure(
     """
     folder = resolve_folder(root)
     options = command_line_options(host, port, idle_timeout, ui_dir, generate_key)
-    lease = acquire_lease(folder)  # so that the service cannot end before it knows this process
-    try:
+    # The lease keeps the service from ending before it knows this process.
+    with made_datastore_folder(folder), acquire_lease(folder):
         service, is_new = ensure_in_subprocess(folder, options)
         hold_service(service, os.getpid(), waits=not is_new)
-    finally:
-        lease.release()
+    mention_idle_timeout(service, idle_timeout)
     return service
 
 
@@ -14553,15 +14601,13 @@ def running(
         else:
             folder = resolve_folder(root)
         options = command_line_options(host, port, idle_timeout, ui_dir, generate_key)
-        lease = acquire_lease(folder)
-        was_running = True
-        try:
-            was_running = find_service(folder) is not None
-            yield ensure_in_subprocess(folder, options)[0]
-        finally:
-            lease.release()
-            if not was_running:
-                stop_unless_leased(folder)
+        stack.enter_context(made_datastore_folder(folder))
+        with contextlib.ExitStack() as ending, acquire_lease(folder):
+            if find_service(folder) is None:
+                ending.callback(stop_unless_leased, folder)
+            service = ensure_in_subprocess(folder, options)[0]
+            mention_idle_timeout(service, idle_timeout)
+            yield service
 
 
 def resolve_folder(root: FolderPath | None) -> str:
@@ -14584,6 +14630,14 @@ def print_notice(sentence: str) -> None:
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
             print(f"{PROGRAM}: {escape_controls(sentence)}", file=sys.stderr, flush=True)
+
+
+def mention_idle_timeout(service: Service, wanted: float | None) -> None:
+    """Say that a service that ran already keeps its idle time-out, if another one is wanted."""
+    current = service.idle_timeout
+    if current is not None and wanted not in (None, current):
+        timeout = f"an idle time-out of {current:g} s" if current else "no idle time-out"
+        print_notice(f"the service of {service.root} runs already, with {timeout}")
 
 
 @contextlib.contextmanager
@@ -14646,7 +14700,8 @@ def run_start_command(root: str, options: Sequence[str]) -> None:
             f"there is no such {'file' if sys.executable else 'interpreter'} here: "
             f"start it with `{PROGRAM} start --root {root}`."
         )
-    program = COMMAND_PROGRAM.format(name=PROGRAM.replace("-", "_"), file=__file__)
+    names = {"name": PROGRAM.replace("-", "_"), "file": __file__}
+    program = COMMAND_PROGRAM.format(path=module_folders(), **names)
     words = ["-c", program, "url", "--root", root, *options]
     try:
         ended = subprocess.run(
@@ -14846,13 +14901,14 @@ def resolve_options(arguments: Arguments, idle_timeout: float = DEFAULT_IDLE_TIM
         print_notice(
             f"the key in {ENV_KEY} has fewer than {SHORTEST_KEY} characters: easy to guess"
         )
-    if key is None and not arguments.generate_key and not is_loopback(arguments.host):
+    host = arguments.host or ""
+    if key is None and not arguments.generate_key and host and not is_loopback(host):
         raise ServiceError(
-            f"Listening on {arguments.host} needs a key: set {ENV_KEY}, or give --generate-key.", 2
+            f"Listening on {host} needs a key: set {ENV_KEY}, or give --generate-key.", 2
         )
     return Options(
         root=root,
-        host=arguments.host,
+        host=host,
         port=port or 0,
         idle_timeout=idle_timeout if timeout is None else timeout,
         key=key,
@@ -14867,8 +14923,24 @@ def obtain_service(arguments: Arguments) -> tuple[Service, bool]:
     """The service that the command line asks for, and whether it was started for that."""
     options = resolve_options(arguments)
     retire_outdated_service(options.root)
+    return ensure_wanted_service(arguments, options)
+
+
+@contextlib.contextmanager
+def leased_service(arguments: Arguments) -> Iterator[tuple[Service, LockedFile]]:
+    """The same service, with a lease that keeps it until a `with` block ends."""
+    options = resolve_options(arguments)
+    retire_outdated_service(options.root)
+    with made_datastore_folder(options.root), acquire_lease(options.root) as lease:
+        service, _ = ensure_wanted_service(arguments, options)
+        yield service, lease
+
+
+def ensure_wanted_service(arguments: Arguments, options: Options) -> tuple[Service, bool]:
+    """See `ensure_service`; this also says what differs from what is wanted without doing harm."""
     service, is_new = ensure_service(options)
     mention_version(service)
+    mention_idle_timeout(service, arguments.idle_timeout)
     return service, is_new
 
 
@@ -14914,17 +14986,13 @@ def do_run(arguments: Arguments) -> None:
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
     if not command:
         raise ServiceError(f"run needs a command; see {PROGRAM} run --help", exit_code=2)
-    options = resolve_options(arguments)
-    retire_outdated_service(options.root)
-    lease = acquire_lease(options.root)
-    service, _ = ensure_service(options)
-    mention_version(service)
-    hold_service(service, os.getpid())  # the command may close the lease, as sudo does
-    lease.keep_on_exec()
-    if shutil.which(command[0]):
-        print_notice(f"runs are shown at {service.url} and by `{PROGRAM} show`")
-    note_card_root(datastore_folder(service.root), current_folder())
-    exec_command(command, command_environment(arguments, service))
+    with leased_service(arguments) as (service, lease):
+        hold_service(service, os.getpid())  # the command may close the lease, as sudo does
+        lease.keep_on_exec()
+        if shutil.which(command[0]):
+            print_notice(f"runs are shown at {service.url} and by `{PROGRAM} show`")
+        note_card_root(datastore_folder(service.root), current_folder())
+        exec_command(command, command_environment(arguments, service))
 
 
 def exec_command(command: Sequence[str], environment: Environment) -> NoReturn:
@@ -16415,7 +16483,7 @@ def do_demo(arguments: Arguments) -> None:
     folder = os.path.normpath(os.path.join(current_folder(), arguments.folder))
     flow = os.path.join(folder, "demo_flow.py")
     if arguments.root is not None:
-        arguments.root = os.path.abspath(arguments.root)  # relative to here, not to the demo
+        arguments.root = resolve_root(arguments)  # relative to here, not to the demo
     try:
         os.makedirs(folder, exist_ok=True)
         with open(flow, "w", encoding="utf-8") as f:
@@ -16423,22 +16491,17 @@ def do_demo(arguments: Arguments) -> None:
         os.chdir(folder)
     except OSError as error:
         raise ServiceError(f"{flow} cannot be written: {error.strerror}.") from None
-    options = resolve_options(arguments)
-    retire_outdated_service(options.root)
-    lease = acquire_lease(options.root)
-    service, _ = ensure_service(options)
-    mention_version(service)
-    wait_until_ready(service)
-    note_card_root(datastore_folder(service.root), folder)
-    environment = command_environment(arguments, service)
-    users = (os.environ.get(name) for name in ("METAFLOW_USER", "SUDO_USER", "USERNAME", "USER"))
-    if all(user in (None, "", "root") for user in users):
-        environment["METAFLOW_USER"] = "demo"  # Metaflow needs one; a fresh container has none
-    ran = subprocess.run([sys.executable, flow, "run", "--tag", "demo"], env=environment)
-    if ran.returncode != 0:
-        raise ServiceError("The demo flow failed; its output is above.", ran.returncode)
-    print_recorded(service, folder, program)
-    lease.release()
+    with leased_service(arguments) as (service, _):
+        wait_until_ready(service)
+        note_card_root(datastore_folder(service.root), folder)
+        environment = command_environment(arguments, service)
+        variables = ("METAFLOW_USER", "SUDO_USER", "USERNAME", "USER")
+        if all(os.environ.get(name) in (None, "", "root") for name in variables):
+            environment["METAFLOW_USER"] = "demo"  # Metaflow needs one; a fresh container has none
+        ran = subprocess.run([sys.executable, flow, "run", "--tag", "demo"], env=environment)
+        if ran.returncode != 0:
+            raise ServiceError("The demo flow failed; its output is above.", ran.returncode)
+        print_recorded(service, folder, program)
 
 
 def print_recorded(service: Service, folder: str, program: str) -> None:
@@ -16510,7 +16573,8 @@ def make_parser(words: Sequence[str]) -> Parser:
     named = [name for name in words[:1] if name in COMMANDS]
     for name in named or COMMANDS:
         declared = COMMANDS[name]
-        lines = [line.strip() for line in (declared.function.__doc__ or "").splitlines()]
+        # Without docstrings (`python -OO`) there is little help, but every command works.
+        lines = [line.strip() for line in (declared.function.__doc__ or name).splitlines()]
         subparser = subparsers.add_parser(
             name,
             help=lines[0],
@@ -16549,7 +16613,6 @@ def add_service_options(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument(
         "--host",
-        default=DEFAULT_HOST,
         help=f"the address to listen on (default: {DEFAULT_HOST}); any but loopback needs a key",
     )
     parser.add_argument(
@@ -16582,14 +16645,29 @@ def add_service_options(parser: argparse.ArgumentParser) -> None:
 def prepare_standard_streams() -> None:
     """Open those of stdin, stdout and stderr that are closed, lest another file get their number.
 
-    The command that `run` becomes does not inherit them. Names of folders that are not valid text
-    are printed as they are.
+    The command that `run` becomes does not inherit them. What stdout cannot encode, perhaps since
+    it is not valid text, is printed as `encode_as_path` has it.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")
+        codecs.register_error(PROGRAM, encode_as_path)
+        sys.stdout.reconfigure(errors=PROGRAM)
+
+
+def encode_as_path(error: UnicodeError) -> tuple[bytes | str, int]:
+    """Encode characters as they are in the paths of files or, if they cannot be, escape them.
+
+    A handler for `codecs.register_error`.
+    """
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    try:
+        return os.fsencode(text), error.end
+    except UnicodeEncodeError:
+        return text.encode("ascii", "backslashreplace"), error.end
 
 
 def main() -> NoReturn:

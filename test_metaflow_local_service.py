@@ -56,6 +56,7 @@ import pty
 import py_compile
 import random
 import re
+import resource
 import select
 import shlex
 import shutil
@@ -66,6 +67,7 @@ import struct
 import subprocess
 import symtable
 import sys
+import sysconfig
 import tarfile
 import termios
 import textwrap
@@ -939,6 +941,13 @@ def test_an_empty_variable_counts_as_unset() -> None:
 )
 def test_a_variable_turns_debugging_on(text: str, expected: bool) -> None:
     assert mls.is_debug({"METAFLOW_LOCAL_SERVICE_DEBUG": text}) is expected
+
+
+def test_a_user_whom_the_system_does_not_know_has_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)
+    assert mls.home_folder({}) == "/.metaflow-local-service"
+    assert mls.home_folder({"METAFLOW_LOCAL_SERVICE_HOME": "here"}) == "here"
 
 
 # ==================================================================================================
@@ -8419,6 +8428,20 @@ def test_a_pidfile_that_is_deleted_is_written_again(daemon: Api, cli: Cli) -> No
     assert cli("stop").stdout.startswith("Stopped")
 
 
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux has prlimit")
+def test_a_service_that_cannot_write_its_pidfile_again_goes_on(daemon: Api, cli: Cli) -> None:
+    service, pidfile = service_of(cli.folder), pidfile_of(cli.folder)
+    hard = resource.prlimit(service.pid, resource.RLIMIT_FSIZE)[1]
+    resource.prlimit(service.pid, resource.RLIMIT_FSIZE, (0, hard))  # like a full disk
+    pidfile.unlink()
+    inode = (cli.folder / ".metaflow").stat().st_mtime_ns
+    assert eventually(lambda: (cli.folder / ".metaflow").stat().st_mtime_ns != inode)  # it tries
+    time.sleep(2 * mls.TICK_SECONDS)
+    assert daemon.get("/ping").status == 200
+    resource.prlimit(service.pid, resource.RLIMIT_FSIZE, (hard, hard))
+    assert eventually(lambda: service_of(cli.folder) == service)
+
+
 def test_a_root_keeps_its_port(daemon: Api, cli: Cli) -> None:
     assert cli("stop").returncode == 0
     assert cli("url").stdout.strip() == daemon.url
@@ -8580,6 +8603,7 @@ def test_a_service_that_was_killed_needs_no_clean_up(daemon: Api, cli: Cli) -> N
     os.kill(killed.pid, signal.SIGKILL)
     assert eventually(lambda: not service_of(cli.folder))
     assert pidfile_of(cli.folder).exists()
+    mls.stop_service(killed)  # as by a command that has found it before
     assert cli("start").stdout.startswith("Started")
     assert service_of(cli.folder).pid != killed.pid
 
@@ -8797,9 +8821,10 @@ def test_a_service_that_cannot_listen_says_why_and_leaves_nothing(cli: Cli) -> N
         port = taken.getsockname()[1]
         for command in ("start", "serve", "url"):
             assert is_refused(cli(command, "--port", port), port, "in use")
+        assert is_refused(cli("run", "--port", port, "true"), port, "in use")
     for host in ("192.0.2.1", "ü..b"):
         assert is_refused(cli("start", "--generate-key", "--host", host), host)
-    assert leftovers(cli) == []
+    assert all_paths(cli.folder) == leftovers(cli) == []
     assert cli("start", "--port", port).returncode == 0
 
 
@@ -8825,6 +8850,10 @@ def test_only_a_port_that_a_service_may_release_is_waited_for(
 def test_a_python_without_metaflow_is_reported_in_one_sentence(cli: Cli, command: str) -> None:
     without = [sys.executable, "-S", str(MODULE), *command.split()]  # -S: without site-packages
     assert is_refused(in_shell(cli, shlex.join(without)), "Metaflow is not installed")
+    assert all_paths(cli.folder) == []
+    (cli.folder / ".metaflow").mkdir()  # perhaps to make the folder a project
+    assert is_refused(in_shell(cli, shlex.join(without)), "Metaflow is not installed")
+    assert (cli.folder / ".metaflow").exists()
 
 
 @pytest.mark.parametrize("error", ["RuntimeError", "SystemExit"])
@@ -8994,6 +9023,9 @@ def test_a_service_is_stopped_at_once_while_metaflow_is_imported(cli: Cli, tmp_p
     assert cli("url", PYTHONPATH=str(tmp_path)).returncode == 0
     assert cli("stop").stdout.startswith("Stopped")
     assert not pidfile_of(cli.folder).exists()
+    client = Api(cli("url", PYTHONPATH=str(tmp_path)).stdout.strip())
+    shutil.rmtree(cli.folder / ".metaflow")
+    assert eventually(lambda: refuses_connections(client))
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("other")])
@@ -9169,7 +9201,9 @@ def test_what_the_library_offers_is_what_the_readme_names() -> None:
     assert set(public) - of_library == {"Service", "ServiceError"}
 
 
-def test_a_service_is_started_found_and_stopped_from_python(library: Cli, tmp_path: Path) -> None:
+def test_a_service_is_started_found_and_stopped_from_python(
+    library: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert mls.find() is None
     assert all_paths(library.folder) == []
     service = mls.ensure(idle_timeout=60, generate_key=True)
@@ -9182,6 +9216,9 @@ def test_a_service_is_started_found_and_stopped_from_python(library: Cli, tmp_pa
         mls.ensure(port=1)
     with pytest.raises(mls.ServiceError, match=r"runs already, on 127\.0\.0\.1"):
         mls.ensure(host="127.0.0.2")
+    assert capsys.readouterr().err == ""
+    assert mls.ensure(idle_timeout=0) == service
+    assert "runs already, with an idle time-out of 60 s\n" in capsys.readouterr().err
     mls.stop()
     assert mls.find() is None
     mls.stop()
@@ -9224,6 +9261,19 @@ def test_a_python_that_cannot_be_started_is_reported_in_one_sentence(
         monkeypatch.setattr(sys, "executable", executable)
         with pytest.raises(mls.ServiceError, match=f"^.*{sentence}.*$"):
             mls.ensure()
+    assert all_paths(library.folder) == []
+
+
+def test_python_finds_metaflow_where_its_caller_does(cli: Cli) -> None:
+    script = f"""
+        import sys
+        sys.path += [{str(MODULE.parent)!r}, {sysconfig.get_path("purelib")!r}]
+        import metaflow_local_service as mls
+        print(mls.ensure().url)
+        mls.stop()
+    """
+    ran = cli.execute([sys.executable, "-S", "-c", textwrap.dedent(script)])
+    assert (ran.stdout[:7], ran.stderr) == ("http://", "")
 
 
 def test_a_service_stays_for_as_long_as_the_process_that_asked(cli: Cli) -> None:
@@ -9603,6 +9653,23 @@ def test_another_port_is_refused_and_the_current_one_named(daemon: Api, cli: Cli
     for command in (["start"], ["url"], ["env"], ["run", "true"]):
         assert is_refused(cli(*command, **other), f"port {daemon.port}")
     assert cli("url", "--port", daemon.port, **other).returncode == 0
+    for name in ("127.0.0.2", "localhost"):
+        assert is_refused(cli("url", "--host", name), "runs already, on 127.0.0.1")
+    assert cli("url", "--host", "127.0.0.1").stdout == f"{daemon.url}\n"
+
+
+def test_another_idle_time_out_is_kept_and_named(daemon: Api, cli: Cli) -> None:
+    for command in (["start"], ["url"], ["run", "true"]):
+        ran = cli(command[0], "--idle-timeout", 7, *command[1:])
+        assert (
+            ran.returncode,
+            ran.stderr.count("runs already, with an idle time-out of 300 s"),
+        ) == (0, 1)
+        same = cli(
+            command[0], "--idle-timeout", 300, *command[1:], METAFLOW_LOCAL_SERVICE_IDLE_TIMEOUT="7"
+        )
+        assert (same.returncode, without_mention(same.stderr)) == (0, "")
+    assert cli.status()["idle_timeout"] == 300
 
 
 @pytest.mark.parametrize(
@@ -9698,6 +9765,21 @@ def test_output_that_cannot_be_written_is_reported_in_one_sentence(cli: Cli, wor
     else:
         assert ran.returncode == 1
         assert ran.stderr.count(b"\n") == 1 and b"cannot be written" in ran.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8:strict"])
+def test_output_that_cannot_be_encoded_is_as_in_paths(cli: Cli, encoding: str) -> None:
+    folder = cli.folder / "a→b"
+    folder.mkdir()
+    started = cli("start", cwd=folder, PYTHONIOENCODING=encoding)
+    assert (started.returncode, started.stdout.count("/a→b")) == (0, 2)
+    assert cli("stop", cwd=folder, PYTHONIOENCODING=encoding).stdout.endswith("/a→b\n")
+
+
+def test_commands_work_without_docstrings(cli: Cli) -> None:
+    assert cli.execute([sys.executable, "-OO", MODULE, "status"]).returncode == mls.NOT_RUNNING
+    listed = cli.execute([sys.executable, "-OO", MODULE, "--help"])
+    assert (listed.returncode, "status" in listed.stdout) == (0, True)
 
 
 @pytest.mark.parametrize("words", ["status", "du"])
