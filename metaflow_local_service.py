@@ -2591,11 +2591,19 @@ def read_card_roots(folder: str) -> list[str]:
     try:
         # O_NONBLOCK: not to wait for a process that has the other end of a FIFO.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with open(descriptor, encoding="utf-8") as f:
-            noted = json.load(f)
-    except (OSError, ValueError, RecursionError):
+        with open(descriptor, "rb") as f:
+            lines = f.readlines()
+    except OSError:
         return []
-    return [root for root in noted if isinstance(root, str)] if isinstance(noted, list) else []
+    noted: dict[str, None] = {}
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            roots = json.loads(line)
+            for root in roots if isinstance(roots, list) else ():
+                if isinstance(root, str):
+                    noted.pop(root, None)
+                    noted[root] = None
+    return list(noted)[-MOST_CARD_ROOTS:]
 
 
 def note_card_root(folder: str, here: str) -> None:
@@ -2603,21 +2611,15 @@ def note_card_root(folder: str, here: str) -> None:
 
     Metaflow's card store ignores the configured root: it uses the nearest .metaflow above the
     working directory, or creates one there. If this cannot be written, the cards are not found.
+    It is a line of its own, a list in JSON, so that several commands can add theirs at once.
     """
     root = os.path.join(nearest_project(here) or os.path.realpath(here), DATASTORE_DIR)
-    noted = read_card_roots(folder)
-    if os.path.realpath(root) == os.path.realpath(folder) or root in noted:
+    if os.path.realpath(root) == os.path.realpath(folder) or root in read_card_roots(folder):
         return
     path = os.path.join(folder, CARD_ROOTS_FILE)
-    temporary = os.path.join(folder, f"{TEMPORARY}cards-{os.getpid()}")
-    with contextlib.suppress(OSError):
-        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-        with open(descriptor, "w", encoding="utf-8") as f:
-            json.dump([*noted, root][-MOST_CARD_ROOTS:], f)
-        try:
-            os.replace(temporary, path)
-        except OSError:
-            remove_file(temporary)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    with contextlib.suppress(OSError), open(os.open(path, flags, 0o600), "wb", buffering=0) as f:
+        f.write(f"\n{json.dumps([root])}\n".encode())  # what stands before may have no end
 
 
 # -- logs ------------------------------------------------------------------------------------------
@@ -13187,15 +13189,15 @@ def open_private_file(path: str, flags: int, folder: int | None = None) -> int:
 
     A relative path begins at `folder`, which is open. FileNotFoundError if there is no file and the
     flags do not create it. ServiceError if it belongs to another user, is not a regular file, or
-    cannot be opened.
+    cannot be opened, for example as its folder has been removed.
     """
     try:
         # Without O_NONBLOCK, opening a FIFO would wait for a process at its other end.
         flags |= os.O_NOFOLLOW | os.O_NONBLOCK
         descriptor = os.open(path, flags, 0o600, dir_fd=folder)
-    except FileNotFoundError:
-        raise
     except OSError as error:
+        if error.errno == errno.ENOENT and not flags & os.O_CREAT:
+            raise
         reason = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
         raise ServiceError(f"{path} cannot be opened: {reason}.") from None
     try:
@@ -13304,10 +13306,7 @@ def registry_lock(root: str, how: int) -> Iterator[None]:
     exclusive holder, if there is no service then.
     """
     access = os.O_RDWR if how & fcntl.LOCK_EX else os.O_RDONLY
-    try:
-        lock = LockedFile.acquire(root_file(root, LOCK_FILE), how, access | os.O_CREAT)
-    except FileNotFoundError:
-        raise ServiceError(f"{datastore_folder(root)} is not there any more.") from None
+    lock = LockedFile.acquire(root_file(root, LOCK_FILE), how, access | os.O_CREAT)
     try:
         yield
     finally:
@@ -14725,9 +14724,9 @@ def run_start_command(root: str, options: Sequence[str]) -> None:
 def stop_unless_leased(root: str) -> None:
     """Stop the service of a root, unless a process holds its lease or the root was deleted."""
     try:
-        lease = LockedFile.try_acquire(root_file(root, LEASE), fcntl.LOCK_EX)
+        lease = LockedFile.try_acquire(root_file(root, LEASE), fcntl.LOCK_EX, os.O_RDWR)
     except FileNotFoundError:
-        return  # the service sees by itself that its folder was deleted
+        return  # the service has ended, or will see by itself that its folder was deleted
     if lease is None:
         return
     try:

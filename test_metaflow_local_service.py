@@ -4382,6 +4382,21 @@ def test_cards_in_another_root_go_unless_the_run_is_there_too(
     assert [card.exists() for card in cards] == [False, True]
 
 
+def test_roots_with_cards_are_noted_by_several_commands_at_once(store: mls.Store) -> None:
+    file = Path(store.folder, mls.CARD_ROOTS_FILE)
+    file.write_text('["/one/.metaflow", 1, "/two/.metaflow"]\n"/three"\n["/thr')
+    folders = [f"/none/{number}" for number in range(200)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(functools.partial(mls.note_card_root, store.folder), [*folders, *folders]))
+    noted = mls.read_card_roots(store.folder)
+    assert len(noted) == len(set(noted)) == mls.MOST_CARD_ROOTS
+    file.write_text('["/one/.metaflow", 1, "/two/.metaflow"]\n"/three"\n["/thr')
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(functools.partial(mls.note_card_root, store.folder), folders[:90]))
+    noted = mls.read_card_roots(store.folder)
+    assert {*noted} == {f"{folder}/.metaflow" for folder in ("/one", "/two", *folders[:90])}
+
+
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 def test_cards_are_found_in_the_root_alone_where_no_other_can_be_noted(
     store: mls.Store, project: Path, make: Any
