@@ -5848,8 +5848,9 @@ YOUNG_SECONDS = 24 * 3600
 """How long a blob is kept in any case after it was written: Metaflow writes it before anything can
 refer to it, and what refers to it may be recorded elsewhere, by a run that takes hours."""
 
-UNRECORDED_RUN_SECONDS = 24 * 3600
-"""How long the folder of a run without a record counts as one of a run that is being written."""
+SILENT_RUN_SECONDS = 24 * 3600
+"""How long a run is kept in any case after it was written to, if it sends no heartbeats, so that it
+may compute in silence, or has no record, so that it is recorded elsewhere."""
 
 DIGEST_LENGTH = 40
 DIGESTS = f"[0-9a-f]{{{DIGEST_LENGTH},}}"
@@ -6317,7 +6318,7 @@ class Retention:
         if row["status"] == RUNNING:
             return "It is running."
         if self._may_go_on(row):
-            return "It may go on: nothing says that it has ended, and it has just been written to."
+            return "It may go on: nothing says that it has ended, and it was written to lately."
         if row["run"] == DATA_DIR:
             return "The artifacts of its flow are in the folder of its name."
         try:
@@ -6327,15 +6328,18 @@ class Retention:
             return "It is behind a symbolic link."
 
     def _may_go_on(self, row: RunRow) -> bool:
-        """Whether a run counts as failed only because nothing was written for a short time.
+        """Whether a run counts as failed only because nothing was written for some time.
 
-        A run of a client without heartbeats does so before its first task and between tasks.
+        A run of a client without heartbeats, such as local mode's, does so before its first task,
+        between tasks, and while a task computes for long.
         """
         cause, finished_at = row["cause"], row["finished_at"]
         if cause is None or cause["kind"] not in (NEVER_STARTED, SCHEDULER_GONE):
             return False
         silent_ms = self._model.clock() * 1000 - (finished_at or row["ts_epoch"])
-        return silent_ms < RUN_HEARTBEAT_CUTOFF * 1000
+        has_heartbeats = row["last_heartbeat_ts"] is not None
+        cutoff = RUN_HEARTBEAT_CUTOFF if has_heartbeats else SILENT_RUN_SECONDS
+        return silent_ms < cutoff * 1000
 
     def choose_runs(self, conditions: Conditions) -> Iterator[RunRow]:
         """The runs that meet the conditions, newest first; none that is running."""
@@ -6401,7 +6405,7 @@ class Retention:
         for row in map(self._model.runs.judge, self._model.runs.newest_first(data.flow)):
             if row["status"] == RUNNING or self._may_go_on(row):
                 return True
-        before = self._model.clock() - UNRECORDED_RUN_SECONDS
+        before = self._model.clock() - SILENT_RUN_SECONDS
         unrecorded = (run for run in data.runs if self._store.run((data.flow, run)) is None)
         changed = (stat_or_none(f"{self._folder}/{data.flow}/{run}") for run in unrecorded)
         return any(status is not None and status.st_mtime > before for status in changed)

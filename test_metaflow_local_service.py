@@ -4193,14 +4193,23 @@ def test_runs_are_deleted_all_or_none(store: mls.Store, api: Api) -> None:
     assert [run["run_number"] for run in store.runs(("Flow",))] == [int(living[1])]
 
 
-def test_a_run_of_a_client_without_heartbeats_stays_until_it_is_silent_for_minutes(
-    store: mls.Store, api: Api, project: Path
+@pytest.mark.parametrize("has_begun", [False, True])  # about to start, or computing in silence
+def test_a_run_of_a_client_without_heartbeats_stays_until_it_is_silent_for_a_day(
+    store: mls.Store, api: Api, has_begun: bool
 ) -> None:
     api.post("/flows/Flow")
-    run = api.new_run("/flows/Flow")  # about to start, as an orchestrator's
-    refused = api.request("DELETE", run)
-    assert (refused.status, "may go on" in refused.json["message"]) == (409, True)
-    delete_runs(retention_much_later(project), [tuple(run.split("/")[2::2])])
+    run = api.new_run("/flows/Flow")
+    if has_begun:
+        task = api.new_task(api.new_step(run))
+        assert api.post(f"{task}/metadata", [metadatum("attempt", "0")]).status == 200
+    late = [
+        mls.Retention(mls.Model(store, lambda hours=hours: time.time() + hours * 3600))
+        for hours in (0, 2, 23, 25)
+    ]
+    for retention in late[:-1]:
+        with pytest.raises(mls.NotDeletable, match=r"may go on|is running"):
+            delete_runs(retention, [tuple(ids_in(run))])
+    delete_runs(late[-1], [tuple(ids_in(run))])
     assert api.get(run).status == 404
 
 
