@@ -13607,12 +13607,13 @@ def ensure_service(options: Options) -> tuple[Service, bool]:
             service = running_service(options.root)
             if service is None:
                 return launch_daemon(options.for_new_service()), True
+    wants_key = options.generates_key or options.key is not None
     conflicts = {
         f"on {service.host}": options.host not in ("", service.host),
         f"on port {service.port}": options.port not in (0, service.port),
+        "without a key": wants_key and service.key is None,
         "with another key": options.key not in (None, service.key),
         "with another UI": options.ui_folder not in (None, service.ui_folder),
-        "without a key": options.generates_key and service.key is None,
     }
     for conflict, applies in conflicts.items():
         if applies:
@@ -13791,19 +13792,19 @@ INTERPRETER_OPTIONS = {
 options of Python's command line that set them."""
 
 MODULE_CODE = sys._getframe().f_code
-"""The bytecode of this module, which the new interpreter executes. Python caches none of a file
-that is run, or where it must not write, and to compile the module once more would take 0.2 s."""
+"""The bytecode of this module, which a new interpreter executes. Python caches none of a file that
+is run, or where it must not write, and to compile the module once more would take 0.2 s. The file
+may be in a zip, or gone, and may have any name."""
 
-RESUMING_PROGRAM = """
-import importlib.util, marshal, sys
-sys.path[:] = {path!a}
-spec = importlib.util.spec_from_file_location({name!a}, {file!a})
-module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+MODULE_PROGRAM = """
+import marshal, sys, types
+sys.path[:] = [*filter(None, sys.path), *{path!a}]
+module = sys.modules[{name!a}] = types.ModuleType({name!a})
 with open({code}, "rb") as f:
     exec(marshal.loads(f.read()), vars(module))
-module.resume_daemon({state!a})
+module.{call}
 """
-"""The program of the new interpreter. `code`: the descriptor of a file with MODULE_CODE."""
+"""The program of a new interpreter; see `module_program`."""
 
 RAISED_LIMITS = ("CPU", "FSIZE", "DATA", "AS", "RSS", "NOFILE", "NPROC", "MEMLOCK")
 """The limits that a user may have set for a command and that are not meant for a service. That of
@@ -13928,13 +13929,7 @@ def exec_interpreter(options: Options, claim: Claim) -> None:
         os.set_inheritable(code.fileno(), True)
         state = DaemonState.capture(options, claim)
         state.set_inheritable(True)
-        program = RESUMING_PROGRAM.format(
-            path=module_folders(),
-            name=PROGRAM.replace("-", "_"),
-            file=__file__,
-            code=code.fileno(),
-            state=json.dumps(state),
-        )
+        program = module_program(code.fileno(), f"resume_daemon({json.dumps(state)!a})")
         redirect_input(program.encode())
         words = [*interpreter_command(), "-", PROGRAM, "--root", options.root]
         os.execv(sys.executable, words)
@@ -13955,9 +13950,15 @@ def interpreter_command() -> list[str]:
     return [sys.executable, *flags]
 
 
-def module_folders() -> list[str]:
-    """Where another interpreter, which has another current folder, finds this one's modules."""
-    return [path for path in sys.path if isinstance(path, str) and os.path.isabs(path)]
+def module_program(code: int, call: str) -> str:
+    """A program that makes a call of this module; `code`: an open file that has MODULE_CODE.
+
+    It finds Metaflow where this interpreter does, but only after the usual folders, lest a queue.py
+    beside a script be taken for the standard library's.
+    """
+    path = [folder for folder in sys.path if isinstance(folder, str) and os.path.isabs(folder)]
+    name = PROGRAM.replace("-", "_")
+    return MODULE_PROGRAM.format(path=path, name=name, code=code, call=call)
 
 
 def run_daemon(options: Options, claim: Claim) -> NoReturn:
@@ -14494,18 +14495,6 @@ def get_response(service: Service, path: str) -> tuple[int, bytes]:
 START_SECONDS = 60.0
 """How long an interpreter may take to start a service."""
 
-COMMAND_PROGRAM = """
-import importlib.util, sys
-sys.path += {path!a}
-spec = importlib.util.spec_from_file_location({name!a}, {file!a})
-module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-module.main()
-"""
-"""The command line as a program. Unlike a module that is run as a file, one that is imported has
-its bytecode cached. `path`: where Metaflow may be; after the usual folders, lest a queue.py beside
-a script be taken for the standard library's."""
-
 ORPHAN_IDLE_TIMEOUT = 10.0
 """After so many idle seconds the service of a temporary root ends if its process was killed."""
 
@@ -14695,22 +14684,20 @@ def run_start_command(root: str, options: Sequence[str]) -> None:
     The error has the message of that interpreter. It uses neither the standard streams nor the
     current folder of this process, which may be closed or deleted.
     """
+    import marshal
     import subprocess
 
-    if getattr(sys, "frozen", False) or not sys.executable or not os.path.isfile(__file__):
+    if getattr(sys, "frozen", False) or not sys.executable:
         raise ServiceError(
-            "A service is started by a Python interpreter that runs the file of this module, and "
-            f"there is no such {'file' if sys.executable else 'interpreter'} here: "
+            "A service is started by a Python interpreter, and there is no such interpreter here: "
             f"start it with `{PROGRAM} start --root {root}`."
         )
-    names = {"name": PROGRAM.replace("-", "_"), "file": __file__}
-    program = COMMAND_PROGRAM.format(path=module_folders(), **names)
-    words = ["-c", program, "url", "--root", root, *options]
+    words = ["-c", module_program(0, "main()"), "url", "--root", root, *options]
     try:
         ended = subprocess.run(
             [*interpreter_command(), *words],
             cwd="/",
-            stdin=subprocess.DEVNULL,
+            input=marshal.dumps(MODULE_CODE),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             timeout=START_SECONDS,

@@ -9004,15 +9004,27 @@ def test_a_service_inherits_nothing_but_the_root(cli: Cli) -> None:
 
 
 @has_proc
-def test_a_service_goes_on_in_a_new_interpreter_without_the_file_of_the_module(
-    cli: Cli, tmp_path: Path
+@pytest.mark.parametrize("way", ["in a zip", "in a zip, from Python", "by another name"])
+def test_a_service_goes_on_in_a_new_interpreter_wherever_its_module_is(
+    cli: Cli, tmp_path: Path, way: str
 ) -> None:
+    shutil.copy(MODULE, tmp_path / "renamed")  # as in ~/bin
     with zipfile.ZipFile(tmp_path / "module.zip", "w") as archive:
         archive.write(MODULE, MODULE.name)
-    words = [sys.executable, "-m", MODULE.stem, "start"]
-    assert cli.execute(words, PYTHONPATH=str(tmp_path / "module.zip")).returncode == 0
-    shown = ["-", mls.PROGRAM, "--root", str(cli.folder)]
-    assert command_words(service_of(cli.folder).pid)[-4:] == shown
+    words = {
+        "in a zip": ["-m", MODULE.stem, "start"],
+        "in a zip, from Python": ["-c", "import metaflow_local_service as m; m.ensure(); input()"],
+        "by another name": [tmp_path / "renamed", "start"],
+    }
+    environment = {**cli.environment, "PYTHONPATH": str(tmp_path / "module.zip")}
+    command = [sys.executable, *map(str, words[way])]
+    with subprocess.Popen(command, cwd=cli.folder, env=environment, stdin=subprocess.PIPE) as ran:
+        service = wait_for_service(cli.folder)
+        assert eventually(lambda: mls.get_response(service, "/ping")[0] == 200)
+        shown = ["-", mls.PROGRAM, "--root", str(cli.folder)]
+        assert command_words(service.pid)[-4:] == shown
+        ran.communicate(b"\n")
+    assert ran.returncode == 0
 
 
 @has_proc
