@@ -10862,6 +10862,12 @@ def paginate_rows(query: Query, rows: Iterable[Any], groups: Container[str] = ()
     return ListPage(shown, paging.number, paging.number + 1 if len(found) > paging.limit else None)
 
 
+def single_page(query: Query, rows: list[Any]) -> ListPage:
+    """The whole list as page 1. Others are empty, so that who counts pages finds an end."""
+    number = parse_count(query, "_page", 1)
+    return ListPage(rows if number == 1 else [], number)
+
+
 def envelope_response(
     request: Request,
     data: object,
@@ -11082,7 +11088,8 @@ def ui_resource(
             found = select_rows(rows, request.query, columns)
             if not key:
                 return object_response(request, found[0] if found else None)
-            page = paginate_rows(request.query, found, columns) if is_paged else ListPage(found)
+            query = request.query
+            page = paginate_rows(query, found, columns) if is_paged else single_page(query, found)
             return page_response(request, page)
 
         if is_fetched:
@@ -11337,7 +11344,7 @@ def read_task(snapshot: Snapshot, query: Query, ids: Ids) -> Rows:
     return snapshot.attempts(ids)[:1]
 
 
-@ui_resource(TASK + "/attempts", key=("attempt_id",), version=version_of_run)
+@ui_resource(TASK + "/attempts", UI_TASK_COLUMNS, key=("attempt_id",), version=version_of_run)
 def read_attempts(snapshot: Snapshot, query: Query, ids: Ids) -> Rows:
     """The attempts of a task, newest first."""
     return snapshot.attempts(ids)
@@ -11426,7 +11433,7 @@ def ui_run_artifacts(model: Model, request: Request, *run: str) -> Response:
     rows = map(artifact_row, model.store.artifacts_below(object_ids(*run)))
     remote = (row for row in rows if row["ds_type"] != "local")
     found = select_rows(remote, request.query, UI_ARTIFACT_COLUMNS)
-    return page_response(request, ListPage(found))
+    return page_response(request, single_page(request.query, found))
 
 
 @ui_route("GET", "/api/compare")

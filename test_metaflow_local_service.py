@@ -6793,6 +6793,8 @@ def test_reads_that_the_official_ui_does_not_use_are_answered(tmp_path_factory: 
         page = client.get(f"/api{step}/tasks?_limit=1").json
         assert (len(page["data"]), page["pages"]["next"]) == (1, 2)
         assert len(data(f"{step}/tasks?_group=step_name&_group_limit=1")) == 1
+        assert len(data(f"{task}/attempts?step_name=start")) == 1
+        assert data(f"{task}/attempts?step_name=other") == []
         for path in ("/flows/Other", f"{run}/steps/none", f"{step}/tasks/77"):
             assert client.get(f"/api{path}").status == 404, path
         assert client.get("/api/ping").content == b"pong"
@@ -6801,6 +6803,26 @@ def test_reads_that_the_official_ui_does_not_use_are_answered(tmp_path_factory: 
         assert (
             client.get("/api/plugin/any").status == client.get("/api/plugin/any/file").status == 404
         )
+
+
+def test_whoever_counts_pages_gets_each_row_once(tmp_path_factory: Any) -> None:
+    with serve_ui(new_store(tmp_path_factory)) as client:
+        run = client.new_run(client.new_flow("Flow"))
+        step = client.new_step(run)
+        task, *_ = [client.new_task(step) for _ in range(3)]
+        client.post(f"{task}/artifact", [{"name": name, "ds_type": "s3"} for name in "abc"])
+        client.post(f"{task}/metadata", [metadatum("field", str(each)) for each in range(3)])
+        for parent, name in (
+            *((run, name) for name in ("tasks", "metadata", "artifacts")),
+            *((step, name) for name in ("tasks", "artifacts")),
+            *((task, name) for name in ("metadata", "artifacts")),
+        ):
+            pages = [
+                client.get(f"/api{parent}/{name}?_limit=2&_page={number}").json
+                for number in (1, 2, 3)
+            ]
+            assert [page["pages"]["self"] for page in pages] == [1, 2, 3], name
+            assert [len(page["data"]) for page in pages] in ([2, 1, 0], [3, 0, 0]), name
 
 
 @pytest.mark.parametrize("mount", ["/metadata", "/api/metadata"])
