@@ -3706,22 +3706,34 @@ UI_JUDGED_COLUMNS: Mapping[str, Field] = make_columns(("status",), ("finished_at
 """Those columns of runs that are known only after the run has been judged."""
 
 UI_FLOW_COLUMNS: Mapping[str, Field] = make_columns(("flow_id", "user_name"), ("ts_epoch",))
-UI_STEP_COLUMNS: Mapping[str, Field] = make_columns(("step_name",), ("ts_epoch", "duration"))
+UI_STEP_COLUMNS: Mapping[str, Field] = make_columns(
+    ("step_name", "user_name"), ("ts_epoch", "duration")
+)
 UI_TASK_COLUMNS: Mapping[str, Field] = {
     **make_columns(
-        ("step_name", "status"),
+        ("step_name", "task_name", "user_name", "status"),
         ("attempt_id", "ts_epoch", "started_at", "finished_at", "duration"),
     ),
     "task_id": TASK_ID,
     "taskId": TASK_ID,  # the name that the official UI uses
 }
 UI_METADATA_COLUMNS: Mapping[str, Field] = {
-    **make_columns(("step_name", "field_name", "value", "type"), ("attempt_id", "ts_epoch")),
+    **make_columns(
+        ("step_name", "task_name", "user_name", "field_name", "value", "type"),
+        ("id", "attempt_id", "ts_epoch"),
+    ),
     "task_id": TASK_ID,
 }
-UI_ARTIFACT_COLUMNS: Mapping[str, Field] = make_columns(
-    ("step_name", "name", "ds_type", "type"), ("attempt_id", "ts_epoch")
-)
+UI_ARTIFACT_COLUMNS: Mapping[str, Field] = {
+    **make_columns(
+        (
+            *("step_name", "task_name", "user_name", "name"),
+            *("location", "ds_type", "sha", "type", "content_type"),
+        ),
+        ("attempt_id", "ts_epoch"),
+    ),
+    "task_id": TASK_ID,
+}
 
 
 # -- orders of the UI: ?_order=-ts_epoch,step_name -------------------------------------------------
@@ -11424,16 +11436,17 @@ def ui_artifact_image(model: Model, request: Request, *names: str) -> Response:
 
 @ui_route("GET", UI_RUN + "/artifacts")
 def ui_run_artifacts(model: Model, request: Request, *run: str) -> Response:
-    """The artifacts of a run that are not in a local datastore.
+    """A page of the artifacts of a run.
 
-    If it sees any in a local one, the official UI warns that it cannot read them.
+    The official UI only asks whether any is in a local datastore, to warn that it cannot read
+    those. Here it can, so that question has no answer.
     """
-    if first_value(request.query, "ds_type") == "local":  # what it asks for when it opens a run
-        return page_response(request, ListPage([]))
-    rows = map(artifact_row, model.store.artifacts_below(object_ids(*run)))
-    remote = (row for row in rows if row["ds_type"] != "local")
-    found = select_rows(remote, request.query, UI_ARTIFACT_COLUMNS)
-    return page_response(request, single_page(request.query, found))
+    asks_for_local = first_value(request.query, "ds_type") == "local"
+    rows = (
+        () if asks_for_local else map(artifact_row, model.store.artifacts_below(object_ids(*run)))
+    )
+    found = select_rows(rows, request.query, UI_ARTIFACT_COLUMNS)
+    return page_response(request, paginate_rows(request.query, found, UI_ARTIFACT_COLUMNS))
 
 
 @ui_route("GET", "/api/compare")
