@@ -2686,7 +2686,14 @@ def parse_log_time(text: str) -> float | None:
 
 
 class PickledDict(list[Any]):
-    """A dict in a pickle, as pairs: its keys are not hashed, since hashing could take for ever."""
+    """A dict in a pickle, as pairs: its keys are not hashed.
+
+    To hash what a pickle contains could take for ever, or overflow the stack of the process.
+    """
+
+    def fields(self) -> dict[str, Any]:
+        """Those of the first MOST_FIELDS items whose keys are text, as a dict."""
+        return {key: value for key, value in self[:MOST_FIELDS] if isinstance(key, str)}
 
 
 class PickledSet(list[Any]):
@@ -2708,9 +2715,9 @@ class PickledObject:
 
     def attributes(self) -> dict[str, Any]:
         """The attributes in its state, which is one dict, or a tuple of two if it has slots."""
-        parts = self.state if isinstance(self.state, tuple) else (self.state,)
-        pairs = [pair for part in parts if isinstance(part, PickledDict) for pair in part]
-        return {name: value for name, value in pairs if isinstance(name, str)}
+        parts = self.state[:2] if isinstance(self.state, tuple) else (self.state,)
+        fields = (part.fields().items() for part in parts if isinstance(part, PickledDict))
+        return dict(itertools.chain.from_iterable(fields))
 
 
 def make_pairs(items: list[Any]) -> PickledDict:
@@ -2742,6 +2749,7 @@ SHORT_TUPLES: Mapping[str, int] = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 IGNORED_OPERATIONS = frozenset(("PROTO", "FRAME", "STOP"))
 
 LONGEST_CLASS_NAME = 500
+MOST_FIELDS = 100  # that are read of an object, which may be in the value many times
 LARGEST_PLAIN = 4_000_000  # values and characters
 MOST_OPERATIONS = 200_000  # of a pickle, which take a fifth of a second
 
@@ -2906,10 +2914,9 @@ def represent_call(called: object, arguments: object) -> object:
 
     Some types of the standard library and of numpy become plain values, all others a PickledObject.
     """
-    if not isinstance(called, PickledObject):
-        raise ValueError("it calls something that is not a class")
-    name = called.name.replace("__builtin__.", "builtins.").replace("copy_reg.", "copyreg.")
-    parts = arguments if isinstance(arguments, tuple) else ()
+    name, parts = parse_call(called, arguments)
+    if name in ("copyreg._reconstructor", "copyreg.__newobj__") and parts:
+        name, parts = parse_call(parts[0], parts[1:] if name.endswith("__newobj__") else ())
     if name in ("builtins.set", "builtins.frozenset"):
         return PickledSet(parts[0]) if parts and isinstance(parts[0], list) else PickledSet()
     if name == "_codecs.encode" and parts and isinstance(parts[0], str):
@@ -2920,8 +2927,6 @@ def represent_call(called: object, arguments: object) -> object:
         return parts[0] if parts and isinstance(parts[0], PickledDict) else PickledDict()
     if name == "collections.deque":
         return []
-    if name in ("copyreg._reconstructor", "copyreg.__newobj__") and parts:
-        return represent_call(parts[0], parts[1:] if name.endswith("__newobj__") else ())
     if name == "builtins.getattr" and are_of_types(parts, (PickledObject, str)):
         return PickledObject(f"{parts[0].name}.{parts[1][:100]}")  # a member of an enum
     if re.fullmatch(NUMPY_ARRAY, name):
@@ -2931,6 +2936,14 @@ def represent_call(called: object, arguments: object) -> object:
         return values[0] if values else PickledObject(f"numpy.{dtype_name(parts[0])}")
     text = format_known_object(name, parts)
     return PickledObject(name, parts) if text is None else text
+
+
+def parse_call(called: object, arguments: object) -> tuple[str, tuple[Any, ...]]:
+    """The name of what a pickle calls, as in Python 3, and the arguments."""
+    if not isinstance(called, PickledObject):
+        raise ValueError("it calls something that is not a class")
+    name = called.name.replace("__builtin__.", "builtins.").replace("copy_reg.", "copyreg.")
+    return name, arguments if isinstance(arguments, tuple) else ()
 
 
 def format_known_object(name: str, parts: tuple[Any, ...]) -> str | None:
@@ -2983,26 +2996,29 @@ def format_pickled_time(name: str, state: bytes | str, zone: object = None) -> s
     if not isinstance(zone, PickledObject):
         return text
     offset = zone.arguments[0] if zone.arguments else zone.name
-    return f"{text}+00:00" if offset == "0:00:00" else f"{text} {format_value(offset)}"
+    return (
+        f"{text}+00:00" if offset == "0:00:00" else f"{text} {format_value(offset, LONGEST_CELL)}"
+    )
 
 
 # -- values of artifacts: their text ---------------------------------------------------------------
 
 LONGEST_TEXT = 100_000
+LONGEST_CELL = 100  # of a table
 DEEPEST_TEXT = 50
 MOST_ATTRIBUTES = 20
 LONGEST_INTEGER = 4000  # bits; the decimal digits of longer ones take too long
 
 
-def format_value(value: Any) -> str:
+def format_value(value: Any, longest: int = LONGEST_TEXT) -> str:
     """The text that `str` would give for the value, had it been unpickled.
 
-    What exceeds LONGEST_TEXT is cut off.
+    What exceeds the `longest` text is cut off.
     """
     if isinstance(value, str):
-        return value[:LONGEST_TEXT]
+        return value[:longest]
     pieces: list[str] = []
-    room = LONGEST_TEXT
+    room = longest
     for piece in format_pieces(value, 0):
         pieces.append(piece[:room])
         room -= len(piece)
@@ -3149,7 +3165,7 @@ def dtype_code(dtype: object) -> str | None:
     """The short name of a numpy type, such as f8; None for any other object."""
     if isinstance(dtype, PickledObject) and dtype.name == "numpy.dtype" and dtype.arguments:
         code = dtype.arguments[0]
-        return code if isinstance(code, str) and len(code) < 20 else None
+        return code if isinstance(code, str) and 0 < len(code) < 20 else None
     return None
 
 
@@ -3210,11 +3226,12 @@ SECONDS_IN_UNITS = {
 NOT_A_TIME = -(2**63)
 
 
-def datetime64_unit(state: object) -> str:
+def datetime64_unit(state: Any) -> str:
     """The unit that a datetime64 counts, from the state of its type; empty if unknown."""
-    metadata = state[-1] if isinstance(state, tuple) and state else None
-    unit = metadata[-1][0] if isinstance(metadata, tuple) and metadata else None
-    return unit.decode("ascii", "replace") if isinstance(unit, bytes) else ""
+    try:
+        return str(state[-1][-1][0], "ascii", "replace")
+    except (LookupError, TypeError):
+        return ""
 
 
 def format_datetime64(count: int, unit: str) -> str:
@@ -3243,12 +3260,19 @@ def parse_array(value: object, most: int = MOST_ITEMS_SHOWN) -> Array | None:
     else:
         content, dtype, shape = value.arguments[:3]
         is_fortran = value.arguments[3:4] == ("F",)
-    if not isinstance(shape, tuple) or not all(isinstance(size, int) for size in shape):
+    if not is_shape(shape):
         return None
     items = unpack_items(dtype, content, most)
-    if items is not None and is_fortran and len(shape) > 1:
+    if items and is_fortran and len(shape) > 1:
         items = to_row_major(items, shape)
     return Array(dtype_name(dtype), shape, items)
+
+
+def is_shape(shape: object) -> bool:
+    """Whether an array of numpy can have a shape: of at most 64 dimensions, and so many items."""
+    if not isinstance(shape, tuple) or len(shape) > 64:
+        return False
+    return all(isinstance(size, int) and 0 <= size < 2**63 for size in shape)
 
 
 def to_row_major(items: list[Any], shape: tuple[int, ...]) -> list[Any] | None:
@@ -3306,7 +3330,7 @@ def parse_table(value: PickledObject) -> Table | None:
         else:
             names = index_items(axes[0])
             found = block_columns(blocks, len(names), rows)
-    except (LookupError, TypeError, ValueError, AttributeError):
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
         return None
     unknown = ("unknown", None)
     columns = [TableColumn(name, *found.get(place, unknown)) for place, name in enumerate(names)]
@@ -3322,8 +3346,9 @@ def manager_parts(manager: PickledObject) -> tuple[list[tuple[Any, Any]], Sequen
         blocks, axes = manager.arguments
         return [(block.arguments[0], block.arguments[1]) for block in blocks], axes
     versions = [part for part in cast(Any, manager.state) if isinstance(part, PickledDict) and part]
-    inner = dict(versions[-1][-1][1])
-    return [(dict(b)["values"], dict(b)["mgr_locs"]) for b in inner["blocks"]], inner["axes"]
+    inner = versions[-1][-1][1].fields()
+    blocks = [block.fields() for block in inner["blocks"]]
+    return [(block["values"], block["mgr_locs"]) for block in blocks], inner["axes"]
 
 
 def block_columns(
@@ -3375,7 +3400,8 @@ def block_items(values: Any, count: int) -> tuple[str, list[Any] | None]:
 
 def index_fields(index: Any) -> dict[str, Any]:
     """The named parts that an index was pickled with."""
-    return dict(index.arguments[1])
+    fields: dict[str, Any] = index.arguments[1].fields()
+    return fields
 
 
 def index_length(index: Any) -> int:
@@ -3405,15 +3431,17 @@ def format_table(table: Table) -> Iterator[str]:
     yield f"{table.kind} of {table.rows} rows"
     if table.kind == "DataFrame":
         yield f" and {len(table.columns)} columns"
-    yield "\n"
-    yield ", ".join(
-        column.dtype if table.kind == "Series" else f"{column.name}: {column.dtype}"
-        for column in table.columns
-    )
+    for number, column in enumerate(table.columns):
+        yield ", " if number else "\n"
+        if table.kind == "DataFrame":
+            yield f"{format_value(column.name, LONGEST_CELL)}: "
+        yield column.dtype
     known = [column for column in table.columns if column.items is not None]
     for row in range(min(table.rows, FIRST_ROWS)):
         cells = (c.items[row] for c in known if c.items is not None and row < len(c.items))
-        yield "\n" + "  ".join(format_value(cell)[:100] for cell in cells)
+        for number, cell in enumerate(cells):
+            yield "  " if number else "\n"
+            yield format_value(cell, LONGEST_CELL)
     if known and table.rows > FIRST_ROWS:
         yield "\n..."
 
@@ -4307,7 +4335,7 @@ class Artifacts:
         If that is not in a local datastore, the object that describes it is returned.
         """
         pairs = included.attributes().get("_descriptor")
-        descriptor = dict(pairs) if isinstance(pairs, PickledDict) else {}
+        descriptor = pairs.fields() if isinstance(pairs, PickledDict) else {}
         url = descriptor.get("url")
         place = re.fullmatch(LOCAL_URL, url) if isinstance(url, str) else None
         if place is None:
@@ -5026,7 +5054,7 @@ def parse_exception_wrapper(value: object) -> Raised | None:
         return None
     if not isinstance(value.state, PickledDict):
         return None
-    fields = {name: text for name, text in value.state if isinstance(name, str)}
+    fields = value.state.fields()
     kind, message, trace = (fields.get(name) for name in ("type", "exception", "stacktrace"))
     parsed = parse_traceback(trace.splitlines()) if isinstance(trace, str) else None
     return (parsed or Raised(None, None))._replace(

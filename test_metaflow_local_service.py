@@ -73,6 +73,7 @@ import termios
 import textwrap
 import threading
 import time
+import tracemalloc
 import zipfile
 import zlib
 from collections import Counter, OrderedDict
@@ -2445,6 +2446,49 @@ def nested_names(depth: int) -> bytes:
     return b"]\x94" + pairs + b"\x8c\x01a\x93."
 
 
+# Operations that push a value, to be put together. The parameters are such operations as well.
+
+
+def push_text(text: bytes) -> bytes:
+    return b"U%c%b" % (len(text), text)
+
+
+def push_list(items: bytes) -> bytes:
+    return b"(%bl" % items
+
+
+def push_array(
+    shape: bytes, code: bytes, content: bytes, state: bytes = b"", by: bytes = b"N"
+) -> bytes:
+    """An array of numpy; `by`: whether its items are stored by columns."""
+    dtype = b"cnumpy\ndtype\n(%btR%b" % (push_text(code), state)
+    made = b"cnumpy.core.multiarray\n_reconstruct\n(NNNtR"
+    return made + b"(K\x01%b%b%b%btb" % (shape, dtype, by, content)
+
+
+def push_index(items: bytes, count: int = 1) -> bytes:
+    """The labels of a table of pandas."""
+    data = push_array(b"K%c\x85" % count, b"O8", push_list(items))
+    return b"cpandas\nIndex\n(N}%b%bstR" % (push_text(b"data"), data)
+
+
+def push_range(stop: bytes) -> bytes:
+    """The numbers to that one, as the labels of a table of pandas."""
+    fields = (b"start", b"K\x00"), (b"stop", stop), (b"step", b"K\x01")
+    items = b"".join(push_text(name) + value + b"s" for name, value in fields)
+    return b"cpandas\nRangeIndex\n(N}%btR" % items
+
+
+def push_frame(columns: bytes, rows: bytes, blocks: bytes = b"") -> bytes:
+    """A DataFrame of pandas."""
+    manager = b"cpandas\nManager\n(%b%btR" % (push_list(blocks), push_list(columns + rows))
+    return b"cpandas\nDataFrame\n)R}%b%bsb" % (push_text(b"_mgr"), manager)
+
+
+HUGE = b"\x8a\x10" + bytes(15) + b"\x01"
+NO_UNIT = b"(%btb" % (b"N" * 7 + b"K\x01\x85")
+
+
 @pytest.mark.parametrize(
     "pickled",
     [
@@ -2454,12 +2498,21 @@ def nested_names(depth: int) -> bytes:
         b"cbuiltins\nset\n\x94(" + b"N" * 50000 + b"l\x94]" + b"h\x00h\x01\x85Ra" * 10000 + b".",
         b"c_codecs\nencode\n\x94\x8d" + (100_000).to_bytes(8, "little") + b"a" * 100_000 + b"\x94]"
         + b"h\x00h\x01\x85Ra" * 10000 + b".",
+        push_array(b"K\x01\x85", b"", b"N") + b".",
+        push_array(b"K\x01\x85", b"M8", b"C\x08" + bytes(8), NO_UNIT) + b".",
+        push_array(b"K\x00\x8a\x08" + bytes(7) + b"\x40\x86", b"f8", b"C\x00", by=b"\x88") + b".",
+        push_frame(push_index(b"N"), push_range(HUGE)) + b".",
+        push_frame(push_index(b"]" * 5000 + b"a" * 4999), push_range(b"K\x01")) + b".",
+        push_frame(b"cpandas\nIndex\n(N})" + b"\x85" * 190_000 + b"NstR", push_range(b"K\x01"))
+        + b".",
     ],
-    ids=["nested names", "append to a dict", "items of a set", "copied sets", "copied bytes"],
+    ids=[
+        "nested names", "append to a dict", "items of a set", "copied sets", "copied bytes",
+        "array of no type", "times of no unit", "wide array of no rows", "frame of too many rows",
+        "nested label", "nested key",
+    ],
 )  # fmt: skip
-def test_a_hostile_pickle_is_refused_or_cut(
-    pickled: bytes,
-) -> None:
+def test_a_hostile_pickle_is_refused_or_cut(pickled: bytes) -> None:
     with contextlib.suppress(ValueError):
         value = mls.PickleReader().read(pickled)
         assert len(mls.format_value(value)) <= mls.LONGEST_TEXT + 3
@@ -2472,6 +2525,58 @@ def test_calls_of_the_same_long_arguments_are_counted(called: bytes) -> None:
     pickled = called + b"\x94" + arguments + b"]" + b"h\x00h\x01Ra" * 3_000 + b"."
     with pytest.raises(mls.TooLarge):
         mls.PickleReader().read(pickled)
+
+
+def test_constructors_of_constructors_do_not_copy_their_arguments_again_and_again() -> None:
+    pickled = b"ccopyreg\n__newobj__\n\x94(" + b"h\x00" * 20_000 + b"tR."
+    tracemalloc.start()
+    try:
+        mls.PickleReader().read(pickled)
+        assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "shape", [b"(" + b"K\x01" * 65 + b"t", b"J\xff\xff\xff\xff\x85", HUGE + b"\x85"]
+)
+def test_an_array_of_a_shape_that_numpy_does_not_have_is_shown_as_an_object(shape: bytes) -> None:
+    value = mls.PickleReader().read(push_array(shape, b"f8", b"C\x08" + bytes(8)) + b".")
+    assert mls.format_value(value) == "<numpy.ndarray(None, None, None)>"
+
+
+def test_of_large_labels_and_items_of_a_table_no_more_is_read_than_is_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    large = push_list(b"K\x01" * 10_000) + b"\x94"
+    items = push_array(b"K\x02K\x01\x86", b"O8", push_list(large + b"h\x00"))
+    places = b"cbuiltins\nslice\n(K\x00K\x02K\x01tR"
+    block = b"cpandas\nBlock\n(%b%btR" % (items, places)
+    pickled = push_frame(push_index(b"h\x00K\x02", 2), push_range(b"K\x01"), block) + b"."
+    value, pieces = mls.PickleReader().read(pickled), itertools.count()
+    format_pieces = mls.format_pieces
+
+    def count_pieces(value: Any, depth: int) -> Iterator[str]:
+        return (piece for piece, _ in zip(format_pieces(value, depth), pieces))
+
+    monkeypatch.setattr(mls, "format_pieces", count_pieces)
+    cut = "[" + "1, " * 33 + "..."
+    assert mls.format_value(value) == (
+        f"DataFrame of 1 rows and 2 columns\n{cut}: object, 2: object\n{cut}  {cut}"
+    )
+    assert next(pieces) < 2000
+
+
+def test_a_time_has_no_time_zone_of_any_length() -> None:
+    zone = b"cdatetime\ntimezone\n(%btR" % push_list(b"K\x01" * 10_000)
+    pickled = b"cdatetime\ndatetime\n(U\x0a\x07\xe8" + b"\x01" * 8 + zone + b"tR."
+    assert len(mls.format_value(mls.PickleReader().read(pickled))) < 200
+
+
+def test_of_an_object_with_very_many_attributes_few_are_read() -> None:
+    value = mls.PickledObject("a.B")
+    value.state = mls.PickledDict((f"a{n}", n) for n in range(10_000))
+    assert len(value.attributes()) == mls.MOST_FIELDS
 
 
 def test_an_attribute_whose_name_is_no_text_is_no_member_of_an_enum() -> None:
