@@ -6087,8 +6087,11 @@ def read_decompressed(content: io.BufferedReader) -> Iterator[bytes]:
             chunk = decompressor.unconsumed_tail
 
 
-def digests_in_blob(folder: int, name: str) -> set[str]:
-    """Everything in a blob that may be a digest. Unreadable."""
+def digests_in_blob(folder: int, name: str, wanted: set[str]) -> set[str]:
+    """The wanted digests that are in a blob. Unreadable.
+
+    Nothing else is kept: a megabyte of hexadecimal digits has a million possible digests in it.
+    """
     import zlib
 
     found: set[str] = set()
@@ -6097,21 +6100,21 @@ def digests_in_blob(folder: int, name: str) -> set[str]:
         with open_regular_file(folder, name) as file:
             for chunk in read_decompressed(file):
                 content = before + chunk
-                found.update(find_digests(content))
+                found.update(wanted.intersection(find_digests(content)))
                 before = content[1 - DIGEST_LENGTH :]
     except zlib.error as error:
         raise Unreadable(f"{name}: {error}") from None
     return found
 
 
-def read_blobs(blobs: Iterable[Blob]) -> Iterator[tuple[Blob, set[str]]]:
-    """Blobs with everything in them that may be a digest, without missing ones. Unreadable."""
+def read_blobs(blobs: Iterable[Blob], wanted: set[str]) -> Iterator[tuple[Blob, set[str]]]:
+    """Blobs with the wanted digests that are in them, without missing ones. Unreadable."""
     for path, in_folder in itertools.groupby(blobs, key=operator.attrgetter("folder")):
         try:
             with open_path(path) as folder:
                 for blob in in_folder:
                     with contextlib.suppress(FileNotFoundError):
-                        yield blob, digests_in_blob(folder, blob.digest)
+                        yield blob, digests_in_blob(folder, blob.digest, wanted)
         except OSError as error:
             raise Unreadable(f"{'/'.join(path)}: {error.strerror}") from None
 
@@ -6128,8 +6131,7 @@ def follow_references(
     unread, seen = list(blobs), set[str]()
     while unread:
         reached: set[str] = set()
-        for blob, digests in read_blobs(unread):
-            found = digests & wanted
+        for blob, found in read_blobs(unread, wanted):
             if found:
                 yield blob, found
                 reached |= found
@@ -6216,13 +6218,13 @@ class FlowData:
                         self.runs[entry.name].update(find_digests(content))
                         self.small.update(small_digests(content))
 
-    def digests_in_records(self, runs: Iterable[str]) -> set[str]:
-        """Everything in the records of runs that may be a digest. Unreadable."""
+    def digests_in_records(self, runs: Iterable[str], wanted: set[str]) -> set[str]:
+        """The wanted digests that are in the records of runs. Unreadable."""
         found: set[str] = set()
         with contextlib.suppress(FileNotFoundError), open_path(self._path) as folder:
             for run in runs:
                 for content in read_referring_files(folder, run, of_records=True):
-                    found.update(find_digests(content))
+                    found.update(wanted.intersection(find_digests(content)))
         return found
 
     def large_blobs(self) -> Iterator[Blob]:
@@ -6421,9 +6423,10 @@ class Retention:
         referred = set[str]().union(*(data.runs[run] for run in kept))
         rest = {path: digests - referred for path, digests in data.folders.items()}
         doubt = data.doubt
-        if any(rest.values()) and not doubt:
+        unsure = set[str]().union(*rest.values())
+        if unsure and not doubt:
             try:
-                referred = data.digests_in_records(kept)
+                referred = data.digests_in_records(kept, unsure)
             except Unreadable as error:
                 doubt = str(error)
             if keeps_recent and self._may_be_written_to(data):
@@ -6655,7 +6658,7 @@ class Retention:
         edges = {blob.digest: found for blob, found in follow_references(referring, targets)}
         references = {}
         for run, digests in data.runs.items():
-            reached = {*digests, *(data.digests_in_records([run]) & wanted)}
+            reached = digests | data.digests_in_records([run], wanted)
             unread = list(reached)
             while unread:
                 further = edges.get(unread.pop(), set()) - reached

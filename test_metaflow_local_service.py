@@ -4390,6 +4390,21 @@ def test_a_digest_is_found_across_the_pieces_in_which_a_blob_is_read(
     assert collect_garbage(retention_much_later(project)) == 0 and blob_path(store, inner).exists()
 
 
+def test_a_value_of_hexadecimal_digits_takes_no_memory_for_each_of_them(
+    store: mls.Store, api: Api, project: Path
+) -> None:
+    run = create_ended_run(api)
+    inner = store_value(store, "inner")["sha"]
+    refer(store, run, store_value(store, random.randbytes(150_000).hex() + inner)["sha"])
+    retention = retention_much_later(project)
+    tracemalloc.start()
+    try:
+        assert collect_garbage(retention) == 0 and blob_path(store, inner).exists()
+        assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
 def test_blobs_named_by_records_stay(store: mls.Store, api: Api, project: Path) -> None:
     run = create_ended_run(api)
     package, record = store_value(store, "package")["sha"], store_value(store, "of a record")["sha"]
