@@ -12946,9 +12946,12 @@ def http_date(seconds: int) -> str:
 
 def decode_target(target: str) -> tuple[list[str], Query]:
     """The segments of the path, and the parameters; HttpError if they cannot be decoded."""
-    path, _, query = target.partition("?")
     try:
-        segments = [decode_segment(segment) for segment in path.split("/")[1:]]
+        # It arrives decoded as Latin-1, and not all clients escape what is not ASCII.
+        path, _, query = target.encode("latin-1").decode().partition("?")
+        segments = path.split("/")[1:]
+        if "%" in path:
+            segments = [urllib.parse.unquote(segment, errors="strict") for segment in segments]
         parameters = urllib.parse.parse_qsl(
             query, keep_blank_values=True, errors="strict", max_num_fields=MOST_PARAMETERS
         )
@@ -12957,13 +12960,6 @@ def decode_target(target: str) -> tuple[list[str], Query]:
     except ValueError:
         raise HttpError(400, f"There are more than {MOST_PARAMETERS} parameters.") from None
     return segments, parameters
-
-
-def decode_segment(segment: str) -> str:
-    """A segment of a path, which arrives decoded as Latin-1, with its percent-escapes decoded."""
-    if "%" not in segment and segment.isascii():
-        return segment
-    return urllib.parse.unquote_to_bytes(segment.encode("latin-1")).decode()
 
 
 # -- orders to another service ---------------------------------------------------------------------

@@ -8068,6 +8068,13 @@ def test_every_path_has_its_status(api: Api, target: str, status: int) -> None:
     assert answer_to(api, f"GET {target}").status == status
 
 
+def test_what_a_client_has_not_escaped_is_read_as_utf_8(api: Api) -> None:
+    flow = api.new_flow("Flüsse")
+    run = api.post(f"{flow}/run", {"tags": ["grün"], "system_tags": []}).json["run_number"]
+    for target in ("/flows/Flüsse/runs?_tags=grün", f"{flow}/runs?_tags=gr%C3%BCn"):
+        assert [found["run_number"] for found in answer_to(api, f"GET {target}").json] == [run]
+
+
 STATUS_OF_REQUESTS = {
     b"GET /ping\r\n\r\n": 400,
     b"nonsense\r\n\r\n": 400,
