@@ -14651,7 +14651,7 @@ def running(
 
 def resolve_folder(root: FolderPath | None) -> str:
     """The folder of a root that a caller has given, or of the default one, as a real path."""
-    option = None if root is None else os.path.expanduser(os.fspath(root))
+    option = None if root is None else os.path.expanduser(root)
     here = "/" if option is not None and os.path.isabs(option) else current_folder()
     return root_folder(option, os.environ, here)
 
@@ -14703,7 +14703,7 @@ def command_line_options(
     generate_key: bool,
 ) -> list[str]:
     """The options of `start` as words of a command line, without those that are None."""
-    ui_folder = None if ui_dir is None else os.path.abspath(os.fspath(ui_dir))
+    ui_folder = None if ui_dir is None else os.path.abspath(os.path.expanduser(ui_dir))
     given = {"--host": host, "--port": port, "--idle-timeout": idle_timeout, "--ui-dir": ui_folder}
     options = [f"{name}={value}" for name, value in given.items() if value is not None]
     return [*options, "--generate-key"] if generate_key else options

@@ -9445,6 +9445,13 @@ def test_a_service_is_started_found_and_stopped_from_python(
         mls.ensure(tmp_path / "other", port=70000)
 
 
+def test_folders_may_begin_with_a_tilde(library: Cli) -> None:
+    (library.home / "ui").mkdir()
+    (library.home / "ui" / "index.html").touch()
+    service = mls.ensure("~/root", ui_dir="~/ui")
+    assert (service.root, service.ui_folder) == (f"{library.home}/root", f"{library.home}/ui")
+
+
 def test_threads_that_ask_at_once_get_one_service(library: Cli) -> None:
     with ThreadPoolExecutor(4) as pool:
         services = set(pool.map(lambda _: mls.ensure(), range(4)))
