@@ -16715,7 +16715,6 @@ def main() -> NoReturn:
     prepare_standard_streams()
     try:
         exit_code = run_command_line(sys.argv[1:])
-        print(end="", flush=True)  # sys.stdout is None where it was closed
     except ServiceError as failure:
         print_notice(str(failure))
         exit_code = failure.exit_code
@@ -16738,6 +16737,8 @@ def run_command_line(words: Sequence[str]) -> int:
         arguments.function(arguments)
     except SystemExit as end:  # also from argparse, which has printed its help by then
         return int(end.code or 0)
+    finally:
+        print(end="", flush=True)  # even before an error; sys.stdout is None where it was closed
     return 0
 
 

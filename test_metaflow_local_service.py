@@ -9849,6 +9849,19 @@ def test_all_services_of_a_user_are_listed_and_stopped(cli: Cli, tmp_path: Path)
     assert cli("stop", "--all").stdout.count("Stopped ") == 2
 
 
+def test_what_a_command_has_done_is_told_although_it_fails_later(cli: Cli, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        assert cli("url", "--root", tmp_path / name).returncode == 0
+    pidfile = pidfile_of(tmp_path / "two")
+    told = pidfile.read_text()
+    elsewhere = {"pid": 2**30, "port": 1, "url": "http://127.0.0.1:1"}
+    pidfile.write_text(json.dumps({**json.loads(told), **elsewhere}))
+    stopped = cli("stop", "--all")
+    pidfile.write_text(told)
+    assert (stopped.returncode, stopped.stdout.count("Stopped ")) == (1, 1), stopped
+    assert cli("stop", "--all").stdout.count("Stopped ") == 1
+
+
 def test_url_prints_nothing_but_the_url_from_cold(cli: Cli) -> None:
     assert is_refused(cli("url", "--no-start"), cli.folder)
     told = cli("url")
