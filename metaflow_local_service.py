@@ -14106,10 +14106,10 @@ class LogFile(io.TextIOWrapper):
 
     def write(self, text: str) -> int:
         if os.fstat(2).st_size > LONGEST_LOG:
-            with contextlib.suppress(OSError):
-                folders = {"src_dir_fd": self._folder, "dst_dir_fd": self._folder}
+            folders = {"src_dir_fd": self._folder, "dst_dir_fd": self._folder}
+            with contextlib.suppress(OSError):  # if somebody has deleted it
                 os.replace(LOG_FILE, f"{LOG_FILE}.1", **folders)
-                redirect_output(open_log(self._folder))
+            redirect_output(open_log(self._folder))
         return super().write(text)
 
 

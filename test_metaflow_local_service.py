@@ -9267,6 +9267,16 @@ def test_a_long_log_is_put_aside(cli: Cli) -> None:
     assert stat.S_IMODE(log.stat().st_mode) == 0o600
 
 
+def test_a_log_that_was_deleted_is_begun_anew_before_it_grows_without_end(cli: Cli) -> None:
+    assert cli("start", METAFLOW_LOCAL_SERVICE_DEBUG="1").returncode == 0
+    log = cli.folder / ".metaflow" / mls.LOG_FILE
+    log.unlink()
+    with contextlib.closing(Api(service_of(cli.folder).url)) as client:
+        for _ in range(mls.LONGEST_LOG // 60_000 + 2):
+            client.get("/" + "x" * 60_000)
+    assert 0 < log.stat().st_size <= mls.LONGEST_LOG
+
+
 @pytest.mark.parametrize("debug", ["1", "0"])
 def test_the_log_holds_every_request_when_debugging(cli: Cli, debug: str) -> None:
     assert cli("start", METAFLOW_LOCAL_SERVICE_DEBUG=debug).returncode == 0
