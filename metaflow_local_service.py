@@ -14503,13 +14503,17 @@ def return_large_blocks_at_once() -> None:
 
 
 def wait_until_ready(service: Service) -> None:
-    """Return when a service answers; ServiceError with the reason if it never will."""
+    """Return when a service answers; ServiceError with the reason if it refuses.
+
+    One that never will, because it could not import Metaflow, is stopped.
+    """
     try:
         status, response = get_response(service, "/ping")
     except OSError as error:
         raise ServiceError(f"{service.url} does not answer: {error}.") from None
-    if status != 200:
+    if status == 500:
         stop_service(service)
+    if status != 200:
         raise ServiceError(json.loads(response)["message"])
 
 

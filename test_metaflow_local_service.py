@@ -9080,6 +9080,19 @@ def test_a_broken_metaflow_is_reported_in_one_sentence(
     assert cli("start").stdout.startswith("Started")  # for nothing is left of the other
 
 
+def test_a_service_that_is_too_busy_to_answer_a_command_is_not_stopped(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = mls.parse_pidfile(json.dumps({"pid": os.getpid(), "port": api.port}), "its pidfile")
+    stopped: list[mls.Service] = []
+    monkeypatch.setattr(mls, "stop_service", stopped.append)
+    monkeypatch.setattr(mls, "MOST_CONNECTIONS", 1)
+    assert api.get("/ping").status == 200
+    with pytest.raises(mls.ServiceError, match="too many connections"):
+        mls.wait_until_ready(service)
+    assert stopped == []
+
+
 @pytest.mark.parametrize("way", ["metaflow_local_service.py", "-m metaflow_local_service"])
 def test_modules_of_the_user_are_not_taken_for_the_standard_librarys(cli: Cli, way: str) -> None:
     shutil.copy(MODULE, cli.folder)
