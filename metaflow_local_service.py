@@ -13007,8 +13007,8 @@ def send_order(
 # - A service serves the folder that it was started for, which is known by device and inode, and
 #   only while its path leads there. If that does not settle it, the service is asked.
 # - A service is told what to do by orders, which carry the nonce from its pidfile
-#   (`Service.order`). A signal is the last resort; where the system has pidfds, only for a process
-#   that provably holds the lock on the pidfile.
+#   (`Service.order`). A signal is the last resort; on Linux, only for a process that provably holds
+#   the lock on the pidfile.
 #
 # Locks. All are flocks on private files in the root's .metaflow, and are released when the last
 # process that has the file open ends, in whatever way. A process that needs several of them
@@ -13492,21 +13492,44 @@ def stop_process(service: Service, pidfile: str) -> None:
     process is not the service, or the signal cannot be sent.
     """
     try:
-        if not hasattr(os, "pidfd_open") or not os.path.isdir("/proc/self/fd"):
-            os.kill(service.pid, signal.SIGTERM)  # no pid namespaces here, and the lock is held
-            return
-        process = os.pidfd_open(service.pid)
+        process = open_pidfd(service.pid)
         try:
-            if not holds_lock(service.pid, pidfile):
+            if os.path.isdir("/proc/self/fd") and not holds_lock(service.pid, pidfile):
                 raise ServiceError(
                     f"The service of {service.root} does not answer, and process {service.pid} "
                     "is not it: it runs where it cannot be reached from here."
                 )
-            signal.pidfd_send_signal(process, signal.SIGTERM)
+            if process == NO_PIDFD:
+                os.kill(service.pid, signal.SIGTERM)
+            else:
+                signal.pidfd_send_signal(process, signal.SIGTERM)
         finally:
-            os.close(process)
+            close_pidfd(process)
     except OSError as error:
         raise ServiceError(f"Process {service.pid} cannot be stopped: {error.strerror}.") from None
+
+
+NO_PIDFD = -1
+
+
+def open_pidfd(pid: int) -> int:
+    """A descriptor of a process, or NO_PIDFD where the system has none; OSError without a process.
+
+    Where Python offers them the kernel may still be too old, or a sandbox not allow them.
+    """
+    if not hasattr(os, "pidfd_open"):
+        return NO_PIDFD
+    try:
+        return os.pidfd_open(pid)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EPERM):
+            raise
+        return NO_PIDFD
+
+
+def close_pidfd(descriptor: int) -> None:
+    if descriptor != NO_PIDFD:
+        os.close(descriptor)
 
 
 def holds_lock(pid: int, path: str) -> bool:
@@ -14228,7 +14251,7 @@ class Daemon:
         self._idle_timeout = options.idle_timeout
         self._missing_since: float | None = None
         self._is_open = threading.Event()  # set when Metaflow is imported and requests are answered
-        self._dependents: dict[int, int] = {}  # processes that it stays for, with their pidfd or -1
+        self._dependents: dict[int, int] = {}  # the pidfds of processes that it stays for
         self._dependents_lock = threading.Lock()
         self._server.owner = self
         for number in STOP_SIGNALS:
@@ -14287,8 +14310,7 @@ class Daemon:
         with self._dependents_lock, contextlib.suppress(OSError):
             self._forget_ended_dependents()  # one of them may have had this pid
             if int(pid) not in self._dependents:
-                has_pidfds = hasattr(os, "pidfd_open")
-                self._dependents[int(pid)] = os.pidfd_open(int(pid)) if has_pidfds else -1
+                self._dependents[int(pid)] = open_pidfd(int(pid))
 
     def _has_dependent(self) -> bool:
         """Whether a process lives that it stays for."""
@@ -14301,8 +14323,7 @@ class Daemon:
         for pid, descriptor in list(self._dependents.items()):
             if not is_process_alive(pid, descriptor):
                 del self._dependents[pid]
-                if descriptor >= 0:
-                    os.close(descriptor)
+                close_pidfd(descriptor)
 
     # -- starting ----------------------------------------------------------------------------------
 
@@ -14474,8 +14495,8 @@ class Daemon:
 
 
 def is_process_alive(pid: int, descriptor: int) -> bool:
-    """Whether a process lives, according to its pidfd or, if that is -1, its pid."""
-    if descriptor >= 0:
+    """Whether a process lives, according to its pidfd or, if there is none, its pid."""
+    if descriptor != NO_PIDFD:
         poll = select.poll()  # because `select` does not take large descriptors
         poll.register(descriptor, select.POLLIN)
         return not poll.poll(0)

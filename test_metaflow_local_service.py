@@ -8680,6 +8680,25 @@ def test_a_service_is_known_in_other_namespaces(daemon: Api, cli: Cli, tmp_path:
     assert in_namespaces(cli, "-pf", "PROGRAM stop").stdout.startswith("Stopped")
 
 
+WITHOUT_PIDFDS = """
+import errno, os
+
+def pidfd_open(pid):
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+os.pidfd_open = pidfd_open
+"""
+
+
+@pytest.fixture(params=["this kernel", "an old kernel"])
+def kernel(request: pytest.FixtureRequest, cli: Cli, tmp_path: Path) -> None:
+    """This kernel, or one without pidfds, for all commands."""
+    if request.param == "an old kernel":
+        (tmp_path / "sitecustomize.py").write_text(WITHOUT_PIDFDS)
+        cli.environment["PYTHONPATH"] = str(tmp_path)
+
+
+@pytest.mark.usefixtures("kernel")
 def test_a_command_that_closes_all_its_files_keeps_its_service(cli: Cli) -> None:
     program = "import os, time; os.closerange(3, 256); print(flush=True); time.sleep(60)"
     words = ("run", "--idle-timeout", 0.2, sys.executable, "-c", program)
@@ -8707,6 +8726,7 @@ def test_a_process_that_is_not_the_service_is_not_stopped(daemon: Api, cli: Cli)
     assert cli("stop").stdout.startswith("Stopped")
 
 
+@pytest.mark.usefixtures("kernel")
 def test_a_pidfile_of_an_earlier_version_will_do(daemon: Api, cli: Cli) -> None:
     service = service_of(cli.folder)
     told = {"pid": service.pid, "port": service.port}
