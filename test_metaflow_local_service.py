@@ -7896,6 +7896,26 @@ def test_an_invalid_time_in_a_subscription_is_ignored(empty: Api, since: str) ->
         assert page.text() == "__pong__"
 
 
+def test_a_page_stays_connected_while_nothing_can_be_read(
+    ui: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> Any:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(mls, "POLL_SECONDS", 0.01)
+    flow = ui.new_flow()
+    with Page(ui) as page:
+        page.subscribe("/runs")
+        with monkeypatch.context() as patch:
+            patch.setattr(mls.Store, "flows", fail)
+            for _ in range(3):
+                page.send("__ping__")
+                assert page.text() == "__pong__"
+                time.sleep(0.1)
+        ui.new_run(flow)
+        assert page.frame()["type"] == "INSERT"
+
+
 def test_changes_are_sent_after_a_read_error(
     store: mls.Store, ui: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
