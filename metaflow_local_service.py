@@ -2416,12 +2416,12 @@ class FileOpener:
         `root`: the path of the datastore's .metaflow folder, as a client gave it.
         """
         check_datastore(root)
-        return self.open_below(root, names, self._owners())
+        return self.open_below(self.find_datastore(root), names, self._owners())
 
     def open_folder(self, root: str, *names: str) -> int:
         """Open a folder of a local datastore, as a descriptor; FileNotFoundError as for files."""
         check_datastore(root)
-        return self._open_folder_below(root, names, self._owners())
+        return self._open_folder_below(self.find_datastore(root), names, self._owners())
 
     def stat_folder(self, root: str, *names: str) -> os.stat_result | None:
         """The status of a folder of a local datastore, or None if there is no such folder."""
@@ -2445,6 +2445,14 @@ class FileOpener:
             return open(file, "rb")
         finally:
             os.close(parent)
+
+    def find_datastore(self, root: str) -> str:
+        """Where a datastore is: if it is gone, perhaps as the project was moved, the served one.
+
+        Records have its absolute path, and the names in it are unique.
+        """
+        is_gone = os.path.basename(root) == DATASTORE_DIR and not os.path.lexists(root)
+        return self._served if is_gone else root
 
     def _owners(self) -> Collection[int]:
         served = stat_or_none(self._served)
@@ -4580,7 +4588,8 @@ class Cards:
         """The folders that may hold a task's cards; Metaflow before 2022 left the step out."""
         flow, run, step, task = ids
         own, others = self._store.folder, read_card_roots(self._store.folder)
-        roots = dict.fromkeys((datastore_root(self._store, ids, None), own, *others))
+        recorded = self._files.find_datastore(datastore_root(self._store, ids, None))
+        roots = dict.fromkeys((recorded, own, *others))
         return [
             (root, CARDS_DIR, flow, "runs", run, *below, kind)
             for root in roots
@@ -14623,8 +14632,7 @@ def use(root: FolderPath | None = None) -> Service:
     service = ensure(root)
     changes = environment_changes(service)
     before = change_environment(changes)
-    with contextlib.suppress(ServiceError):  # if there is no current folder, it has no cards
-        note_card_root(datastore_folder(service.root), current_folder())
+    note_cards_of_process(service)
     if changes:
         is_imported = "metaflow.metaflow_config" in sys.modules
         what = "the environment and the settings of" if is_imported else "the environment for"
@@ -14638,6 +14646,7 @@ def use(root: FolderPath | None = None) -> Service:
 def using(service: Service) -> Iterator[None]:
     """Let Metaflow in this process use a service until the end of a `with` block."""
     before = change_environment(environment_changes(service))
+    note_cards_of_process(service)
     try:
         yield
     finally:
@@ -14681,6 +14690,12 @@ def resolve_folder(root: FolderPath | None) -> str:
     option = None if root is None else os.path.expanduser(root)
     here = "/" if option is not None and os.path.isabs(option) else current_folder()
     return root_folder(option, os.environ, here)
+
+
+def note_cards_of_process(service: Service) -> None:
+    """Note where Metaflow puts the cards of flows that this process runs under a service."""
+    with contextlib.suppress(ServiceError):  # where there is no current folder, there are no cards
+        note_card_root(datastore_folder(service.root), current_folder())
 
 
 def current_folder() -> str:

@@ -2039,6 +2039,20 @@ def test_a_datastore_is_left_neither_by_names_nor_by_links_to_files(datastore: P
         assert content_of(datastore, *names) is None
 
 
+def test_a_datastore_that_is_gone_is_looked_for_in_the_served_root(datastore: Path) -> None:
+    opener = mls.FileOpener(str(datastore))
+    moved = datastore.parent / "moved"
+    with opener.open_file(str(moved / ".metaflow"), "Flow", "file") as file:
+        assert file.read() == b"here"
+    assert opener.stat_folder(str(moved / ".metaflow"), "Flow")
+    for root in (moved, moved / ".metaflowconfig", moved / ".metaflow_spin"):
+        with pytest.raises(FileNotFoundError):
+            opener.open_file(str(root), "Flow", "file")
+    (moved / ".metaflow").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError):
+        opener.open_file(str(moved / ".metaflow"), "Flow", "file")
+
+
 @pytest.mark.parametrize(
     "root", ["", "relative/.metaflow", "/", "/etc", "{root}\0", "{root}config"]
 )
@@ -9653,6 +9667,8 @@ USING = """
     with mls.running() as service, mls.using(service):
         assert list(Metaflow()) == []
         assert get_metadata() == f"service@{service.url}"
+        own_cards = os.path.join(mls.current_folder(), ".metaflow")
+        assert mls.read_card_roots(service.root + "/.metaflow") == [own_cards]
     assert [flow.id for flow in Metaflow()] == ["Open"]
     assert mls.user_environment(os.environ).keys() - before.keys() == {
         "METAFLOW_DEFAULT_METADATA", "METAFLOW_SERVICE_URL"
