@@ -1023,6 +1023,9 @@ def add_labels(raw: RawRecord, labels: Labels, ts_epoch: int) -> RawRecord:
 
 # -- reading files ---------------------------------------------------------------------------------
 
+MISSING_ERRNOS = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP))
+"""Errors of a path that leads nowhere: through a file, or in a circle of symbolic links."""
+
 UNREADABLE_ERRNOS = frozenset((errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP))
 """Errors that come from one file, and not from the state of the machine."""
 
@@ -1066,12 +1069,19 @@ def are_unchanged(folders: FolderVersions) -> bool:
     return all(is_version(version, path) for path, version in folders)
 
 
+def unless_missing(call: Callable[..., T], *arguments: Any) -> T | None:
+    """What a function returns, or None if it finds that a file or folder does not exist."""
+    try:
+        return call(*arguments)
+    except OSError as error:
+        if error.errno not in MISSING_ERRNOS:
+            raise
+        return None
+
+
 def stat_or_none(path: str) -> os.stat_result | None:
     """The status of a file or folder, or None if there is none."""
-    try:
-        return os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    return unless_missing(os.stat, path)
 
 
 def list_folders(folder: str) -> list[str]:
@@ -1621,6 +1631,13 @@ class Store:
     def _self_path(self, ids: Ids) -> str:
         return f"{self._folder_path(ids)}/{META_DIR}/{SELF_FILE}"
 
+    def _look(self, call: Callable[..., T], *arguments: Any) -> T | None:
+        """What a function returns, or None if it finds that a file or folder does not exist."""
+        found = unless_missing(call, *arguments)
+        if found is None:
+            self._require_root()
+        return found
+
     def _require_root(self) -> None:
         """Raise FileNotFoundError if the whole root is gone, and not just something in it."""
         os.stat(self.folder)
@@ -1696,10 +1713,8 @@ class Store:
         """
         folder, records = self._folder_path(ids), []
         start = len(folder) + 1
-        try:
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        except (FileNotFoundError, NotADirectoryError):  # it has been deleted since
-            self._require_root()
+        descriptor = self._look(os.open, folder, os.O_RDONLY | os.O_DIRECTORY)
+        if descriptor is None:
             return []
         try:
             for name in names:
@@ -1718,9 +1733,8 @@ class Store:
     def _list_children(self, ids: Ids, parse: RecordParser[Any]) -> Listing:
         """The children of an object, as they are now."""
         folder = self._folder_path(ids)
-        status = stat_or_none(folder)
+        status = self._look(os.stat, folder)
         if status is None:
-            self._require_root()
             return NO_CHILDREN
         cached = self._listings.get(folder, NO_CHILDREN)
         if cached.version == file_version(status) and not any(
@@ -1728,10 +1742,8 @@ class Store:
         ):
             return cached
         version = settled_version(status)
-        try:
-            names = list_folders(folder)
-        except (FileNotFoundError, NotADirectoryError):  # it was deleted, or is a file of others
-            self._require_root()
+        names = self._look(list_folders, folder)
+        if names is None:
             return NO_CHILDREN
         sort_keys, unrecorded = [], []
         for name in names:
@@ -1825,7 +1837,9 @@ class Store:
         folder = self._folder_path(step)
         cache_key = repr((folder, field))
         cached, values = self._task_values.get(cache_key, {}), {}
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # shortens the paths to look up
+        descriptor = self._look(os.open, folder, os.O_RDONLY | os.O_DIRECTORY)
+        if descriptor is None:
+            return {}
         try:
             for name in map(name_in_key, tasks):
                 of_task = cached.get(name)
@@ -1851,18 +1865,15 @@ class Store:
     def _list_task_files(self, ids: Ids) -> TaskFiles:
         """The files of a task, as they are now; of one that does not exist, none."""
         folder = self._meta_path(ids)
-        status = stat_or_none(folder)
+        status = self._look(os.stat, folder)
         if status is None:
-            self._require_root()
             return TaskFiles.from_names(None, folder, ())
         cached = self._task_files.get(folder)
         if cached is not None and cached.version == file_version(status):
             return cached
         version = settled_version(status)  # before the names are listed, which may change then
-        try:
-            names = os.listdir(folder)
-        except FileNotFoundError:  # it has been deleted since
-            self._require_root()
+        names = self._look(os.listdir, folder)
+        if names is None:
             return TaskFiles.from_names(None, folder, ())
         files = TaskFiles.from_names(version, folder, names)
         self._task_files.put(folder, files)

@@ -1603,6 +1603,37 @@ def test_a_list_longer_than_a_batch_is_whole_and_ends_where_its_folder_is_delete
     assert begun + [task["task_id"] for task in tasks] == made[: -mls.BATCH_SIZE - 2 : -1]
 
 
+def test_a_step_that_is_deleted_while_its_values_are_read_has_none(
+    store: mls.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = new_task(store, new_run(store))[:3]
+    list_children = mls.Store._list_children
+
+    def list_and_delete(*arguments: Any) -> mls.Listing:
+        listing = list_children(*arguments)
+        shutil.rmtree(folder_of(store, step))
+        return listing
+
+    monkeypatch.setattr(mls.Store, "_list_children", list_and_delete)
+    assert store.values_of_tasks(step, None, mls.value_text) == {}
+
+
+@pytest.mark.parametrize("kind", ["zeros", "a link to itself"])
+@pytest.mark.parametrize("depth", range(1, 6))
+def test_below_a_path_that_leads_nowhere_there_is_nothing(
+    store: mls.Store, depth: int, kind: str
+) -> None:
+    task = new_task(store, new_run(store))
+    store.create_metadata(task, [metadatum_to_store("f")])
+    folder = folder_of(store, (*task, mls.META_DIR)[:depth])
+    shutil.rmtree(folder)
+    UNREADABLE[kind](folder)
+    assert list(store.tasks(task[:3])) == list(store.metadata(task)) == store.artifacts(task) == []
+    assert list(store.metadata_below(task[:2])) == list(store.metadata_below(task)) == []
+    assert store.values_of_tasks(task[:3], None, mls.value_text) == {}
+    assert store.version(task) is None
+
+
 def test_links_that_lead_nowhere_are_left_out(store: mls.Store) -> None:
     new_run(store)
     folder_of(store, ("Flow", "broken")).symlink_to("nothing")
