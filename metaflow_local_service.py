@@ -1507,9 +1507,8 @@ class Store:
     """The records of one root.
 
     Any thread may call any method. When a method that writes returns, its records are in their
-    files. What a method returns may be the cached record, which must not be changed; `run` and
-    `create_run` return copies. Lists are newest first, and their `before` is a sort key: only what
-    is older than that follows.
+    files. What a method that reads returns may be the cached record, which must not be changed.
+    Lists are newest first, and their `before` is a sort key: only what is older than that follows.
     """
 
     def __init__(self, root: str) -> None:
@@ -1543,8 +1542,7 @@ class Store:
         return self._read_object(ids, parse_flow_record)
 
     def run(self, ids: Ids) -> Run | None:
-        run = self._read_object(ids, parse_run_record)
-        return None if run is None else run.copy()
+        return self._read_object(ids, parse_run_record)
 
     def step(self, ids: Ids) -> Step | None:
         run = self._read_object(ids[:2], parse_run_record)
@@ -1568,9 +1566,7 @@ class Store:
         """The steps of a run, newest first."""
         run = self._read_object(ids, parse_run_record)
         if run is not None:
-            tags = run_tags(run)
-            for step in self._read_children(ids, parse_step_record, before):
-                yield {**step, **tags}
+            yield from self._read_children(ids, parse_step_record, before, run_tags(run))
 
     def tasks(self, ids: Ids, before: SortKey | None = None) -> Iterator[Task]:
         """The tasks of a step, newest first."""
@@ -2066,8 +2062,7 @@ class Store:
                 name = validate_client_id(run_id, "run")
             ids = (*flow, name)
             raw = self._new_record(ids, labels, has_heartbeats)
-            run = self._create_object(parent, ids, raw, parse_run_record, run_id is None)
-            return run.copy()
+            return self._create_object(parent, ids, raw, parse_run_record, run_id is None)
 
     def create_step(self, ids: Ids, labels: Labels) -> Step:
         """Create a step.
@@ -2098,7 +2093,9 @@ class Store:
             raw = self._new_record(ids, labels, has_heartbeats)
             task = self._create_object(parent, ids, raw, parse_task_record, task_id is None)
             if has_heartbeats:
-                self._record_heartbeat(step[:2], run)
+                # If it cannot be recorded, the task has been created all the same.
+                with contextlib.suppress(OSError, NotStorable):
+                    self._record_heartbeat(step[:2], run)
         return {**task, **run_tags(run)}
 
     def _require(self, ids: Ids, parse: RecordParser[T]) -> T:

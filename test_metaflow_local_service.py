@@ -1786,6 +1786,17 @@ def test_a_write_that_fails_leaves_nothing_behind(
     assert contents(Path(store.folder)) != before
 
 
+def test_a_task_is_made_once_also_if_its_run_cannot_have_its_heartbeat(store: mls.Store) -> None:
+    run = new_run(store)
+    step = new_task(store, run)[:3]
+    meta, elsewhere = folder_of(store, run) / "_meta", folder_of(store, ("elsewhere",))
+    meta.rename(elsewhere)
+    meta.symlink_to(elsewhere)
+    made = store.create_task(step, None, labels(), has_heartbeats=True)
+    assert [task["task_id"] for task in store.tasks(step)] == [made["task_id"], 1]
+    assert os.listdir(elsewhere) == ["_self.json"]
+
+
 def test_what_was_replaced_stays_when_a_later_write_fails(
     store: mls.Store, monkeypatch: pytest.MonkeyPatch, new_files: str
 ) -> None:
