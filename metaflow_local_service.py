@@ -4861,9 +4861,8 @@ def attempts_allowed(graph: Graph, step: str) -> int | None:
         if decorator.get("name") == "catch":
             allowed += CATCH_ATTEMPTS
         elif decorator.get("name") == "retry":
-            attributes = decorator.get("attributes")
-            times = attributes.get("times") if isinstance(attributes, dict) else None
-            allowed += times if isinstance(times, int) else 0
+            with contextlib.suppress(LookupError, TypeError, ValueError, OverflowError):
+                allowed += int(decorator["attributes"]["times"])  # text if it is the default
     return min(allowed, MAX_ATTEMPTS)
 
 

@@ -3367,6 +3367,8 @@ def test_a_run_that_was_not_resumed_has_no_origin(ui: Api) -> None:
         ([{"name": "retry", "attributes": {"times": 2}}], 3),
         ([{"name": "catch", "attributes": {}}], 4),
         ([{"name": "retry", "attributes": {"times": 9}}], 6),
+        ([{"name": "retry", "attributes": {"times": "3"}}], 4),
+        ([{"name": "retry", "attributes": {"times": "often"}}], 1),
         ([{"name": "retry"}, {"name": "card"}, "nonsense", None], 1),
     ],
 )
@@ -3374,6 +3376,13 @@ def test_the_decorators_of_a_step_say_how_many_attempts_it_has(
     decorators: Any, attempts: int
 ) -> None:
     assert mls.attempts_allowed({"steps": {"s": {"decorators": decorators}}}, "s") == attempts
+
+
+def test_a_retry_decorator_without_arguments_adds_three_attempts() -> None:
+    from metaflow.plugins.retry_decorator import RetryDecorator
+
+    decorator = {"name": "retry", "attributes": RetryDecorator.defaults}
+    assert mls.attempts_allowed({"steps": {"s": {"decorators": [decorator]}}}, "s") == 4
 
 
 def test_an_invalid_graph_is_not_found(store: mls.Store, ui: Api) -> None:
