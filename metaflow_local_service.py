@@ -13319,8 +13319,9 @@ class LockedFile:
         return os.pread(self.descriptor, os.fstat(self.descriptor).st_size, 0).decode()
 
     def write(self, text: str) -> None:
-        os.ftruncate(self.descriptor, 0)
-        os.pwrite(self.descriptor, text.encode(), 0)
+        content = text.encode()
+        os.pwrite(self.descriptor, content, 0)
+        os.ftruncate(self.descriptor, len(content))  # last, so that a failed write loses nothing
 
     def keep_on_exec(self) -> None:
         os.set_inheritable(self.descriptor, True)

@@ -8988,6 +8988,23 @@ def test_missing_file_locks_are_reported_in_one_sentence(
         mls.acquire_lease(str(cli.folder))
 
 
+def test_a_pidfile_that_cannot_be_rewritten_says_what_it_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    pidfile = mls.LockedFile.acquire(str(tmp_path / mls.PIDFILE), fcntl.LOCK_EX)
+    for text in ("a long text", "a text"):
+        pidfile.write(text)
+        assert pidfile.read() == text
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError):
+        pidfile.write("another")
+    assert pidfile.read() == "a text"
+    pidfile.release()
+
+
 def test_a_service_does_not_rewrite_its_pidfile_while_somebody_reads(daemon: Api, cli: Cli) -> None:
     service = service_of(cli.folder)
     with mls.registry_lock(str(cli.folder), fcntl.LOCK_SH):
