@@ -7433,15 +7433,13 @@ class GuessLimit:
 class Credentials:
     """The key of a service, and the cookie that a browser gets for it.
 
-    The value of the cookie can only have been made by this process, and its name contains the port:
-    browsers send cookies to all ports of a host, and other services there must not learn the key.
+    The value of the cookie is random, and its name contains the port: browsers send cookies to all
+    ports of a host, and other services there must not learn the key.
     """
 
     def __init__(self, key: str) -> None:
-        import hmac  # takes 3 ms, which commands do not need to spend
-
         self.key = key
-        self._session = hmac.digest(os.urandom(32), key.encode(), "sha256").hex()
+        self._session = os.urandom(32).hex()
         self._guesses = GuessLimit(GUESSES_A_SECOND)
 
     def check(self, headers: Mapping[str, str], port: int) -> None:
@@ -11423,7 +11421,7 @@ def read_run_metadata(snapshot: Snapshot, query: Query, ids: Ids) -> Rows:
     store, asked = snapshot.model.store, first_value(query, "step_name")
     steps = asked.split(",") if asked else [step["step_name"] for step in store.steps(ids)]
     for task in itertools.chain.from_iterable(store.task_ids((*ids, step)) for step in steps):
-        yield from metadata_rows(snapshot.model.store, task)
+        yield from metadata_rows(store, task)
 
 
 @ui_resource(TASK + "/metadata", UI_METADATA_COLUMNS, key=("id",), version=version_of_task)
@@ -12736,7 +12734,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         if told is None:
             return None
         self.close_connection = True
-        return Response(json.dumps(told).encode())
+        return json_response(told)
 
     def _upgrade(self, upgrade: Upgrade) -> None:
         """Switch protocols, run the new one to its end, and close the connection."""
@@ -13900,7 +13898,7 @@ RAISED_LIMITS = ("CPU", "FSIZE", "DATA", "AS", "RSS", "NOFILE", "NPROC", "MEMLOC
 the stack is not among them, because each thread takes as much memory as it allows."""
 
 KEPT_VARIABLES = (
-    "(METAFLOW|PYTHON|LC|LD|DYLD|XDG)_?.*"
+    "PYTHON.*|(METAFLOW|LC|LD|DYLD|XDG)_.*"
     "|HOME|LANG|LANGUAGE|LOGNAME|PATH|SUDO_USER|TMPDIR|TZ|USER|USERNAME|VIRTUAL_ENV"
 )
 """The environment variables that Python and Metaflow may need in a service."""
@@ -13934,10 +13932,9 @@ def launch_daemon(options: Options) -> Service:
     with open(reader, encoding="utf-8") as f:
         failure = f.read()  # returns when the daemon has closed its end
     content = claim.pidfile.read()
-    if failure or not content:
-        remove_file(path)
     claim.release()
     if failure or not content:
+        remove_file(path)
         raise ServiceError(failure or "The service was killed before it could start.")
     return parse_pidfile(content, path)
 
@@ -13960,7 +13957,7 @@ def become_daemon(options: Options, claim: Claim, ready: int) -> NoReturn:
         register_service(options, claim, log_file=root_file(options.root, LOG_FILE))
     except BaseException as error:
         reason = getattr(error, "strerror", None) or error
-        os.write(ready, f"The service cannot start: {reason}.".encode())
+        os.write(ready, f"The service cannot start: {reason}.".encode(errors="replace"))
         os._exit(1)
     os.close(ready)
     exec_interpreter(options, claim)
@@ -15107,7 +15104,7 @@ def do_start(arguments: Arguments) -> None:
     wait_until_ready(service)
     print(f"{'Started' if is_new else 'Running already'} at {service.url} for {service.root}")
     print_settings(arguments, service)
-    mention_page(service)
+    print_notice(f"runs are shown at {service.url}")  # not to stdout, which a shell may read
 
 
 def print_settings(arguments: Arguments, service: Service) -> None:
@@ -15153,7 +15150,7 @@ def do_status(arguments: Arguments) -> None:
         raise
     if arguments.json:
         for service in services:
-            hold_service(service, os.getpid())
+            hold_service(service, os.getpid())  # whoever reads this has time to use it
         shown = [service.public_fields() for service in services]
         print(json.dumps(shown if arguments.all else next(iter(shown), None), indent=2))
     else:
@@ -15275,11 +15272,6 @@ def describe_process(pid: int) -> tuple[str, int, bytes]:
         return "", 0, b""
 
 
-def mention_page(service: Service) -> None:
-    """Print where the page is, to stderr, since stdout may be read by a shell."""
-    print_notice(f"runs are shown at {service.url}")
-
-
 @subcommand(f'eval "$({PROGRAM} env)"', takes_service=True)
 def do_env(arguments: Arguments) -> None:
     """Print the settings as `export` lines for a shell's eval; starts the service if none runs."""
@@ -15365,15 +15357,12 @@ def text_width(text: str) -> int:
 
 
 def shorten(text: str, width: int) -> str:
-    """Text cut in the middle if it is wider than `width` columns."""
-    if text_width(text) <= width:
-        return text
-    left, right = (width - 2) // 2, width - 3 - (width - 2) // 2
-    cut = f"{text[: left + 1]}..{text[len(text) - right :] if right > 0 else ''}"
-    while text_width(cut) > width and left > 0:
+    """Text cut in the middle if it is wider than `width` columns, of which there are at least 2."""
+    left, right, short = width // 2, width - 2 - width // 2, text
+    while text_width(short) > width:
+        short = f"{text[:left]}..{text[len(text) - right :]}"
         left, right = left - 1, max(0, right - 1)
-        cut = f"{text[:left]}..{text[len(text) - right :] if right else ''}"
-    return cut
+    return short
 
 
 def terminal_width() -> int | None:
@@ -15516,12 +15505,9 @@ def resolve_run(model: Model, parts: Sequence[str]) -> tuple[Ids, Sequence[str]]
     if model.store.flow((name,)) is None:
         return choose_run(model, model.runs.newest_first(), parts, f"flow, run or step {name!r}")
     if not below:
-        return choose_run(model, flow_runs(model, name), (LATEST,), f"run of {name}")
-    return choose_run(model, flow_runs(model, name), below, f"run or step {below[0]!r} of {name}")
-
-
-def flow_runs(model: Model, flow: str) -> Iterator[RunRow]:
-    return (row for row in model.runs.newest_first() if row["flow_id"] == flow)
+        return choose_run(model, model.runs.newest_first(name), (LATEST,), f"run of {name}")
+    what = f"run or step {below[0]!r} of {name}"
+    return choose_run(model, model.runs.newest_first(name), below, what)
 
 
 def choose_run(
@@ -15669,13 +15655,12 @@ def do_runs(arguments: Arguments) -> None:
 
 def find_runs(model: Model, arguments: Arguments) -> Iterator[RunRow]:
     """The runs that match the options, newest first, with their verdicts."""
-    for row in model.runs.newest_first():
+    for row in model.runs.newest_first(arguments.flow):
         if arguments.since is not None and row["ts_epoch"] < arguments.since * 1000:
             return
         tags = {*(row["tags"] or ()), *(row["system_tags"] or ())}
         if (
-            arguments.flow in (None, row["flow_id"])
-            and arguments.user in (None, row["user"], row["user_name"])
+            arguments.user in (None, row["user"], row["user_name"])
             and tags.issuperset(arguments.tag)
             and arguments.status in (None, model.runs.judge(row)["status"])
         ):
