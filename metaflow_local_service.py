@@ -12991,9 +12991,10 @@ def send_order(
 
     OSError if it is not there or refuses. The nonce proves to the service that we have read its
     pidfile, and that the service accepts it proves to us that it is the one that wrote the file.
+    As HTTP/1.0 has it, whoever answers closes the connection.
     """
     headers = {NONCE_HEADER: nonce, **fields}
-    lines = [f"POST /{order} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+    lines = [f"POST /{order} HTTP/1.0", *(f"{name}: {value}" for name, value in headers.items())]
     family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
     with socket.socket(family) as connection:
         connection.settimeout(ORDER_SECONDS)
@@ -13004,11 +13005,11 @@ def send_order(
         with connection.makefile("rb") as f:
             head, _, body = f.read().partition(b"\r\n\r\n")
     try:
-        if b" 200 " not in head.partition(b"\r\n")[0]:
-            raise ValueError
-        told: Mapping[str, Any] = json.loads(body)
+        told = json.loads(body) if b" 200 " in head.partition(b"\r\n")[0] else None
     except ValueError:
-        raise ConnectionRefusedError("another program answers there") from None
+        told = None
+    if not isinstance(told, dict):
+        raise ConnectionRefusedError("another program answers there")
     return told
 
 

@@ -43,6 +43,7 @@ import gc
 import gzip
 import hashlib
 import http.client
+import http.server
 import importlib.metadata
 import inspect
 import io
@@ -8838,6 +8839,29 @@ def test_a_service_of_another_version_is_replaced_unless_it_is_in_use(
     assert replaced.stdout.strip() == old.url
     assert "goes on" not in replaced.stderr
     assert service_of(cli.folder).version == mls.__version__
+
+
+@pytest.mark.parametrize(
+    ("status", "content"), [(404, b"{}"), (200, b"[]"), (200, b"Hello!"), (200, b"\xff")]
+)
+def test_another_program_at_the_port_is_no_service(status: int, content: bytes) -> None:
+    class Other(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # and so it keeps connections, unless told not to
+
+        def do_POST(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Other) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        with pytest.raises(ConnectionRefusedError):
+            mls.send_order(("127.0.0.1", other.server_port), "nonce", "identify", waits=True)
+        other.shutdown()
 
 
 def test_an_order_without_the_nonce_is_a_request_like_others(daemon: Api, cli: Cli) -> None:
