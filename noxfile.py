@@ -480,14 +480,13 @@ def bench_pages(ours: Client, pid: int, root: Path, size: int) -> None:
 def bench_idle(folder: Path) -> None:
     """What a service costs whose runs have ended long ago: in wake-ups a second while nobody asks,
     and in hundredths of a core with a page open. These two rows are no ratios."""
-    yesterday = int(time.time() - 86400) * 1_000_000
-    for number in range(yesterday, yesterday + 100):
-        record = folder / ".metaflow" / "Old" / str(number) / "_meta" / "_self.json"
-        record.parent.mkdir(parents=True)
-        record.write_text(json.dumps({"ts_epoch": number // 1000, "user_name": "tester"}))
-    own = folder / ".metaflow" / "Old" / "_meta" / "_self.json"
-    own.parent.mkdir()
-    own.write_text(json.dumps({"ts_epoch": yesterday // 1000}))
+    yesterday = int(time.time()) - 86400
+    flow = folder / ".metaflow" / "Old"
+    for place in (flow, *(flow / str(yesterday * 1_000_000 + number) for number in range(100))):
+        (place / "_meta").mkdir(parents=True)
+        (place / "_meta" / "_self.json").write_text(json.dumps({"ts_epoch": yesterday * 1000}))
+    for path in folder.rglob("*"):  # which say when a run that has not told its end was last alive
+        os.utime(path, (yesterday, yesterday))
     seconds_of([*PROGRAM, "start"], folder)
     told = subprocess.check_output([*PROGRAM, "status", "--json"], cwd=folder, text=True)
     service = json.loads(told)
@@ -496,7 +495,9 @@ def bench_idle(folder: Path) -> None:
     time.sleep(20)
     report("wake-ups a second, idle", (wake_ups(service["pid"]) - before) / 20, 1)
     with socket.create_connection((service["host"], service["port"])) as page:
-        page.sendall(PAGE_SUBSCRIBES % service["port"])
+        page.sendall(HANDSHAKE % service["port"])
+        assert page.recv(2**16).startswith(b"HTTP/1.1 101 ")
+        page.sendall(SUBSCRIPTION)
         time.sleep(5)
         spent = processor_seconds(service["pid"])
         time.sleep(60)
@@ -505,9 +506,11 @@ def bench_idle(folder: Path) -> None:
     seconds_of([*PROGRAM, "stop"], folder)
 
 
-PAGE_SUBSCRIBES = (
+HANDSHAKE = (
     b"GET /api/ws HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
     b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+)
+SUBSCRIPTION = (
     b"\x81\xb7\0\0\0\0"  # a frame of 55 bytes, masked with zeros
     b'{"type": "SUBSCRIBE", "uuid": "u", "resource": "/runs"}'
 )
@@ -522,11 +525,12 @@ def wake_ups(pid: int) -> int:
 
 def processor_seconds(pid: int) -> float:
     """The processor time that a process has taken."""
-    clock = subprocess.check_output(["ps", "-o", "cputimes=", "-p", str(pid)], text=True)
     with contextlib.suppress(OSError):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return float(clock)
+    clock = subprocess.check_output(["ps", "-o", "time=", "-p", str(pid)], text=True)
+    minutes, seconds = clock.split(":")  # as macOS has it, with hundredths
+    return 60 * int(minutes) + float(seconds)
 
 
 def bench_crowded_run(ours: Client, root: Path) -> None:
