@@ -7758,6 +7758,7 @@ a { color: inherit; text-decoration: none; }
 a:hover { text-decoration: underline; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 5px; }
 main:focus { outline: none; }
+main[aria-busy] { opacity: 0.5; transition: opacity 0.2s 0.3s; } /* The view before. */
 ::placeholder { color: var(--dim); opacity: 1; }
 h1, h2, h3 { margin: 0; font-size: 13px; font-weight: 600; }
 h1 { font-size: 20px; line-height: 1.3; letter-spacing: -0.01em; overflow-wrap: anywhere; }
@@ -7781,7 +7782,7 @@ th { font-size: 12px; font-weight: 500; color: var(--dim); }
 th:first-child, td:first-child { padding-left: 18px; }
 th:last-child, td:last-child { padding-right: 18px; }
 tbody tr:last-child > * { border-bottom: 0; }
-.dim { color: var(--dim); font-size: 12px; font-weight: 400; }
+.dim { color: var(--dim); font-size: 12px; font-weight: 400; unicode-bidi: isolate; }
 .number { white-space: nowrap; font-variant-numeric: tabular-nums; }
 .hidden-text {
   position: absolute;
@@ -7825,7 +7826,7 @@ main { padding: 22px var(--side) 72px; }
   border-radius: 50%;
   background: var(--c, var(--idle));
 }
-.search { position: relative; flex: 0 1 440px; }
+.search { position: relative; flex: 0 1 min(440px, 32vw); }
 #filter { width: 100%; background: var(--bg); padding: 6px 12px; }
 #suggestions {
   position: absolute;
@@ -7849,6 +7850,7 @@ main { padding: 22px var(--side) 72px; }
   cursor: pointer;
   overflow-wrap: anywhere;
 }
+#suggestions li > :first-child { flex-shrink: 0; max-width: 100%; }
 #suggestions [aria-selected="true"], #suggestions li:hover { background: var(--hover); }
 .menu { position: relative; }
 .menu > summary {
@@ -7913,7 +7915,6 @@ main { padding: 22px var(--side) 72px; }
   display: inline-flex;
   position: relative;
   z-index: 1;
-  max-width: 220px;
   border: var(--edge);
   border-radius: 6px;
   background: var(--raised);
@@ -7922,6 +7923,7 @@ main { padding: 22px var(--side) 72px; }
 }
 .tag > button { border: 0; background: none; padding: 0 7px; font-size: 12px; color: inherit; }
 .tag > button:first-child {
+  max-width: 220px;
   overflow: hidden;
   text-overflow: ellipsis;
   white-space: nowrap;
@@ -7959,7 +7961,7 @@ summary h2 { display: inline; }
 .facts { display: flex; flex-wrap: wrap; gap: 10px 34px; margin: 14px 0 20px; }
 .facts > div { min-width: 0; }
 .facts dt { color: var(--dim); font-size: 12px; }
-.facts dd { margin: 0; }
+.facts dd { margin: 0; overflow-wrap: anywhere; }
 .head { display: flex; flex-wrap: wrap; align-items: center; gap: 8px 12px; }
 .head .space { flex: 1; }
 .head h1 .dim { font-size: 14px; margin-left: 6px; }
@@ -8033,7 +8035,10 @@ summary h2 { display: inline; }
 #runs .no-project .project { display: none; }
 #runs .mark label { position: relative; z-index: 1; display: flex; padding: 3px 5px; }
 #runs thead th > span { padding: 3px 8px; }
-#runs .details { width: 100%; max-width: 0; min-width: 200px; }
+#runs .flow-name { max-width: max(18vw, (100vw - 1100px) / 2); }
+#runs .name { max-width: max(9vw, (100vw - 1100px) / 4); }
+#runs :is(.flow-name, .name) { overflow: hidden; text-overflow: ellipsis; }
+#runs .details { width: 100%; max-width: 0; min-width: 120px; }
 #runs .value { max-width: 220px; overflow: hidden; text-overflow: ellipsis; }
 #runs .details .tags { flex-wrap: nowrap; }
 #runs .details .tag { min-width: 0; }
@@ -8085,7 +8090,7 @@ summary h2 { display: inline; }
   position: absolute;
   display: block;
   overflow: hidden;
-  padding: 5px 12px 4px;
+  padding: 5px 8px 4px;
   border: 1px solid var(--line);
   border-left: 4px solid var(--c, var(--idle));
   border-radius: 8px;
@@ -8108,7 +8113,12 @@ summary h2 { display: inline; }
 
 /* The timeline: a row for each task, with a bar for each attempt. --from and --to are seconds since
    the start of the run. */
-.timeline { position: relative; padding: 0 0 8px; --name: 280px; --time: 150px; }
+.timeline {
+  --name: clamp(130px, 25vw, 280px);
+  --time: 150px;
+  position: relative;
+  padding: 0 0 8px;
+}
 .row {
   display: grid;
   grid-template-columns: var(--name) 1fr var(--time);
@@ -8124,19 +8134,20 @@ summary h2 { display: inline; }
 .step-head > span:first-child { display: flex; gap: 6px; align-items: baseline; }
 .step-head > span:first-child > .dim { overflow: hidden; text-overflow: ellipsis; }
 .step-head .bare { flex: none; }
-.step-head .bar { opacity: 0.4; inset-block: 6px; }
-.under { padding-left: 16px; }
+.step-head .bar { opacity: 0.4; top: 6px; height: 8px; }
+.row > .under { padding-left: 16px; white-space: normal; overflow-wrap: anywhere; }
 .lane { position: relative; min-height: 20px; }
 .axis { padding-top: 6px; height: 30px; }
 .grid { position: absolute; inset: 0; pointer-events: none; }
 .grid > .row { height: 100%; }
 .tick { position: absolute; inset-block: 0; border-left: 1px solid var(--line); }
-.axis .tick { border: 0; transform: translateX(-50%); }
+.axis .tick { border: 0; transform: translateX(-50%); white-space: nowrap; }
 .axis .tick:first-child { transform: none; }
 .tick, .bar { left: calc(100% * var(--from) / var(--span)); }
 .bar {
   position: absolute;
-  inset-block: 4px;
+  top: 4px;
+  height: 12px;
   width: calc(100% * (var(--to) - var(--from)) / var(--span));
   min-width: 3px;
   border-radius: 3px;
@@ -8223,19 +8234,12 @@ kbd {
 #login { max-width: 360px; margin: 12vh auto; padding: 26px; }
 #login > * { display: block; width: 100%; margin: 0 0 12px; }
 
-@media (max-width: 900px) {
-  :root { --side: 14px; }
-  header { flex-wrap: wrap; }
-  #crumbs { order: -2; flex: 1 0 60%; flex-wrap: wrap; row-gap: 0; }
-  #live { order: -1; }
-  .search { flex: 1 1 200px; }
-  .timeline { --name: 130px; --time: 66px; }
-  .differences { --name: 108px; --run: 132px; }
-  .row { gap: 8px; padding-inline: 12px; }
-  .tick:nth-child(even) { display: none; }
+/* The list in a window that is too narrow for a table, and all of the page on a phone. */
+@media (max-width: 1200px) {
+  #runs .finished_at { display: none; }
+}
+@media (max-width: 1100px) {
   .narrow { display: inline-block; max-width: 132px; }
-  .toolbar .space { display: none; }
-  .row > .under { white-space: normal; overflow-wrap: anywhere; }
   #runs thead { display: none; }
   #runs :is(table, tbody) { display: block; }
   #runs tbody tr {
@@ -8247,13 +8251,25 @@ kbd {
     border-bottom: var(--edge);
   }
   #runs tbody :is(td, th) { padding: 0; border: 0; }
-  #runs td:empty, #runs .empty { display: none; }
+  #runs td:empty { display: none; }
   #runs tbody .mark { width: auto; margin-left: -5px; padding: 0; }
-  #runs tbody td:nth-child(3) { flex: 1 0 45%; }
-  #runs td:nth-child(6) { display: none; }
-  .title input:not([type="checkbox"]) { width: 130px; }
+  #runs :is(.flow-name, .name) { max-width: 100%; white-space: normal; overflow-wrap: anywhere; }
+  #runs .flow-name { flex: 1 0 45%; }
   #runs .details { flex: 1 0 100%; width: 100%; max-width: 100%; }
   #runs .details .tags { flex-wrap: wrap; }
+}
+@media (max-width: 640px) {
+  :root { --side: 14px; }
+  header { flex-wrap: wrap; }
+  #crumbs { order: -2; flex: 1 0 60%; flex-wrap: wrap; row-gap: 0; }
+  #live { order: -1; }
+  .search { flex: 1 1 200px; }
+  .timeline { --time: 66px; }
+  .differences { --name: 108px; --run: 132px; }
+  .row { gap: 8px; padding-inline: 12px; }
+  .tick:nth-child(even) { display: none; }
+  .toolbar .space { display: none; }
+  .title input:not([type="checkbox"]) { width: 130px; }
   .line > time, .step-head .bare, .row .number .dim { display: none; }
   .names td:first-child { width: 34%; white-space: normal; overflow-wrap: anywhere; }
   th, td { padding-inline: 10px; }
@@ -8566,7 +8582,7 @@ const change = (method, url, body) => request(url, {
 
 function askForKey() {
   view.abort();
-  main.replaceChildren(byId("login"));
+  replaceMain(byId("login"));
   byId("login").hidden = false;
   byId("key").focus();
 }
@@ -8613,7 +8629,7 @@ function drawNow() {
 }
 
 function connect() {
-  const socket = new WebSocket(SOCKETS + "/api/ws");
+  const socket = new WebSocket(SOCKETS + "/api/ws?exact=true");
   let isAnswered = true;
   let pinging = 0;
   live.socket = socket;
@@ -8662,9 +8678,8 @@ function connect() {
 /** Follows a resource. What has changed since the view was opened is sent again. */
 function subscribe(owner, resource, keep, drop) {
   const uuid = "page-" + (live.made += 1);
-  const deletions = Boolean(drop);
   const announce = (since) =>
-    say({type: "SUBSCRIBE", uuid, resource, deletions, since: Math.floor(since / 1000) - 2});
+    say({type: "SUBSCRIBE", uuid, resource, since: Math.floor(since / 1000) - 2});
   live.subscriptions.set(uuid, {announce, keep, drop, opened: owner.opened});
   owner.signal.addEventListener("abort", () => {
     live.subscriptions.delete(uuid);
@@ -8784,7 +8799,7 @@ function matches(run, {field, values, isExcluded}) {
   const texts = MOMENTS[field] ? [] : (FIELDS[field] || ANY_FIELD)(run);
   const found = values.some((value) => MOMENTS[field]
     ? MOMENTS[field](run, parseMoment(value))
-    : texts.some((text) => String(text).toLowerCase().includes(value)));
+    : texts.some((text) => String(text).replace(/"/g, "").toLowerCase().includes(value)));
   return found !== isExcluded;
 }
 
@@ -8929,7 +8944,7 @@ function shortTags(tags) {
     h("button", {title: "Only runs tagged " + name, onclick: () => filterByTag(name)}, name)));
   const rest = tags.slice(3);
   return h("div", {class: "tags"}, shown, rest.length
-    ? h("span", {class: "dim", title: rest.join("\n")}, `+${rest.length}`) : null);
+    ? h("span", {class: "dim", "data-tip": rest.join("\n")}, `+${rest.length}`) : null);
 }
 
 const marked = new Set(); // keys of the runs to compare
@@ -8962,6 +8977,15 @@ function showMarked() {
     h("button", {onclick: clearMarks}, "Clear"));
 }
 
+/** Removes the marks of runs that were deleted. Others may be marked that the filter excludes. */
+async function checkMarks() {
+  for (const key of [...marked].filter((one) => !runs.has(one))) {
+    const {data} = await getIfAny(runPath(...key.split("/")), null);
+    if (!data) marked.delete(key);
+  }
+  showMarked();
+}
+
 function clearMarks() {
   marked.clear();
   for (const entry of runs.values()) entry.isStale = true;
@@ -8971,7 +8995,7 @@ function clearMarks() {
 function parameterCell(entry, name) {
   const known = entry.parameters && entry.parameters[name];
   const text = known ? JSON.stringify(known.value) : "";
-  return cell(text ? code(text) : "", {class: "value", title: text});
+  return cell(text ? code(text) : "", {class: "value", "data-tip": text});
 }
 
 function runRow(entry, columns) {
@@ -8986,17 +9010,16 @@ function runRow(entry, columns) {
   return h("tr", {"data-status": run.status, "data-run": runKey(run)},
     cell(markBox(run), {class: "mark"}),
     cell(badge(run.status)),
-    cell(opened),
+    cell(opened, {class: "flow-name", "data-tip": run.flow_id}),
     cell(h("span", {class: "number"}, id)),
     cell(time(run.ts_epoch)),
-    cell(time(run.finished_at), run.finished_at ? null : {class: "empty"}),
+    cell(time(run.finished_at), {class: "finished_at"}),
     cell(elapsed(run)),
-    cell(userOf(run)),
-    cell(projectOf(run), {class: projectOf(run) ? "project" : "project empty"}),
+    cell(userOf(run), {class: "name", "data-tip": userOf(run)}),
+    cell(projectOf(run), {class: "name project", "data-tip": projectOf(run)}),
     columns.map((name) => parameterCell(entry, name)),
-    cell([why ? h("div", {class: "why", title: why}, why) : null,
-      run.tags.length ? shortTags(run.tags) : null],
-    {class: why || run.tags.length ? "details" : "details empty"}));
+    cell([why ? h("div", {class: "why", "data-tip": why}, why) : null,
+      run.tags.length ? shortTags(run.tags) : null], {class: "details"}));
 }
 
 function sortHead(column, sort) {
@@ -9075,6 +9098,7 @@ class RunList {
     Object.assign(this, {query, terms, problem, choices, sort});
     this.columns = choices.columns.split(",").filter(Boolean);
     this.page = 0; // the last page that was loaded
+    this.isLoaded = false;
     this.asked = {
       _limit: terms.length || choices.group ? 1000 : 100,
       _order: (sort.isDescending ? "-" : "+") + sort.name,
@@ -9157,12 +9181,22 @@ class RunList {
     const known = [...new Set([...this.columns, ...names])].sort();
     fill(this.menu, ...columnsMenu(this.columns, known));
     this.table.classList.toggle("no-project", !shown.some(({run}) => projectOf(run)));
-    fill(this.none, ...emptyList(shown.length, this.page, this.problem, this.terms));
+    fill(this.none, ...this.emptyList(shown.length));
     showMarked();
     this.running = shown.filter(({run}) => run.status === "running").length;
     this.newest = shown.reduce((one, {run}) =>
       (one && one.ts_epoch > run.ts_epoch ? one : run), null);
     this.showTab();
+  }
+
+  /** What is said if the filter makes no sense, or if no run is shown. */
+  emptyList(count) {
+    if (this.problem) return [h("p", {class: "note danger", role: "alert"}, this.problem)];
+    if (count) return [];
+    if (!this.isLoaded) return [note("Loading \u2026")];
+    if (this.terms.length) return [note("No run matches the filter.")];
+    return [note("No runs yet. Start one: ", code("metaflow-local-service run python flow.py run"),
+      " and it appears here.")];
   }
 
   showTab() {
@@ -9185,6 +9219,7 @@ class RunList {
   }
 
   async showPage({data, pages}) {
+    this.isLoaded = true;
     this.draw();
     this.more.hidden = !data.length || !pages || !pages.next;
     if (this.columns.length) {
@@ -9199,7 +9234,7 @@ class RunList {
     return fetched;
   }
 
-  /** Loads all pages anew, and forgets the runs that were deleted while the list was not live. */
+  /** Loads all pages anew, and keeps no others: they were deleted, or are not among these pages. */
   async catchUp() {
     const known = [...runs.keys()];
     const there = new Set();
@@ -9208,8 +9243,9 @@ class RunList {
       fetched = await this.fetchPage(page);
       fetched.data.forEach((run) => there.add(runKey(run)));
     }
-    known.filter((key) => !there.has(key)).forEach(forgetRun);
+    known.filter((key) => !there.has(key)).forEach((key) => runs.delete(key));
     await this.showPage(fetched);
+    await checkMarks();
   }
 
   /** Finds the names of parameters, from the newest run of each flow. */
@@ -9238,14 +9274,6 @@ async function listView(mine, query) {
   scrolled.observe(list.more);
   mine.signal.addEventListener("abort", () => scrolled.disconnect());
   subscribe(mine, "/runs", keepRun, ({flow_id: flow, run}) => forgetRun(`${flow}/${run}`));
-}
-
-function emptyList(count, page, problem, terms) {
-  if (problem) return [h("p", {class: "note danger", role: "alert"}, problem)];
-  if (count || !page) return [];
-  if (terms.length) return [note("No run matches the filter.")];
-  return [note("No runs yet. Start one: ", code("metaflow-local-service run python flow.py run"),
-    " and it appears here.")];
 }
 
 // ---- Run: its facts, why it failed, its graph, and a timeline with a bar for each attempt ----
@@ -9444,7 +9472,8 @@ function caseOf(from, to) {
 
 const ROW_HEIGHT = 74;
 const NODE_HEIGHT = 48;
-const EDGE_WIDTH = 46;
+const EDGE_WIDTH = 36;
+const COLUMN = {least: 140, most: 300};
 
 function graphView(graph, newNode) {
   const {nodes, layers, edges, loops, order} = layOut(graph);
@@ -9463,7 +9492,8 @@ function graphView(graph, newNode) {
   });
   function arrange() {
     const room = box.clientWidth - 40;
-    const column = Math.min(300, Math.max(150, (room + EDGE_WIDTH) / layers.length));
+    const wide = (room + EDGE_WIDTH) / layers.length;
+    const column = Math.min(COLUMN.most, Math.max(COLUMN.least, wide));
     const width = column - EDGE_WIDTH;
     const at = place(column);
     const total = layers.length * column - EDGE_WIDTH + 40;
@@ -9551,7 +9581,7 @@ function summary({tasks}) {
 }
 
 function stepTime({all}) {
-  const starts = all.map((row) => row.started_at || row.ts_epoch);
+  const starts = all.map(startOf);
   const ends = all.map((row) => (row.status === "running" ? Date.now() : row.finished_at || 0));
   return {from: Math.min(...starts), to: Math.max(...ends)};
 }
@@ -9580,8 +9610,8 @@ const secondsInto = (run, ms) => Math.max(0, ms - run.ts_epoch) / 1000;
 function taskRow(run, task, isSingle) {
   const last = newest(task);
   const tries = task.attempts.filter(Boolean).length;
-  const beginOf = (row) => row.started_at || (row.status === "running" && row.ts_epoch);
-  const place = (row) => `--from:${secondsInto(run, beginOf(row))};--to:` +
+  const hasBegun = (row) => row && (row.started_at || row.status === "running");
+  const place = (row) => `--from:${secondsInto(run, startOf(row))};--to:` +
     (row.status === "running" ? "var(--now)"
       : secondsInto(run, row.finished_at || row.started_at));
   const bar = (row) => h("span", {
@@ -9605,7 +9635,7 @@ function taskRow(run, task, isSingle) {
   h("span", {class: isSingle ? "" : "under"}, label,
     shown === label ? null : h("span", {class: "dim"}, " " + id),
     h("span", {class: "hidden-text"}, `${isSingle ? "" : ` in ${last.step_name}`}: ${more}`)),
-  h("span", {class: "lane"}, task.attempts.filter((row) => row && beginOf(row)).map(bar)),
+  h("span", {class: "lane"}, task.attempts.filter(hasBegun).map(bar)),
   h("span", {class: "number"}, tries > 1 ? h("span", {class: "dim"}, `${tries} tries `) : null,
     last.origin_pathspec ? h("span", {class: "dim"}, "cloned ") : null, elapsed(last)));
 }
@@ -9628,11 +9658,13 @@ function stepHead(run, step) {
 }
 
 const TASK_ORDERS = {
-  begin: ["As they began", () => 0],
+  begin: ["As they began", (one, other) => beginOf(one) - beginOf(other)],
   longest: ["Longest first", (one, other) => taskTime(other) - taskTime(one)],
   value: ["By value", (one, other) => labelOf(one).localeCompare(labelOf(other), "en",
     {numeric: true})],
 };
+const startOf = (row) => row.started_at || row.ts_epoch;
+const beginOf = (task) => startOf(task.attempts.find(Boolean));
 const labelOf = (task) => newest(task).foreach_label || taskId(newest(task));
 
 function taskTime(task) {
@@ -9653,6 +9685,7 @@ function timelineControls(flow, id, changed) {
     said.textContent = "";
     const [, key, value] = /^(\w+):(.*)$/.exec(state.text) || [];
     if (key) {
+      said.textContent = "Searching \u2026";
       asked = searchArtifacts(flow, id, key, value, ({matches: found = [], message}) => {
         state.found = new Set(found.map((task) => `${task.step_name}/${task.task_id}`));
         said.textContent = message || plural(found.length, "task");
@@ -9664,6 +9697,7 @@ function timelineControls(flow, id, changed) {
   const box = h("input", {
     type: "search",
     placeholder: "Value, id, or artifact:value",
+    size: 26,
     "aria-label": "Search tasks by value, id, or artifact:value",
     oninput: (event) => {
       state.text = event.target.value.trim();
@@ -9876,7 +9910,7 @@ class RunPage {
         ["Branch", systemTag(run, "project_branch")],
         ["Resumed from", run.origin_run_id && h("a",
           {class: "link", href: link(flow, run.origin_run_id)}, run.origin_run_id)],
-      ]) : note("Not there yet. It appears here when it starts."));
+      ]) : note("It is not there. If it starts, it appears here."));
   }
 
   showTab() {
@@ -9903,7 +9937,8 @@ class RunPage {
       class: classes.filter(Boolean).join(" "),
       style: node.getAttribute("style"),
       "data-step": name,
-      title: [info.doc, depth > 0 ? "in a foreach" : ""].filter(Boolean).join("\n"),
+      title: [`${name}: ${text}`, info.doc, depth > 0 ? "in a foreach" : ""]
+        .filter(Boolean).join("\n"),
       href: target && link(this.flow, this.id, name, taskId(newest(target))),
       onclick: toTimeline,
     }, h("span", null, name), h("span", {class: "dim"}, text),
@@ -9939,7 +9974,8 @@ class RunPage {
     const marks = Array.from({length: Math.ceil(span / tick - 0.3)}, (_, at) => at * tick);
     const newMark = (at, text) => h("span", {class: "tick", style: `--from:${at}`}, text);
     this.lanes.style = `--now:${now};--span:${span}`;
-    fill(this.axis, marks.map((at) => newMark(at, duration(at * 1000))));
+    const short = (at) => duration(at * 1000).replace(/(?<=[mh]) 0[sm]$/, "");
+    fill(this.axis, marks.map((at) => newMark(at, short(at))));
     fill(this.grid, marks.map((at) => newMark(at, "")));
   }
 }
@@ -9996,7 +10032,7 @@ function newPart(id, title, load) {
 
 /** A line as a terminal shows it: \r and \b move back, and colours become classes. */
 function terminalNodes(line) {
-  if (!/[\x1b\r\b]/.test(line)) return [line];
+  if (!/[\x1b\r\b\x07]/.test(line)) return [line];
   const cells = [];
   let style = "";
   let at = 0;
@@ -10005,7 +10041,7 @@ function terminalNodes(line) {
     else if (kind === "K") cells.length = Math.min(cells.length, at);
     else if (token === "\r") at = 0;
     else if (token === "\b") at = Math.max(0, at - 1);
-    else if (token[0] !== "\x1b") cells[at++] = [token, style];
+    else if (!"\x1b\x07".includes(token[0])) cells[at++] = [token, style];
   }
   const nodes = [];
   for (let from = 0; from < cells.length;) {
@@ -10019,15 +10055,20 @@ function terminalNodes(line) {
   return nodes;
 }
 
-const TERMINAL_TOKENS = /\x1b\[([\d;?]*)([A-Za-z])|\x1b\][^\x07]*\x07?|\x1b.?|[^]/gu;
+const TERMINAL_TOKENS =
+  /\x1b\[([\d;?]*)([A-Za-z])|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b.?|[^]/gu;
 const cellStyle = (one) => (one ? one[1] : "");
 
 /** The classes of the text that follows a colour sequence with these codes. */
 function nextStyle(style, codes) {
   let classes = new Set(style.split(" ").filter(Boolean));
-  for (const number of codes.split(";").map(Number)) {
-    const shade = number % 10;
-    const isColour = (number >= 30 && number <= 37) || (number >= 90 && number <= 97);
+  const numbers = codes.split(";").map(Number);
+  while (numbers.length) {
+    const number = numbers.shift();
+    const isExtended = number === 38 || number === 48; // 48 is a background, which is not shown
+    const shade = isExtended ? extendedShade(numbers) : number % 10;
+    const isColour = number === 38 || (number >= 30 && number <= 37) ||
+      (number >= 90 && number <= 97);
     if (number === 0) classes = new Set();
     if (number === 1) classes.add("bold");
     if (number === 22) classes.delete("bold");
@@ -10037,6 +10078,18 @@ function nextStyle(style, codes) {
     if (isColour && shade < 7) classes.add("c" + shade);
   }
   return [...classes].join(" ");
+}
+
+/** Takes the colour that follows 38 or 48 from these codes; returns the basic one next to it. */
+function extendedShade(numbers) {
+  const index = numbers.shift() === 5 ? numbers.shift() : null;
+  if (index !== null && index < 16) return index % 8;
+  if (index > 231) return 7;
+  const cube = index === null ? numbers.splice(0, 3)
+    : [Math.floor((index - 16) / 36), Math.floor((index - 16) / 6) % 6, (index - 16) % 6];
+  const middle = (Math.max(...cube) + Math.min(...cube)) / 2;
+  const isGrey = Math.max(...cube) - Math.min(...cube) < Math.max(...cube) / 5;
+  return isGrey ? 7 : cube.reduce((sum, part, at) => sum + (part > middle ? 1 << at : 0), 0);
 }
 
 /** A log of an attempt. Its pages are loaded from the last one backwards, and kept. */
@@ -10103,12 +10156,22 @@ class Log {
   }
 
   async loadEarlier(pages) {
-    for (const to = Math.max(1, this.lowest - pages); this.lowest > to; this.lowest -= 1) {
-      await this.loadPage(this.lowest - 1);
+    const to = Math.max(1, this.lowest - pages);
+    let problem = "";
+    this.earlier.inert = true;
+    try {
+      for (; this.lowest > to; this.lowest -= 1) {
+        this.count.textContent = `Loading, ${plural(this.lowest - to, "page")} to go`;
+        await this.loadPage(this.lowest - 1);
+      }
+    } catch ({message}) {
+      problem = message;
     }
+    this.earlier.inert = false;
     const below = this.box.scrollHeight - this.box.scrollTop;
     this.draw();
     this.box.scrollTop = this.box.scrollHeight - below;
+    if (problem) this.count.textContent = problem;
   }
 
   /** Loads new lines, and at first as many pages as FEW_LINES or the target need. */
@@ -10288,7 +10351,7 @@ async function showImage(url, into) {
 function artifactRow(row, attempt) {
   const {content, postprocess_error: problem, content_kind: kind} = row;
   const text = problem ? `(${problem.detail || "cannot be shown"})` : String(content);
-  const value = h("td", null, h("pre", null, text));
+  const value = h("td", null, text ? h("pre", null, text) : h("span", {class: "dim"}, "Empty."));
   if (/^image\//.test(kind || "")) {
     const raw = `${API}/api${attempt.base}/artifacts/${encodeURIComponent(row.name)}/raw`;
     showImage(`${raw}?attempt_id=${attempt.number}`, value).catch(() => {});
@@ -10424,7 +10487,7 @@ class TaskPage {
         ["Duration", elapsed(row)],
         ["Cloned from", row.origin_pathspec && h("a",
           {class: "link", href: pathspecLink(row.origin_pathspec)}, row.origin_pathspec)],
-      ]) : note("Not there yet. It appears here when it starts."));
+      ]) : note("It is not there. If it starts, it appears here."));
     fill(this.why, ...causePanel(row.cause, row.status === "completed").map(causeAlone));
   }
 
@@ -10505,7 +10568,8 @@ function differenceValue(section, value) {
 /** A table of differences, with a column for each run. */
 function differencesTable(compared, differences, title) {
   const heads = compared.map((run) => h("th", {scope: "col"},
-    h("a", {class: "link", href: link(run.flow_id, runId(run))}, runKey(run)), " ",
+    h("a", {class: "link", href: link(run.flow_id, runId(run))},
+      run.flow_id + "/", h("wbr"), runId(run)), " ",
     badge(run.status), h("br"), longTime(run.ts_epoch)));
   const groups = Object.keys(SECTIONS).flatMap((section) => {
     const rows = differences.filter((one) => one.section === section);
@@ -10594,7 +10658,7 @@ const isList = () => names().length < 2 && !addressQuery().has("compare");
 function fail(problem) {
   if (view.signal.aborted || problem.name === "AbortError") return;
   const again = h("button", {onclick: route}, "Try again"); // so does a new connection
-  main.replaceChildren(h("h1", null, "This cannot be shown"),
+  replaceMain(h("h1", null, "This cannot be shown"),
     panel("problem", "Problem", titled("Problem", again), note(problem.message)));
 }
 
@@ -10631,6 +10695,7 @@ async function route() {
   document.title = names().join("/") || "Metaflow runs";
   byId("marked").hidden = true;
   showCrumbs();
+  main.setAttribute("aria-busy", "true");
   await openView(mine).catch(fail);
   if (mine === view && !mine.signal.aborted) focusAfter(from);
 }
@@ -10647,9 +10712,14 @@ function focusAfter(from) {
   main.focus({preventScroll: true});
 }
 
+function replaceMain(...nodes) {
+  main.replaceChildren(...nodes);
+  main.removeAttribute("aria-busy");
+}
+
 /** Shows a view, and scrolls to where it was, or to its top. */
 function showNodes(...nodes) {
-  main.replaceChildren(...nodes);
+  replaceMain(...nodes);
   if (lineInAddress() || document.activeElement === filter) return;
   scrollTo(0, scrolls.get(entry) || 0);
 }
@@ -10792,9 +10862,15 @@ addEventListener("click", ({target}) => { // a click elsewhere closes a menu
   }
 });
 
-addEventListener("mouseover", ({target}) => { // tooltips are made when they are needed
-  const node = target.closest("[data-ms]");
-  if (node) node.title = `${fullTime(Number(node.dataset.ms))}, ${ago(node.dataset.ms)}`;
+/** Makes a tooltip when it is needed. In the list, the link of a row lies over all that it has. */
+addEventListener("mousemove", ({target, clientX, clientY}) => {
+  const isRow = target.matches("#runs .nav");
+  const under = isRow ? document.elementsFromPoint(clientX, clientY).slice(1) : [target];
+  const node = under.map((one) => one.closest("[data-ms], [data-tip]")).find(Boolean);
+  const {ms, tip = ""} = node ? node.dataset : {};
+  const text = ms ? `${fullTime(Number(ms))}, ${ago(ms)}` : tip;
+  if (isRow) target.title = text;
+  else if (node) node.title = text;
 });
 
 setInterval(() => {
@@ -10843,15 +10919,16 @@ showServices();
 # `since`.
 #
 # Order of ends. The official UI looks for a log only when it hears that the attempt has ended, and
-# shows no more changes when it has heard that the run has. In the live snapshots of a feed, an
+# shows no more changes when it has heard that the run has. In the delaying snapshots of a feed, an
 # attempt has therefore not ended before its log is stored, which is waited for LOG_WAIT_SECONDS at
 # most, and a run not before RUN_END_DELAY_SECONDS after its attempts. In each poll, subscriptions
 # to tasks come before those to steps, and these before those to runs. What is fetched is never
 # delayed.
 #
-# Deletions. A row that is gone is not announced, since the official UI takes every frame for a
-# change. A page that subscribes with `"deletions": true` gets a DELETE with the key of a run that
-# does not exist any more, whatever the filters; one that is only too old to be polled is kept.
+# Exact feeds. Our own page opens its socket with `exact=true`. Nothing is delayed then, so that it
+# never takes back an end that it has fetched, and deletions are announced: a DELETE has the key of
+# a run that does not exist any more, whatever the filters; one that is only too old to be polled is
+# kept. The official UI would take such a frame for a change.
 #
 # Sockets. Only the thread of the connection (see Server) reads from and writes to a socket. Feeds
 # share nothing but the model, and have no locks. Between polls the thread waits for messages. It
@@ -11008,15 +11085,15 @@ def without_end(row: Row) -> Row:
 class Snapshot:
     """The model at one moment; what several resources need is computed once.
 
-    A live snapshot is for subscribers, and tells them of ends later: see "Order of ends" above.
+    A delaying snapshot tells of ends later, for subscribers: see "Order of ends" above.
     """
 
     def __init__(self, model: Model, last_running: dict[Ids, float] | None = None) -> None:
-        """`last_running`: makes it live; when runs were last shown as running, by the monotonic
+        """`last_running`: makes it delay; when runs were last shown as running, by the monotonic
         clock, which is updated here and handed on to the next snapshot."""
         self.model = model
         self.now = model.clock()
-        self.is_live = last_running is not None
+        self.delays_ends = last_running is not None
         self._last_running = {} if last_running is None else last_running
         self._runs: dict[Ids, RunRow | None] = {}
         self._tasks: dict[Ids, list[AttemptRow]] = {}
@@ -11064,13 +11141,13 @@ class Snapshot:
         return not all(task["is_log_stored"] for task in tasks)
 
     def _delay_attempt_end(self, row: AttemptRow) -> AttemptRow:
-        """An attempt, in a live snapshot without its end while its log is expected."""
+        """An attempt, in a delaying snapshot without its end while its log is expected."""
         is_early = not row["is_log_stored"] and self._has_ended_within(LOG_WAIT_SECONDS, row)
-        return without_end(row) if self.is_live and is_early else row
+        return without_end(row) if self.delays_ends and is_early else row
 
     def _delay_run_end(self, row: RunRow) -> RunRow:
-        """A run, in a live snapshot without its end until a while after those of its attempts."""
-        if not self.is_live:
+        """A run, in a delaying snapshot without its end until a while after its attempts'."""
+        if not self.delays_ends:
             return row
         ids, now = run_row_ids(row), time.monotonic()
         # The attempts are only read if the end of one may be delayed.
@@ -11446,15 +11523,15 @@ def read_step_artifacts(snapshot: Snapshot, query: Query, ids: Ids) -> Rows:
 def read_artifacts(snapshot: Snapshot, query: Query, ids: Ids) -> Rows:
     """The artifacts of an attempt of a task.
 
-    They have their values if `postprocess=true`, and for subscribers always: the official UI does
-    not ask for them then, but shows them. With `inherited=true`, each says whether a task before
-    has had the same.
+    They have their values if `postprocess=true`, and always for subscriptions of the official UI,
+    which does not ask for them then, but shows them. With `inherited=true`, each says whether a
+    task before has had the same.
     """
     model, rows = snapshot.model, snapshot.model.artifacts.rows(ids, parse_attempt(query))
     found = select_rows(rows, query, UI_ARTIFACT_COLUMNS)  # here, as the rest takes long
     if first_value(query, "inherited") == "true":
         model.artifacts.mark_inherited(found, model.graphs.tasks_before(ids))
-    has_values = snapshot.is_live or first_value(query, "postprocess") == "true"
+    has_values = snapshot.delays_ends or first_value(query, "postprocess") == "true"
     return map(model.artifacts.with_value, found) if has_values else found
 
 
@@ -11845,7 +11922,8 @@ VERDICT_LAG_SECONDS = RUN_HEARTBEAT_CUTOFF + 60
 FAR_FUTURE = 1e11
 """Epoch seconds that are not worth calculating with."""
 
-MOST_SUBSCRIPTIONS = 256
+MOST_SUBSCRIPTIONS = 2048
+"""The official UI has one for each run of its list, which grows as one scrolls."""
 
 Frame = Mapping[str, object]
 
@@ -11854,12 +11932,12 @@ class Subscription:
     """A resource that a page follows, and what the page knows of it."""
 
     def __init__(
-        self, uuid: str, resource: str, since: float, wants_deletions: bool = False
+        self, uuid: str, resource: str, since: float, tells_deletions: bool = False
     ) -> None:
         """`resource`: a path without /api, and a query; HttpError if there is no such resource.
 
         `since`: epoch seconds; the first poll announces rows that have changed after that.
-        `wants_deletions`: whether deletions are announced as well.
+        `tells_deletions`: whether deletions are announced as well.
         """
         path, _, query = resource.partition("?")
         segments = [urllib.parse.unquote(segment) for segment in path.split("/")[1:]]
@@ -11870,7 +11948,7 @@ class Subscription:
         self._query: Query = urllib.parse.parse_qsl(query, keep_blank_values=True)
         self._ids = object_ids(*names)
         self._since_ms = since * 1000
-        self._wants_deletions = wants_deletions
+        self._tells_deletions = tells_deletions
         self._is_first_poll = True
         self._version: object = None  # of the resource at the last poll
         self._fingerprints: dict[tuple[Any, ...], int] = {}  # of rows as last announced, by key
@@ -11890,7 +11968,7 @@ class Subscription:
         if version is not None and version == self._version:
             return []
         rows = select_rows(resource.read_rows(*arguments), self._query, resource.columns)
-        existing = set(resource.existing_keys(*arguments) if self._wants_deletions else ())
+        existing = set(resource.existing_keys(*arguments) if self._tells_deletions else ())
         # All is read now; only then may a row count as announced.
         frames = [*filter(None, map(self._announce, rows)), *self._announce_deletions(existing)]
         self._version = version
@@ -11936,11 +12014,12 @@ def last_change_ms(row: Mapping[str, Any]) -> float:
 class Feed:
     """What a page is sent over its socket, all of it by one thread; see "Feed" above."""
 
-    def __init__(self, model: Model, websocket: WebSocket) -> None:
+    def __init__(self, model: Model, websocket: WebSocket, is_exact: bool) -> None:
         self._model = model
         self._websocket = websocket
+        self._is_exact = is_exact
         self._subscriptions: dict[str, Subscription] = {}  # by uuid
-        self._last_running: dict[Ids, float] = {}  # see Snapshot
+        self._last_running: dict[Ids, float] | None = None if is_exact else {}  # see Snapshot
         self._snapshot = Snapshot(model, self._last_running)
         self._unpolled: list[Subscription] = []  # for the current snapshot; the last is the next
         self._next_poll = 0.0
@@ -12021,8 +12100,7 @@ class Feed:
         if isinstance(since, (int, float)) and abs(since) < FAR_FUTURE:
             begin = min(begin, since - VERDICT_LAG_SECONDS)
         try:
-            wants_deletions = message.get("deletions") is True
-            self._subscriptions[uuid] = Subscription(uuid, resource, begin, wants_deletions)
+            self._subscriptions[uuid] = Subscription(uuid, resource, begin, self._is_exact)
             self._next_poll, self._runs_version = 0.0, None
         except HttpError:
             logger().debug("a page subscribes to %r, which does not exist", resource)
@@ -12048,7 +12126,8 @@ class Feed:
 @ui_route("GET", "/api/ws")
 def ui_feed(model: Model, request: Request) -> Upgrade:
     """The socket over which a page subscribes to resources."""
-    return upgrade_to_websocket(request, lambda websocket: Feed(model, websocket).run())
+    is_exact = first_value(request.query, "exact") == "true"
+    return upgrade_to_websocket(request, lambda websocket: Feed(model, websocket, is_exact).run())
 
 
 # -- search in a run -------------------------------------------------------------------------------

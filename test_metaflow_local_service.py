@@ -6126,6 +6126,10 @@ class WalkedFlow(FlowSpec):
         for percent in (0, 50, 100):
             sys.stderr.write(f"\\r{percent}% done")
         sys.stderr.write("\\n\\x1b[31mred\\x1b[0m plain\\n")
+        sys.stderr.write("\\x1b[38;5;1mone\\x1b[0m \\x1b[48;2;0;1;31mtwo")
+        sys.stderr.write("\\x1b[38;2;0;128;255mthree\\n")
+        link = "\\x1b]8;;%s\\x1b\\\\"
+        sys.stderr.write(link % "https://example.org" + "link" + link % "" + " and \\x07text\\n")
         self.numbers = list(range(30))
         self.next(self.work, foreach="numbers")
     @step
@@ -6181,7 +6185,9 @@ def test_the_graph_shows_which_way_a_run_went_and_how_far(
         "join": "not reached",
         "end": "not reached",
     }.items():
-        expect(tab.locator(f".node[data-step={step}]")).to_contain_text(text)
+        node = tab.locator(f".node[data-step={step}]")
+        expect(node).to_contain_text(text)
+        expect(node).to_have_attribute("title", re.compile(f"^{step}: .*{text}"))
     expect(tab.locator("#dag path.back")).to_have_count(1)
     expect(tab.locator("#dag text")).to_have_text(["big", "small", "no", "yes"])
     tab.locator(".node[data-step=work]").click()
@@ -6221,12 +6227,15 @@ def test_the_tasks_of_a_foreach_are_searched_sorted_and_only_the_failed_shown(
     box.fill("square:81")
     expect(work).to_have_count(1)
     expect(tab.locator("#timeline a.nav")).to_have_count(1)
+    expect(tab.locator("#timeline .title [role=status]")).to_have_text("1 task")
     box.fill("")
     tab.get_by_label("Only failed").check()
     expect(tab.locator("#timeline a.nav")).to_have_count(1)
     tab.get_by_label("Only failed").uncheck()
-    tab.get_by_label("Order of tasks").select_option("longest")
     bars = "rows => rows.map(row => row.querySelector('.bar').style.cssText.match(/[\\d.]+/g))"
+    begun = [float(begin) for begin, _ in work.evaluate_all(bars)]
+    assert len(begun) > 20 and begun == sorted(begun)
+    tab.get_by_label("Order of tasks").select_option("longest")
     times = [round(float(end) - float(begin), 6) for begin, end in work.evaluate_all(bars)]
     assert len(times) > 20 and times == sorted(times, reverse=True)
 
@@ -6240,6 +6249,11 @@ def test_logs_are_shown_as_a_terminal_does_searched_and_linked_to(
     expect(err.first).to_have_text("100% done")
     expect(err.nth(1)).to_have_text("red plain")
     expect(err.nth(1).locator(".c1")).to_have_text("red")
+    expect(err.nth(2)).to_have_text("one twothree")
+    for colour, text in ((".c1", "one"), (".c6", "three")):  # of 256 and of 2^24 colours
+        expect(err.nth(2).locator(colour)).to_have_text(text)
+    expect(err.nth(2).locator(".bold")).to_have_count(0)
+    expect(err.nth(3)).to_have_text("link and text")
     lines = tab.locator("#log-out .line")
     expect(lines).to_have_count(1100)
     tab.get_by_role("button", name="Load earlier lines").click()
@@ -6333,7 +6347,7 @@ def test_a_run_is_deleted_from_its_menu_and_from_all_pages(
 
 FILTERED = {
     "AlphaTrain": {"tags": ["experiment", "lr=0.1"], "user_name": "ada"},
-    "AlphaScore": {"tags": ["two words"], "user_name": "bob"},
+    "AlphaScore": {"tags": ["two words", 'with"quote'], "user_name": "bob"},
     "Beta": {
         "tags": [],
         "user_name": "ada",
@@ -6368,6 +6382,7 @@ def filtered_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         ("flow:alpha -flow:score", ["AlphaTrain"]),
         ("flow:beta,score", ["Beta", "AlphaScore"]),
         ('tag:"two words"', ["AlphaScore"]),
+        ('tag:"with"quote"', ["AlphaScore"]),
         ("tag:exper user:AD", ["AlphaTrain"]),
         ("-user:ada", ["AlphaScore"]),
         ("project:fra branch:test.", ["Beta"]),
@@ -6456,6 +6471,108 @@ def test_ordinary_tags_leave_the_columns_whole(tab: BrowserPage, cli: Cli, daemo
     expect(row).to_contain_text("barbara")
     assert row.bounding_box()["height"] < 50, "nothing of it wraps"
     assert tab.locator("#runs").bounding_box()["width"] > 1500
+
+
+@browser
+@pytest.mark.parametrize("width", [800, 1150, 1400])
+def test_long_names_leave_room_for_the_cause(
+    tab: BrowserPage, cli: Cli, daemon: Api, width: int
+) -> None:
+    name = "AFlowWithANameThatGoesOnForAsLongAsAnyoneMayEverWantToType"
+    project = ["project:fraud_detection_of_all_of_europe", "project_branch:user.somebody"]
+    run = daemon.new_run(
+        daemon.new_flow(name), user_name="somebody.or.other@example.org", system_tags=project
+    )
+    task = daemon.new_task(daemon.new_step(run, "end"))
+    end_task(daemon, task, is_ok="False")
+    store_log(cli.folder / ".metaflow", task)
+    tab.set_viewport_size({"width": width, "height": 800})
+    visit(tab, daemon.url)
+    cause = run_row(tab, name).locator(".why")
+    expect(cause).to_be_in_viewport(ratio=1)
+    assert cause.bounding_box()["width"] > 80
+    scrolled = (
+        "[...document.querySelectorAll('.scrolled')].some(n => n.scrollWidth > n.clientWidth)"
+    )
+    assert not tab.evaluate(scrolled)
+
+
+def hover(page: BrowserPage, place: Any) -> str | None:
+    """The tooltip at a place in the list, over which lies the link of its row."""
+    box = place.bounding_box()
+    x, y = box["x"] + 4, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    found: str | None = page.evaluate("([x, y]) => document.elementFromPoint(x, y).title", [x, y])
+    return found
+
+
+@browser
+def test_the_list_has_tooltips(tab: BrowserPage, filtered_runs: str) -> None:
+    visit(tab, filtered_runs)
+    row = run_row(tab, "Beta")
+    assert re.search(r"\d{4}, \d\d:\d\d:\d\d .* ago$", hover(tab, row.locator("time").first) or "")
+    assert hover(tab, row.locator(".project")) == "fraud / test.branch"
+    assert hover(tab, row.locator(".badge")) == ""
+
+
+@browser
+def test_marks_outlive_filters_but_not_the_run(tab: BrowserPage, cli: Cli, daemon: Api) -> None:
+    runs = [daemon.new_run(daemon.new_flow(flow)) for flow in ("First", "Second", "Third")]
+    for run in runs:
+        complete_run(cli, daemon, run)
+    marked = tab.locator("#marked")
+    visit(tab, daemon.url)
+    for flow in ("First", "Second", "Third"):
+        tab.locator("#filter").fill(f"flow:{flow}")
+        expect(run_row(tab, flow)).to_be_visible()
+        expect(tab.locator("#runs tr[data-run]")).to_have_count(1)
+        run_row(tab, flow).get_by_role("checkbox").check()
+    expect(marked).to_contain_text("3 runs marked")
+    assert daemon.request("DELETE", runs[0]).status == 200
+    expect(marked).to_contain_text("2 runs marked")
+    marked.get_by_role("button", name="Compare").click()
+    expect(tab).to_have_url(re.compile("compare=Second.*compare=Third"))
+
+
+@browser
+def test_on_a_slow_connection_the_page_says_that_it_is_loading(
+    tab: BrowserPage, seen_run: Seen
+) -> None:
+    visit(tab, seen_run.home)
+    connection = tab.context.new_cdp_session(tab)
+
+    def delay_answers(milliseconds: int) -> None:
+        speed = {"offline": False, "downloadThroughput": -1, "uploadThroughput": -1}
+        order = "Network.emulateNetworkConditions"
+        connection.send(order, {**speed, "latency": milliseconds})
+
+    connection.send("Network.enable")
+    delay_answers(4000)
+    run_row(tab, "SeenFlow").click()
+    expect(tab.locator("#main")).to_have_attribute("aria-busy", "true")
+    expect(task_rows(tab, "start")).to_be_visible()
+    expect(tab.locator("#main")).not_to_have_attribute("aria-busy", "true")
+    tab.goto(f"{seen_run.home}?q=nothing")
+    expect(tab.locator("#runs")).to_contain_text("Loading")
+    delay_answers(0)
+    expect(tab.locator("#runs")).to_contain_text("No run matches")
+
+
+@browser
+def test_earlier_lines_that_cannot_be_loaded_are_asked_for_again(
+    chromium: Browser, walked_run: str
+) -> None:
+    with new_page(chromium, permitted="ERR_FAILED") as page:
+        open_task(page, walked_run, "fan")
+        lines = page.locator("#log-out .line")
+        expect(lines).to_have_count(1100)
+        page.route("**/logs/out?**", lambda route: route.abort())
+        page.get_by_role("button", name="Load all").click()
+        expect(page.locator("#log-out [role=status]")).to_have_text("The service does not answer.")
+        page.unroute("**/logs/out?**")
+        page.get_by_role("button", name="Load all").click()
+        expect(lines).to_have_count(2100)
+        expect(page.locator("#log-out [role=status]")).to_have_text("")
 
 
 @browser
@@ -7466,14 +7583,12 @@ def test_a_run_appears_moves_and_ends_on_a_page(ui: Api) -> None:
         assert page.frame()["data"]["tags"] == ["new"]
 
 
-def test_deletions_are_sent_to_pages_that_ask_for_them(
-    store: mls.Store, ui: Api, tmp_path: Path
-) -> None:
+def test_deletions_are_sent_over_exact_sockets(store: mls.Store, ui: Api, tmp_path: Path) -> None:
     flow = ui.new_flow()
     gone, kept = ui.new_run(flow), ui.new_run(flow)
-    with Page(ui) as page, Page(ui) as official:
+    with Page(ui, "/api/ws?exact=true") as page, Page(ui) as official:
         for resource in ("/runs", gone, kept):
-            page.subscribe(resource, uuid=resource, deletions=True)
+            page.subscribe(resource, uuid=resource)
         official.subscribe("/runs")
         assert {page.frame()["type"] for _ in range(4)} == {"INSERT", "UPDATE"}
         assert [official.frame()["type"] for _ in range(2)] == ["INSERT", "INSERT"]
@@ -7549,6 +7664,23 @@ def test_an_end_is_sent_once_the_log_is_stored_and_the_run_last(
         for frame in frames:
             assert frame["data"]["status"] == "completed"
             assert frame["data"]["finished_at"] is not None
+
+
+def test_an_exact_socket_tells_of_ends_at_once(store: mls.Store, ui: Api) -> None:
+    run = ui.new_run(ui.new_flow())
+    task = ui.new_task(ui.new_step(run, "end"))
+    with Page(ui, "/api/ws?exact=true") as page:
+        for part in ("", "/tasks"):
+            page.subscribe(run + part, uuid=part)
+        for _ in range(2):
+            assert page.frame()["data"]["status"] in ("running", "pending")
+        end_task(ui, task)
+        told = [page.frame()["data"] for _ in range(2)]
+        assert [row["status"] for row in told] == ["completed", "completed"]
+        assert told[0]["is_log_stored"] is False
+        store_log(store.folder, task)
+        told = [page.frame()["data"]]
+        assert (told[0]["status"], told[0]["is_log_stored"]) == ("completed", True)
 
 
 def test_an_end_is_sent_after_a_while_also_without_a_log(
@@ -7639,6 +7771,16 @@ def test_an_invalid_message_is_ignored(empty: Api, message: str) -> None:
         page.send(message)
         page.send("__ping__")
         assert page.text() == "__pong__"
+
+
+def test_the_official_ui_may_subscribe_to_each_run_of_a_long_list(ui: Api) -> None:
+    run = ui.new_run(ui.new_flow())
+    with Page(ui) as page:
+        for number in range(1000):
+            page.subscribe(f"{run}/metadata?step_name=start", str(number))
+        ui.new_task(ui.new_step(run))
+        page.subscribe("/runs", "last")
+        assert page.frame()["uuid"] == "last"
 
 
 def test_a_page_that_subscribes_without_end_is_cut_off(
