@@ -8250,11 +8250,14 @@ kbd {
     padding: 10px 12px;
     border-bottom: var(--edge);
   }
-  #runs tbody :is(td, th) { padding: 0; border: 0; }
+  #runs tbody :is(td, th) { padding: 0; border: 0; background: none; }
   #runs td:empty { display: none; }
   #runs tbody .mark { width: auto; margin-left: -5px; padding: 0; }
   #runs :is(.flow-name, .name) { max-width: 100%; white-space: normal; overflow-wrap: anywhere; }
   #runs .flow-name { flex: 1 0 45%; }
+  #runs .value::before { content: attr(data-name) " = "; color: var(--dim); }
+  #runs tbody .group { background: var(--raised); }
+  #runs .group th { white-space: normal; overflow-wrap: anywhere; }
   #runs .details { flex: 1 0 100%; width: 100%; max-width: 100%; }
   #runs .details .tags { flex-wrap: wrap; }
 }
@@ -8617,10 +8620,14 @@ function showLive(state) {
   byId("live").dataset.state = byId("live").textContent = state;
 }
 
-/** Draws once for many frames, or at once in a hidden tab, where browsers delay timers. */
+const unthrottled = new MessageChannel();
+unthrottled.port1.onmessage = drawNow;
+
+/** Draws once for many frames. In a hidden tab, where browsers delay timers, it does without. */
 function drawSoon() {
-  if (document.hidden) view.draw();
-  else if (!live.redraw) live.redraw = setTimeout(drawNow, 200);
+  if (live.redraw) return;
+  live.redraw = document.hidden ? -1 : setTimeout(drawNow, 200);
+  if (document.hidden) unthrottled.port2.postMessage(null);
 }
 
 function drawNow() {
@@ -8995,7 +9002,7 @@ function clearMarks() {
 function parameterCell(entry, name) {
   const known = entry.parameters && entry.parameters[name];
   const text = known ? JSON.stringify(known.value) : "";
-  return cell(text ? code(text) : "", {class: "value", "data-tip": text});
+  return cell(text ? code(text) : "", {class: "value", "data-name": name, "data-tip": text});
 }
 
 function runRow(entry, columns) {

@@ -6535,6 +6535,44 @@ def test_marks_outlive_filters_but_not_the_run(tab: BrowserPage, cli: Cli, daemo
 
 
 @browser
+def test_a_narrow_list_names_the_parameters_that_it_shows(tab: BrowserPage, seen_run: Seen) -> None:
+    tab.set_viewport_size({"width": 400, "height": 800})
+    visit(tab, f"{seen_run.home}?columns=text")
+    value = run_row(tab, "SeenFlow").locator(".value")
+    expect(value).to_have_text(json.dumps(HOSTILE))
+    assert "text" in value.evaluate("node => getComputedStyle(node, '::before').content")
+
+
+@browser
+def test_a_hidden_tab_draws_once_for_many_frames(tab: BrowserPage, filtered_runs: str) -> None:
+    tab.add_init_script(
+        "const Real = WebSocket; window.WebSocket = class extends Real {"
+        "constructor(url) { super(url); window.opened = this; } };"
+    )
+    visit(tab, filtered_runs)
+    client = Api(filtered_runs)
+    row = client.get("/api/runs").json["data"][0]
+    client.close()
+    draws = tab.evaluate(
+        """async (row) => {
+          Object.defineProperty(document, "hidden", {value: true});
+          const real = getComputedStyle; // which a view asks for a colour when it is drawn
+          let draws = 0;
+          window.getComputedStyle = (...of) => (draws += 1, real(...of));
+          for (let number = 0; number < 50; number += 1) {
+            const data = {...row, run: `other${number}`};
+            opened.onmessage({data: JSON.stringify({type: "INSERT", uuid: "page-1", data})});
+          }
+          while (!draws) await new Promise((resolve) => setTimeout(resolve, 10));
+          return draws;
+        }""",
+        row,
+    )
+    assert draws == 1
+    expect(tab.locator("#runs tr[data-run]")).to_have_count(53)
+
+
+@browser
 def test_on_a_slow_connection_the_page_says_that_it_is_loading(
     tab: BrowserPage, seen_run: Seen
 ) -> None:
