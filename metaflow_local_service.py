@@ -6023,6 +6023,15 @@ def remove_tree(above: int, name: str) -> None:
         os.rmdir(name, dir_fd=above)
 
 
+def remove_path(path: DatastorePath) -> None:
+    """The same for a path; an OSError names it, and not what is somewhere below it."""
+    try:
+        with contextlib.suppress(FileNotFoundError), open_path(path[:-1]) as above:
+            remove_tree(above, path[-1])
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "/".join(path)) from None
+
+
 def remove_entry(folder: int, name: str) -> bool:
     """Remove a file or link if there is one, and return whether there was."""
     try:
@@ -6541,27 +6550,32 @@ class Retention:
                 raise
         return (self._folder, flow, META_DIR)
 
-    def finish_deletions(self) -> None:
-        """Finish the deletions that other processes have left unfinished."""
-        flows = self.flow_folders()
+    def finish_deletions(self) -> list[str]:
+        """Finish the deletions that are unfinished; returns, as sentences, what cannot be removed.
+
+        That may be files which another user has written, as a container does; the rest goes on.
+        """
+        flows, failures = self.flow_folders(), []
         for trash in ((self._folder, TRASH_DIR), *((self._folder, f, META_DIR) for f in flows)):
             with contextlib.suppress(FileNotFoundError):
                 with open_path(trash) as folder:
                     names = [n for n in os.listdir(folder) if n.startswith(TRASH_ENTRY)]
                 for name in names:
-                    self._finish_deletion(trash, name)
+                    try:
+                        self._finish_deletion(trash, name)
+                    except OSError as error:
+                        failures.append(f"{error.filename} cannot be removed: {error.strerror}")
         for flow in flows:
             self._set_latest_run(flow)
+        return failures
 
     def _finish_deletion(self, trash: DatastorePath, entry: str) -> None:
         """Remove the cards of a run that is in the trash, and then its trash entry."""
-        with contextlib.suppress(FileNotFoundError), open_path(trash) as folder:
-            ids = self._read_deleted_ids((*trash, entry))
-            if ids is not None and not self._has_folder(*ids):
-                for path in self._card_paths(ids):
-                    with contextlib.suppress(FileNotFoundError), open_path(path[:-1]) as above:
-                        remove_tree(above, path[-1])
-            remove_tree(folder, entry)
+        ids = self._read_deleted_ids((*trash, entry))
+        if ids is not None and not self._has_folder(*ids):
+            for path in self._card_paths(ids):
+                remove_path(path)
+        remove_path((*trash, entry))
 
     def _read_deleted_ids(self, path: DatastorePath) -> Ids | None:
         """The ids of a run, from the record in its trash entry; None if there is none."""
@@ -16446,7 +16460,8 @@ def do_gc(arguments: Arguments) -> None:
     arguments.flow = resolve_flow(model, arguments.flow)
     with explained_failures():
         if not arguments.dry_run:
-            retention.finish_deletions()
+            for sentence in retention.finish_deletions():
+                print_notice(sentence)
         chosen = choose_runs(retention, arguments)
         kept = retention.reasons_to_stay(chosen)
         going = [ids for ids in chosen if ids not in kept]

@@ -4634,6 +4634,34 @@ def test_a_run_is_deleted_where_no_folder_can_be_made(
     assert os.listdir(Path(store.folder, "Flow", "_meta")) == ["_self.json"]
 
 
+def test_what_cannot_be_removed_is_named_and_holds_up_nothing_else(
+    store: mls.Store, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [create_ended_run(api) for _ in range(3)]
+    files = [next(run_folder(store, run).glob("*/*/_meta/_self.json")) for run in runs[:2]]
+    foreign = {file.stat().st_ino for file in files}  # of another user's, for example
+    unlink = os.unlink
+
+    def unlink_own(path: str, **folder: Any) -> None:
+        if os.stat(path, **folder, follow_symlinks=False).st_ino in foreign:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        unlink(path, **folder)
+
+    monkeypatch.setattr(os, "unlink", unlink_own)
+    retention = mls.Retention(mls.Model(store))
+    for run in runs[:2]:
+        with pytest.raises(PermissionError) as refused:
+            delete_runs(retention, [run])
+        assert f"/{mls.TRASH_DIR}/" in str(refused.value.filename)
+        assert store.run(run) is None
+    sentences = retention.finish_deletions()
+    ends = [sentence.partition(" cannot be ")[2] for sentence in sentences]
+    assert ends == ["removed: Permission denied"] * 2
+    foreign.clear()
+    assert retention.finish_deletions() == []
+    assert not any(Path(store.folder).glob("*.trash/*"))
+
+
 def test_concurrent_deletions_delete_a_run_once(store: mls.Store, api: Api) -> None:
     runs = [create_ended_run(api) for _ in range(5)]
 
