@@ -4468,10 +4468,18 @@ class Logs:
             return ProcessEnd(
                 code if isinstance(code, int) else None,
                 bool(record.get("killed")),
-                bool(record.get("success")),
+                bool(record.get("success")) and self._is_done(root, ids, number),
                 moment,
             )
         return None
+
+    def _is_done(self, root: str, ids: Ids, number: int) -> bool:
+        """Whether an attempt has stored all that it had to: its scheduler goes by the exit code,
+        which is 0 also if the step left by os._exit."""
+        with contextlib.suppress(OSError):
+            self._files.open_file(root, *ids, f"{number}.DONE.lock").close()
+            return True
+        return False
 
     def stat_folder(self, ids: Ids, attempt: int | None) -> os.stat_result | None:
         """The status of the folder that all of this is stored in, or None if there is none."""
@@ -5005,6 +5013,12 @@ HEADLINE = r" {4}(\S.*):"
 """The first line of an error that Metaflow prints without a traceback (print_metaflow_exception in
 its cli.py). The lines that follow are indented as well."""
 
+METAFLOW_MAIN = "/metaflow/cli.py"
+"""The file of the function in which Metaflow catches what nothing else has caught."""
+
+TASK_FAILED = "Task failed."
+"""The line that the scheduler writes into the log of a task that has failed."""
+
 ENDED_BY_SCHEDULER = "[KILLED BY ORCHESTRATOR]"
 """The line that the scheduler writes into the logs of running tasks when it gives the run up."""
 
@@ -5020,6 +5034,7 @@ class Raised(NamedTuple):
     file: str | None = None
     line: int | None = None
     functions: frozenset[str] = frozenset()  # all those in its traceback
+    is_from_top: bool = False  # whether nothing that called it could have caught it
 
 
 def parse_traceback(lines: Sequence[str]) -> Raised | None:
@@ -5034,8 +5049,25 @@ def parse_traceback(lines: Sequence[str]) -> Raised | None:
             frames.append((frame.group(1), int(frame.group(2)), frame.group(3) or ""))
         elif end:
             functions = frozenset(function for _, _, function in frames)
-            return Raised(end.group(1), end.group(2), *innermost_user_line(frames), functions)
+            file, _, function = frames[0] if frames else ("", 0, "")
+            is_from_top = function == "<module>" or file.endswith(METAFLOW_MAIN)
+            where = innermost_user_line(frames)
+            return Raised(end.group(1), end.group(2), *where, functions, is_from_top)
     return None
+
+
+def parse_last_words(lines: Sequence[str]) -> Raised | None:
+    """The exception that has ended a process, by what the process has written to stderr.
+
+    The last traceback may also be that of an exception that was caught and logged. Such a one
+    counts if nothing was written after it: then the process was made to exit because of it.
+    """
+    raised = parse_traceback(lines)
+    if raised is None or raised.is_from_top:
+        return raised
+    last = [line for line in lines if line.strip() and line != TASK_FAILED][-1]
+    end = re.fullmatch(TRACEBACK_END, last)
+    return raised if end and end.groups() == (raised.type, raised.message) else None
 
 
 def innermost_user_line(frames: Sequence[tuple[str, int, str]]) -> tuple[str | None, int | None]:
@@ -5072,7 +5104,10 @@ def parse_exception_wrapper(value: object) -> Raised | None:
         return None
     fields = value.state.fields()
     kind, message, trace = (fields.get(name) for name in ("type", "exception", "stacktrace"))
-    parsed = parse_traceback(trace.splitlines()) if isinstance(trace, str) else None
+    parsed = None
+    if isinstance(trace, str):
+        # The message is at its end, and may have lines that look like a traceback.
+        parsed = parse_traceback(trace.removesuffix(f"{message}\n").splitlines())
     return (parsed or Raised(None, None))._replace(
         type=kind if isinstance(kind, str) else None,
         message=message if isinstance(message, str) else None,
@@ -5260,7 +5295,7 @@ class Causes:
             return None
         stderr, end = self._logs.stderr_tail(ids, number), self._logs.process_end(ids, number)
         if raised is None and end is not None and end.return_code == UNCAUGHT_EXIT_CODE:
-            raised = parse_traceback(stderr) or parse_headline(stderr)
+            raised = parse_last_words(stderr) or parse_headline(stderr)
         if raised is None:
             has_started = row["started_at"] is not None or (end is not None and end.is_by_signal())
             kind = KILLED if has_started else NEVER_STARTED

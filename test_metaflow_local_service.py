@@ -3758,6 +3758,49 @@ def test_a_traceback_is_read_for_the_innermost_line_of_the_users_own_code(
     assert (raised and raised[:4]) == expected
 
 
+IN_STEP = ['  File "/a/flow.py", line 3, in work', "    x()"]
+FROM_FLOW = ['  File "/a/flow.py", line 9, in <module>', "    Flow()"]
+FROM_METAFLOW = ['  File "/lib/metaflow/cli.py", line 7, in main', "    start()"]
+
+
+@pytest.mark.parametrize(
+    ("frames", "after", "is_told"),
+    [
+        (IN_STEP, [], True),
+        (IN_STEP, ["", "Task failed.", ""], True),
+        (IN_STEP, ["tries again", "Task failed."], False),
+        ([*FROM_FLOW, *IN_STEP], ["Exception ignored in: <x>"], True),
+        ([*FROM_METAFLOW, *IN_STEP], ["a note"], True),
+    ],
+)
+def test_an_exception_that_was_handled_long_before_has_not_ended_a_process(
+    frames: list[str], after: list[str], is_told: bool
+) -> None:
+    lines = ["before", "Traceback (most recent call last):", *frames, "E: m", *after]
+    raised = mls.parse_last_words(lines)
+    assert (raised and raised[:4]) == (("E", "m", "/a/flow.py", 3) if is_told else None)
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        ("Traceback", '\n  File "b.py", line 5, in g\nTraceback (most recent call last):\nE: k\n'),
+        ("  + Exception Group Traceback", "two (2 sub-exceptions)"),
+        ("Traceback", ""),
+        ("Traceback", None),
+    ],
+)
+def test_a_stored_exception_has_its_message_and_the_users_line(
+    start: str, message: str | None
+) -> None:
+    lines = [f"{start} (most recent call last):", *IN_STEP, f"ValueError: {message}", ""]
+    fields = {"type": "ValueError", "exception": message, "stacktrace": "\n".join(lines)}
+    wrapper = mls.PickledObject(mls.WRAPPER_TYPE)
+    wrapper.state = mls.PickledDict(fields.items())
+    raised = mls.parse_exception_wrapper(wrapper)
+    assert raised and raised[:4] == ("ValueError", message, "/a/flow.py", 3)
+
+
 @pytest.mark.parametrize(
     ("code", "text"),
     [
@@ -3830,6 +3873,19 @@ def test_an_attempt_whose_process_was_killed_is_failed_when_its_scheduler_notice
     Path(store.folder, *ids, "0.runtime").write_text(told)
     (attempt,) = mls.Model(store).attempts.of_task(ids, time.time())
     assert attempt["status"] == "failed"
+
+
+def test_an_attempt_that_ends_with_0_is_completed_only_if_it_has_stored_all(
+    store: mls.Store, ui: Api
+) -> None:
+    task, ids = make_running_task(ui, store.folder)
+    told = json.dumps({"return_code": 0, "killed": False, "success": True})
+    Path(store.folder, *ids, "0.runtime").write_text(told)
+    (attempt,) = ui.get(f"/api{task}/attempts").json["data"]
+    assert (attempt["status"], attempt["cause"]["message"]) == ("failed", "exit code 0")
+    Path(store.folder, *ids, "0.DONE.lock").touch()
+    (attempt,) = ui.get(f"/api{task}/attempts").json["data"]
+    assert (attempt["status"], attempt["cause"]) == ("completed", None)
 
 
 @pytest.mark.parametrize("told", ["[" * 100_000, "5", '{"success": '])
