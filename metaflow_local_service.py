@@ -4252,7 +4252,7 @@ def value_text(metadatum: Metadatum) -> str:
 def metadatum_attempt(metadatum: Metadatum) -> int | None:
     """The attempt that a metadatum belongs to, by its tag `attempt_id:N`; None if it has none."""
     for tag in metadatum["tags"] or ():
-        match = re.fullmatch("attempt_id:([0-9]{1,5})", tag) if isinstance(tag, str) else None
+        match = re.fullmatch("attempt_id:([0-9]{1,5})", tag)
         if match:
             return int(match.group(1))
     return None
@@ -4705,8 +4705,7 @@ def origin_of_clone(ids: Ids, metadata: Mapping[str, object]) -> Ids | None:
         return None
     origin = (ids[0], run, ids[2], task)
     with contextlib.suppress(NotStorable):
-        for name in origin:
-            check_name(name)
+        object_folder(origin)  # which checks the names
         return origin
     return None
 
@@ -5490,7 +5489,7 @@ class Verdict(NamedTuple):
         return 300 + 160 * len(self.folders) + cause_weight(self.cause)
 
 
-def sends_heartbeats(system_tags: Sequence[object] | None) -> bool:
+def sends_heartbeats(system_tags: Tags) -> bool:
     """Whether a client with these system tags sends heartbeats, by its `metaflow_version:`.
 
     Missing system tags count as those of one that does.
@@ -5499,7 +5498,7 @@ def sends_heartbeats(system_tags: Sequence[object] | None) -> bool:
         return True
     prefix = "metaflow_version:"
     for tag in system_tags:
-        if isinstance(tag, str) and tag.startswith(prefix):
+        if tag.startswith(prefix):
             return version_has_heartbeats(tag[len(prefix) :])
     return False
 
@@ -6618,7 +6617,7 @@ class Retention:
             with open_path((*path, META_DIR)) as folder:
                 record = json.loads(read_entry(folder, SELF_FILE))
             ids = (str(record["flow_id"]), str(record["run_number"]))
-            list(map(check_name, ids))
+            object_folder(ids)  # which checks the names
             return ids
         return None
 
@@ -6652,8 +6651,7 @@ class Retention:
     def _has_folder(self, *names: str) -> bool:
         """Whether the .metaflow has a folder of these names, which may not be valid names."""
         with contextlib.suppress(NotStorable):
-            list(map(check_name, names))
-            return os.path.lexists("/".join((self._folder, *names)))
+            return os.path.lexists(self._folder + object_folder(names))
         return False
 
     def remove_garbage(self, garbage: Garbage) -> Iterator[Usage]:
