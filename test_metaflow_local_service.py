@@ -4664,14 +4664,21 @@ def test_cards_are_found_in_the_root_alone_where_no_other_can_be_noted(
 # -- deleting where that is difficult --------------------------------------------------------------
 
 
+def fill(disk: Path) -> Path:
+    """Fill a disk, and return the file that does."""
+    ballast = disk / "ballast"
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as f:
+        while True:
+            f.write(b"x" * 4096)
+    return ballast
+
+
 def test_a_run_is_deleted_on_a_full_disk(disk: Path) -> None:
     with serve(mls.Store(str(disk))) as client:
         first, second = create_ended_run(client), create_ended_run(client)
         latest = disk / ".metaflow" / "Flow" / "latest_run"
         latest.write_text(second[1])
-        with contextlib.suppress(OSError), (disk / "ballast").open("wb", buffering=0) as f:
-            while True:
-                f.write(b"x" * 4096)
+        fill(disk)
         assert client.request("DELETE", f"/flows/Flow/runs/{second[1]}").status == 200
         assert latest.read_text() == first[1]
 
@@ -5546,10 +5553,7 @@ def disk(project: Path) -> Iterator[Path]:
 def test_a_full_disk_costs_single_requests(disk: Path) -> None:
     with serve(mls.Store(str(disk))) as client:
         task = client.new_task_of_its_own()
-        ballast = disk / "ballast"
-        with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as f:
-            while True:
-                f.write(b"x" * 4096)
+        ballast = fill(disk)
         run = task.split("/steps/")[0]
         for reply in (
             client.post(f"{task}/metadata", [metadatum("field")] * 3),
