@@ -271,7 +271,7 @@ def read_configuration(path: str) -> dict[str, object]:
     try:
         with open(path, encoding="utf-8") as f:
             configuration = json.load(f)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return configuration if isinstance(configuration, dict) else {}
 

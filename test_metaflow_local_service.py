@@ -765,7 +765,9 @@ def test_the_most_direct_setting_of_the_root_wins(
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"\xff", b'{"METAFLOW_DATASTORE_SYSROOT_LOCAL": 5}']
+    "content",
+    [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b'{"METAFLOW_DATASTORE_SYSROOT_LOCAL": 5}'],
+    ids=["empty", "half", "a list", "no text", "nested", "a number"],
 )
 def test_an_invalid_configuration_is_ignored(project: Path, content: bytes) -> None:
     (project / "config.json").write_bytes(content)
