@@ -6735,8 +6735,9 @@ class Retention:
 # This layer knows nothing of sockets and processes. A Router is a table from method and path to a
 # handler; a handler is declared by `route(method, template)` right above it, takes the model, the
 # Request and the segments in the template's braces, and returns a Response. It may raise HttpError,
-# BadQuery, StoreError and OSError: `MetadataService.answer` alone turns these into a status, and so
-# a handler does not catch them. The body of an error is always `{"message": sentence}`.
+# BadQuery, StoreError and OSError, which `MetadataService.answer` turns into a status; a handler
+# only catches one that has another status there. The body of an error is always
+# `{"message": sentence}`.
 #
 # The answers are those of Metaflow's own service wherever that is sane, oddities included; where
 # one is an oddity, a comment says so. Lists go through `paginate`, whatever they are of.
@@ -11140,8 +11141,8 @@ class Snapshot:
     """
 
     def __init__(self, model: Model, last_running: dict[Ids, float] | None = None) -> None:
-        """`last_running`: makes it delay; when runs were last shown as running, by the monotonic
-        clock, which is updated here and handed on to the next snapshot."""
+        """`last_running`: if given, the snapshot delays ends. It holds when each run was last shown
+        as running, by the monotonic clock, and goes on from one such snapshot to the next."""
         self.model = model
         self.now = model.clock()
         self.delays_ends = last_running is not None
@@ -12527,7 +12528,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.refuses_strangers = False  # whether other users get 403; set by `serve`
         self.is_closing = False
         self._acceptor: threading.Thread | None = None
-        self._is_open = threading.Event()  # set once there is a service to answer requests
+        self.is_open = threading.Event()  # set once there is a service to answer requests
         self._connections: dict[Connection, float] = {}  # each with its deadline
         self._busy: set[Connection] = set()  # those in the middle of a request
         self._pages: set[Connection] = set()  # those that have been upgraded to a WebSocket
@@ -12580,7 +12581,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.service = service
         self.refuses_strangers = self.access.credentials is None and tells_owners(self.socket)
         self._last_request = time.monotonic()
-        self._is_open.set()
+        self.is_open.set()
         if self._acceptor is None:
             self.accept()
         while not select.select([self._wake_reader], [], [], tick or TICK_SECONDS)[0]:
@@ -12612,10 +12613,6 @@ class Server(http.server.ThreadingHTTPServer):
         delivered the signal to another thread.
         """
         signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
-
-    def wait_until_open(self) -> None:
-        """Return when there is a service to answer requests."""
-        self._is_open.wait()
 
     def service_or_refusal(self) -> MetadataService | BrokenService:
         """The service that answers requests; HttpError 503 if the owner refuses them."""
@@ -12839,7 +12836,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         try:
             response: Response | Upgrade | None = self._obey()
             if response is None:
-                self.server.wait_until_open()
+                self.server.is_open.wait()
                 request = self._request()
                 self.server.note_answering(self)
                 response = self.server.service_or_refusal().answer(request)
@@ -14397,7 +14394,6 @@ class Daemon:
         self._lease: LockedFile | None = None
         self._idle_timeout = options.idle_timeout
         self._missing_since: float | None = None
-        self._is_open = threading.Event()  # set when Metaflow is imported and requests are answered
         self._dependents: dict[int, int] = {}  # the pidfds of processes that it stays for
         self._dependents_lock = threading.Lock()
         self._server.owner = self
@@ -14415,7 +14411,6 @@ class Daemon:
         self._server.accept()
         threading.Thread(target=self._watch_while_importing, daemon=True).start()
         service = self._make_service()
-        self._is_open.set()
         tick = min(TICK_SECONDS, self._idle_timeout or TICK_SECONDS)
         self._server.serve(service, self._is_wanted, tick)
         signal.set_wakeup_fd(-1)  # `finish` closes the descriptor that signals are written to
@@ -14490,7 +14485,7 @@ class Daemon:
 
     def _watch_while_importing(self) -> None:
         """End if the folder goes before Metaflow is imported, which can take a minute."""
-        while not self._is_open.wait(IMPORT_TICK_SECONDS):
+        while not self._server.is_open.wait(IMPORT_TICK_SECONDS):
             if self._is_gone():
                 # Only the main thread stops the server, which it may have begun to close.
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -14595,7 +14590,7 @@ class Daemon:
 
     def _stop(self, *_: object) -> None:
         """End, at once if no request has been answered yet; also a signal handler."""
-        if not self._is_open.is_set():
+        if not self._server.is_open.is_set():
             self._server.socket.close()  # so that the port is free when the pidfile is gone
             self._unregister()
             os._exit(0)
@@ -15152,7 +15147,7 @@ def leased_service(arguments: Arguments) -> Iterator[tuple[Service, LockedFile]]
 
 
 def ensure_wanted_service(arguments: Arguments, options: Options) -> tuple[Service, bool]:
-    """See `ensure_service`; this also says what differs from what is wanted without doing harm."""
+    """See `ensure_service`; this also says what is not as wanted, but does no harm."""
     service, is_new = ensure_service(options)
     mention_version(service)
     mention_idle_timeout(service, arguments.idle_timeout)
@@ -15160,7 +15155,7 @@ def ensure_wanted_service(arguments: Arguments, options: Options) -> tuple[Servi
 
 
 def mention_version(service: Service) -> None:
-    """Say if a service is outdated, which is in use, or it would have been replaced."""
+    """Say if a service is outdated: it is in use then, or it would have been replaced."""
     if is_outdated(service):
         print_notice(
             f"the service at {service.url} is of another version, {service.version}, and goes on "
