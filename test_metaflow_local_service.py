@@ -6569,9 +6569,9 @@ def test_long_names_leave_room_for_the_cause(
     tab: BrowserPage, cli: Cli, daemon: Api, width: int
 ) -> None:
     name = "AFlowWithANameThatGoesOnForAsLongAsAnyoneMayEverWantToType"
-    project = ["project:fraud_detection_of_all_of_europe", "project_branch:user.somebody"]
+    tags = ["project:fraud_detection_of_all_of_europe", "project_branch:user.somebody"]
     run = daemon.new_run(
-        daemon.new_flow(name), user_name="somebody.or.other@example.org", system_tags=project
+        daemon.new_flow(name), user_name="somebody.or.other@example.org", system_tags=tags
     )
     task = daemon.new_task(daemon.new_step(run, "end"))
     end_task(daemon, task, is_ok="False")
