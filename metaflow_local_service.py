@@ -14922,7 +14922,11 @@ def run_start_command(root: str, options: Sequence[str]) -> None:
             stderr=subprocess.PIPE,
             timeout=START_SECONDS,
         )
-    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired:
+        raise ServiceError(
+            f"{sys.executable} has not started the service within {START_SECONDS:g} seconds."
+        ) from None
+    except (OSError, ValueError) as error:
         raise ServiceError(f"{sys.executable} cannot start the service: {error}.") from None
     if ended.returncode != 0:
         last_line = ended.stderr.decode(errors="replace").rstrip().rpartition("\n")[2]

@@ -9922,9 +9922,13 @@ def test_a_python_that_cannot_be_started_is_reported_in_one_sentence(
         "/nowhere/python": "No such file",
     }
     for executable, sentence in executables.items():
-        monkeypatch.setattr(sys, "executable", executable)
-        with pytest.raises(mls.ServiceError, match=f"^.*{sentence}.*$"):
-            mls.ensure()
+        with monkeypatch.context() as here:
+            here.setattr(sys, "executable", executable)
+            with pytest.raises(mls.ServiceError, match=f"^.*{sentence}.*$"):
+                mls.ensure()
+    monkeypatch.setattr(mls, "START_SECONDS", 0.001)
+    with pytest.raises(mls.ServiceError, match=r"^.* within 0\.001 seconds\.$"):
+        mls.ensure()
     assert all_paths(library.folder) == []
 
 
