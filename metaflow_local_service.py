@@ -7860,7 +7860,8 @@ main { padding: 22px var(--side) 72px; }
 #crumbs { flex: 1; display: flex; gap: 8px; min-width: 0; white-space: nowrap; }
 #crumbs a { overflow: hidden; text-overflow: ellipsis; }
 #crumbs a:first-child { flex: none; font-weight: 650; }
-#crumbs a + a::before { content: "/"; color: var(--dim); margin-right: 8px; }
+#crumbs a:nth-child(n + 4) { flex: none; max-width: 16ch; } /* A step and a task are short. */
+#crumbs a + a::before { content: "/" / ""; color: var(--dim); margin-right: 8px; }
 #live { color: var(--dim); font-size: 12px; white-space: nowrap; }
 #live::before {
   content: "";
@@ -8325,6 +8326,9 @@ kbd {
   .snippets { grid-template-columns: 1fr auto; }
   .snippets > .dim { grid-column: 1 / -1; }
 }
+@media (forced-colors: active) {
+  .bar, .badge::before, #live::before { forced-color-adjust: none; }
+}
 @media (prefers-reduced-motion: reduce) {
   * { animation: none !important; }
 }
@@ -8393,6 +8397,7 @@ function sync(parent, nodes) {
 }
 
 const HANDLERS = ["onclick", "onchange", "oninput", "onkeydown", "onsubmit"];
+const KEPT = ["open", "title"]; // attributes that are set later: by the reader, and for a tooltip
 
 /** Makes a node like a fresh one by changing only what differs; returns the node that is shown. */
 function patch(node, fresh) {
@@ -8405,7 +8410,7 @@ function patch(node, fresh) {
     return node;
   }
   for (const {name} of [...node.attributes]) {
-    if (!fresh.hasAttribute(name) && name !== "open") node.removeAttribute(name);
+    if (!fresh.hasAttribute(name) && !KEPT.includes(name)) node.removeAttribute(name);
   }
   for (const {name, value} of fresh.attributes) {
     if (node.getAttribute(name) !== value) node.setAttribute(name, value);
