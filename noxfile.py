@@ -111,15 +111,13 @@ def tests(session: nox.Session, metaflow: str) -> None:
 
 @nox.session(name="next")
 def next_metaflow(session: nox.Session) -> None:
-    """The flows and the client with the Metaflow of a checkout, of which $METAFLOW_NEXT says where
-    it is."""
+    """The tests with the Metaflow of a checkout, which $METAFLOW_NEXT names."""
     checkout = os.environ.get("METAFLOW_NEXT")
     if not checkout:
         session.skip("METAFLOW_NEXT names no checkout of Metaflow")
     session.install(".[dev]", checkout)
     session.run("python", "-c", "import metaflow; print('Metaflow', metaflow.__version__)")
-    wanted = session.posargs or ("-k", "flow or client or both_modes or answers")
-    session.run("pytest", "-q", "-n", "auto", "--dist", "loadgroup", *wanted)
+    session.run("pytest", "-q", "-n", "auto", "--dist", "loadgroup", *session.posargs)
 
 
 @nox.session
