@@ -12918,7 +12918,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         HttpError if it is of another form.
         """
         target = self.path
-        if target.startswith(("http://", "https://")):
+        if target[:8].lower().startswith(("http://", "https://")):
             self.fields["host"], _, rest = target.partition("//")[2].partition("/")
             return f"/{rest}"
         if not target.startswith("/"):

@@ -5717,8 +5717,8 @@ def test_with_a_key_any_host_name_is_accepted(store: mls.Store, where: str) -> N
 
 
 def test_the_host_of_an_absolute_target_counts_in_place_of_the_header(api: Api) -> None:
-    for host in OUR_HOSTS:
-        assert answer_to(api, f"GET http://{host}/ping", host="evil.example").status == 200
+    for scheme, host in itertools.product(("http", "HTTP"), OUR_HOSTS):
+        assert answer_to(api, f"GET {scheme}://{host}/ping", host="evil.example").status == 200
     for host in ("evil.example", "evil@127.0.0.1", "localhost.evil.example:80", ""):
         assert answer_to(api, f"GET http://{host}/ping").status == 403
 
