@@ -864,6 +864,12 @@ def read_optional_text(raw: RawRecord, field: str) -> str | None:
     return value
 
 
+def read_user(raw: RawRecord) -> str | None:
+    """The user of a record, as one text for all of theirs, which saves 55 bytes for each."""
+    name = read_optional_text(raw, "user_name")
+    return None if name is None else sys.intern(name)
+
+
 def read_text(raw: RawRecord, field: str) -> str:
     """A text of a record. ValueError if the field is none."""
     value = raw[field]
@@ -920,7 +926,7 @@ def shared_list(*texts: str) -> list[str]:
 def parse_flow_record(ids: Ids, raw: RawRecord) -> Flow:
     return {
         "flow_id": ids[0],
-        "user_name": read_optional_text(raw, "user_name"),
+        "user_name": read_user(raw),
         "ts_epoch": parse_ts_epoch(raw),
         "tags": read_tags(raw, "tags"),
         "system_tags": read_tags(raw, "system_tags"),
@@ -931,7 +937,7 @@ def parse_run_record(ids: Ids, raw: RawRecord) -> Run:
     run: Run = {
         "flow_id": sys.intern(ids[0]),
         "run_number": wire_id(ids[1]),
-        "user_name": read_optional_text(raw, "user_name"),
+        "user_name": read_user(raw),
         "ts_epoch": parse_ts_epoch(raw),
         "tags": shared_tags(read_tags(raw, "tags")),
         "system_tags": shared_tags(read_tags(raw, "system_tags")),
@@ -947,7 +953,7 @@ def parse_step_record(ids: Ids, raw: RawRecord) -> Step:
         "flow_id": ids[0],
         "run_number": ids[1],
         "step_name": ids[2],
-        "user_name": read_optional_text(raw, "user_name"),
+        "user_name": read_user(raw),
         "ts_epoch": parse_ts_epoch(raw),
         "tags": None,
         "system_tags": None,
@@ -960,7 +966,7 @@ def parse_task_record(ids: Ids, raw: RawRecord) -> Task:
         "run_number": wire_id(ids[1]),
         "step_name": sys.intern(ids[2]),
         "task_id": wire_id(ids[3]),
-        "user_name": read_optional_text(raw, "user_name"),
+        "user_name": read_user(raw),
         "ts_epoch": parse_ts_epoch(raw),
         "tags": None,
         "system_tags": None,
@@ -978,7 +984,7 @@ def parse_metadatum_record(ids: Ids, raw: RawRecord) -> Metadatum:
         "field_name": read_text(raw, "field_name"),
         "value": read_value(raw),
         "type": read_text(raw, "type"),
-        "user_name": read_optional_text(raw, "user_name"),
+        "user_name": read_user(raw),
         "ts_epoch": parse_ts_epoch(raw),
         "tags": read_tags(raw, "tags"),
         "system_tags": read_tags(raw, "system_tags"),
@@ -997,7 +1003,7 @@ def parse_artifact_record(ids: Ids, raw: RawRecord) -> Artifact:
         "sha": read_optional_text(raw, "sha"),
         "type": read_optional_text(raw, "type"),
         "content_type": read_optional_text(raw, "content_type"),
-        "user_name": read_optional_text(raw, "user_name"),
+        "user_name": read_user(raw),
         "attempt_id": read_attempt(raw),
         "ts_epoch": parse_ts_epoch(raw),
         "tags": None,
@@ -1296,7 +1302,7 @@ def remove_file(path: str) -> None:
 
 # -- caches ----------------------------------------------------------------------------------------
 
-RECORDS_IN_MEMORY = 28 * 2**20  # all these are bytes, about
+RECORDS_IN_MEMORY = 26 * 2**20  # all these are bytes, about
 LISTINGS_IN_MEMORY = 3 * 2**20
 TASK_FILES_IN_MEMORY = 6 * 2**20
 VALUES_IN_MEMORY = 3 * 2**20
@@ -1363,7 +1369,7 @@ class CachedRecord(NamedTuple):
     def weight(self) -> int:
         """About how many bytes it takes: the fields and the JSON of a record, and its path."""
         size = self.version % 2**64
-        return 600 + 2 * size
+        return 540 + 2 * size
 
     def with_fields(self, fields: Mapping[str, Any]) -> CachedRecord:
         """The same with other values of some fields of the record, if there is one."""
