@@ -3755,13 +3755,16 @@ UI_RUN_COLUMNS: Mapping[str, Field] = {
 UI_JUDGED_COLUMNS: Mapping[str, Field] = make_columns(("status",), ("finished_at", "duration"))
 """Those columns of runs that are known only after the run has been judged."""
 
+IN_TASKS = ("step_name", "task_name", "user_name")
+"""The texts that the rows of tasks, and of what belongs to a task, have in common."""
+
 UI_FLOW_COLUMNS: Mapping[str, Field] = make_columns(("flow_id", "user_name"), ("ts_epoch",))
 UI_STEP_COLUMNS: Mapping[str, Field] = make_columns(
     ("step_name", "user_name"), ("ts_epoch", "duration")
 )
 UI_TASK_COLUMNS: Mapping[str, Field] = {
     **make_columns(
-        ("step_name", "task_name", "user_name", "status"),
+        (*IN_TASKS, "status"),
         ("attempt_id", "ts_epoch", "started_at", "finished_at", "duration"),
     ),
     "task_id": TASK_ID,
@@ -3769,17 +3772,14 @@ UI_TASK_COLUMNS: Mapping[str, Field] = {
 }
 UI_METADATA_COLUMNS: Mapping[str, Field] = {
     **make_columns(
-        ("step_name", "task_name", "user_name", "field_name", "value", "type"),
+        (*IN_TASKS, "field_name", "value", "type"),
         ("id", "attempt_id", "ts_epoch"),
     ),
     "task_id": TASK_ID,
 }
 UI_ARTIFACT_COLUMNS: Mapping[str, Field] = {
     **make_columns(
-        (
-            *("step_name", "task_name", "user_name", "name"),
-            *("location", "ds_type", "sha", "type", "content_type"),
-        ),
+        (*IN_TASKS, "name", "location", "ds_type", "sha", "type", "content_type"),
         ("attempt_id", "ts_epoch"),
     ),
     "task_id": TASK_ID,
@@ -7044,7 +7044,7 @@ def paginate(
     def answer() -> Response:
         cursor = first_value(request.query, "_cursor")
         if cursor is None and first_value(request.query, "_limit") is None and not filtered:
-            return list_response(records(None))
+            return list_response(records(None))  # JSON one by one: the cache may forget a record
         limit = parse_limit(request.query)
         place = decode_cursor(order, cursor) if cursor else None
         page = list(itertools.islice(records(place), limit + 1))
@@ -7250,7 +7250,7 @@ def filter_tasks(model: Model, request: Request, flow: str, run: str, step: str)
     pattern = first_value(request.query, "pattern") or ""
     ids = object_ids(flow, run, step)
     values = model.store.long_reads.read(
-        (*ids, field), lambda: model.store.values_of_tasks(ids, field or None, value_text)
+        (*request.path, field), lambda: model.store.values_of_tasks(ids, field or None, value_text)
     )
     texts = {text for of_task in values.values() for text in of_task.texts}
     found = find_matches(pattern, texts, model.search)
